@@ -1,0 +1,1 @@
+//! Who is alive, willing and how loaded.

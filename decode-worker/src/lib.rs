@@ -1,0 +1,1 @@
+//! Reserve, land, stream tokens.

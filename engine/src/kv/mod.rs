@@ -1,0 +1,3 @@
+//! Paged KV: layout of the pool, blocks and who owns them, and the prefix cache.
+
+pub mod layout;

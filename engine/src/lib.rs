@@ -1,0 +1,70 @@
+//! Token ids in, token ids out, on one device, with paged KV.
+//!
+//! No async, no network, no text. A worker owns one [`Engine`] on one thread, describes each step as a
+//! [`Batch`] of ragged [`Segment`]s and gets sampled tokens back. The same call serves prefill chunks,
+//! decode steps and mixtures of both, on every backend.
+
+pub mod batch;
+pub mod error;
+pub mod kv;
+
+pub use batch::{Batch, SampleRequest, Sampled, SamplingParams, Segment};
+pub use error::EngineError;
+pub use kv::layout::{KvDtype, KvLayout};
+
+use std::sync::Arc;
+
+/// The memory that holds the KV pool, shared between the engine (writes it), the transport (moves it)
+/// and the checksums (guard it).
+pub trait KvMemory: Send + Sync {
+    /// Shape and strides of the pool.
+    fn layout(&self) -> &KvLayout;
+    /// Start address of the pool in host memory, if the pool lives there. The pool is
+    /// `layout().total_bytes()` long and stays valid and unmoved for as long as this value lives.
+    fn host_address(&self) -> Option<*mut u8>;
+    /// CRC-32C of one block of one layer, as it stands in memory now.
+    fn checksum(&self, layer: usize, block: u32) -> u32;
+}
+
+/// What an engine is, for logs, membership and compatibility checks.
+#[derive(Debug, Clone)]
+pub struct EngineInfo {
+    /// `cpu`, `cuda` or `sim`.
+    pub backend: &'static str,
+    /// The device in words, e.g. `cpu (avx512_bf16, 2 threads)`.
+    pub device: String,
+    /// Longest sequence, prompt and output together, in tokens.
+    pub max_context_tokens: usize,
+    /// Vocabulary size: every token id is below it.
+    pub vocab_size: usize,
+}
+
+/// One model on one device with one KV pool. Owned by one thread; never blocks on anything but compute.
+pub trait Engine: Send {
+    /// What this engine is.
+    fn info(&self) -> &EngineInfo;
+
+    /// The KV pool's memory.
+    fn kv(&self) -> Arc<dyn KvMemory>;
+
+    /// Runs one step. For each segment: writes the KV of `tokens` into its blocks, and, when
+    /// `samples` is not empty, computes the logits of the last token and draws one token per request.
+    ///
+    /// `on_layer(l)` is called once per layer, in order, as soon as the KV of layer `l` is final for
+    /// every segment of the batch: a prefill worker pushes from there while later layers compute.
+    ///
+    /// Returns, per segment, one [`Sampled`] per entry of its `samples` (empty for none). On an error
+    /// nothing was sampled, and the KV of the batch's tokens is undefined.
+    fn forward(
+        &mut self,
+        batch: &Batch<'_>,
+        on_layer: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Vec<Sampled>>, EngineError>;
+
+    /// The raw logits of the last token of each segment, f32 `[segments, vocab]`; otherwise like
+    /// `forward`. For tests and quality measurements.
+    fn forward_logits(&mut self, batch: &Batch<'_>) -> Result<Vec<Vec<f32>>, EngineError>;
+
+    /// Copies whole blocks, all layers, `(from, to)`: a forked sequence gets its own last block.
+    fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), EngineError>;
+}

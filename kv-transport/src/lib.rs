@@ -1,0 +1,1 @@
+//! Bytes from one registered memory to another.

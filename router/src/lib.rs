@@ -1,0 +1,1 @@
+//! Admission, tokenizer, placement, relay.
