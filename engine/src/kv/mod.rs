@@ -1,3 +1,5 @@
 //! Paged KV: layout of the pool, blocks and who owns them, and the prefix cache.
 
+pub mod hash;
 pub mod layout;
+pub mod pool;
