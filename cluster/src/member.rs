@@ -1,0 +1,78 @@
+//! What a worker says of itself. JSON in the registry, readable with `etcdctl get --prefix`.
+
+use serde::{Deserialize, Serialize};
+
+/// Which half of a request a worker runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Prompts to KV.
+    Prefill,
+    /// KV to tokens.
+    Decode,
+}
+
+impl Role {
+    /// `prefill` or `decode`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Prefill => "prefill",
+            Role::Decode => "decode",
+        }
+    }
+}
+
+/// What a worker is. Fixed for one incarnation, but for `draining`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Member {
+    /// Unique name in the cluster; survives restarts.
+    pub worker: String,
+    /// Its pool.
+    pub role: Role,
+    /// The one address, host:port: gRPC and KV connections.
+    pub address: String,
+    /// The served model's name.
+    pub model: String,
+    /// Hash over model, dtype, layout and version; only equal ones are paired.
+    pub compat_hash: String,
+    /// One start of the process; a later start is larger.
+    pub incarnation: u64,
+    /// KV transports it accepts, best first.
+    pub transports: Vec<String>,
+    /// Failure or locality zone, free text.
+    #[serde(default)]
+    pub zone: String,
+    /// Tokens per KV block.
+    pub block_tokens: u32,
+    /// KV blocks in its pool.
+    pub total_blocks: u32,
+    /// Longest sequence in tokens.
+    pub max_context_tokens: u32,
+    /// Sequences that it runs at once, at most.
+    pub max_sequences: u32,
+}
+
+/// How busy a worker is.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Load {
+    /// Prompt tokens accepted and not yet computed.
+    pub queued_tokens: u64,
+    /// Sequences being computed.
+    pub running: u32,
+    /// Sequences accepted and not yet started.
+    pub waiting: u32,
+    /// Blocks free or only cached.
+    pub free_blocks: u32,
+    /// Measured over the last seconds of work; 0 before any.
+    pub tokens_per_second: f64,
+    /// Finishing what it has, taking nothing new.
+    #[serde(default)]
+    pub draining: bool,
+}
+
+/// A new incarnation number: milliseconds since 1970, so a later start is larger.
+pub fn new_incarnation() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(1, |d| u64::try_from(d.as_millis()).unwrap_or(1))
+}
