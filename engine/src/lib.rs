@@ -7,6 +7,8 @@
 pub mod batch;
 pub mod error;
 pub mod kv;
+pub mod model;
+pub mod sampling;
 
 pub use batch::{Batch, SampleRequest, Sampled, SamplingParams, Segment};
 pub use error::EngineError;
