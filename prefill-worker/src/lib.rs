@@ -1,1 +1,101 @@
-//! Prompt in, KV pushed.
+//! Prompt in, KV pushed: the compute-tuned pool.
+//!
+//! [`run`] is a process's whole life: serve until `stop`, drain, end.
+
+mod engine_loop;
+mod error;
+mod job;
+pub mod scheduler;
+mod service;
+
+use std::sync::Arc;
+
+use cluster::{Join, Load, Role};
+use engine::kv::pool::BlockPool;
+use engine::{Engine, EngineError};
+use kv_transport::{Identity, Sender, SenderConfig};
+use proto::v1::prefill_worker_server::PrefillWorkerServer;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::service::RoutesBuilder;
+use worker::WorkerConfig;
+use worker::attempts::Attempts;
+use worker::request::Limits;
+use worker::serve::{self, Life, LifeError};
+
+/// Why a prefill worker's process ends badly.
+pub type RunError = LifeError<EngineError>;
+
+/// Settings of a prefill worker.
+#[derive(Debug, Clone)]
+pub struct PrefillConfig {
+    /// What every worker has.
+    pub worker: WorkerConfig,
+    /// Most prompts in one engine step.
+    pub max_prompts: usize,
+}
+
+/// What a prefill worker works with.
+pub struct Deps {
+    /// The model on its device.
+    pub engine: Box<dyn Engine>,
+    /// Who owns which block of the engine's KV pool.
+    pub pool: Arc<BlockPool>,
+    /// Where to become a member.
+    pub registry: Arc<dyn Join>,
+}
+
+/// Serves until `stop`; then takes nothing new, lets accepted prompts end (at most the drain deadline)
+/// and returns.
+pub async fn run(
+    config: PrefillConfig,
+    deps: Deps,
+    listener: TcpListener,
+    stop: CancellationToken,
+) -> Result<(), RunError> {
+    let kv = deps.engine.kv();
+    let layout = *kv.layout();
+    let info = deps.engine.info().clone();
+    let bound = listener.local_addr().map_err(|e| LifeError::Broken(e.to_string()))?;
+    let address = config.worker.address(bound);
+    let region = worker::pool::region(&kv)
+        .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
+    let identity = Identity { worker: config.worker.name.clone(), incarnation: config.worker.incarnation };
+    let sender =
+        Sender::new(identity, region, worker::pool::grid(kv.as_ref()), SenderConfig::default());
+    let load = Arc::new(watch::channel(Load::default()).0);
+    let (inbox, jobs) = std::sync::mpsc::channel();
+    let attempts = Attempts::default();
+    let service = service::PrefillService {
+        limits: Arc::new(Limits {
+            vocab_size: info.vocab_size,
+            max_context_tokens: info.max_context_tokens,
+            layout,
+            compat_hash: config.worker.compat_hash.clone(),
+            incarnation: config.worker.incarnation,
+        }),
+        sender,
+        engine: inbox,
+        slots: Arc::new(Semaphore::new(config.worker.max_sequences + config.worker.max_waiting)),
+        attempts: attempts.clone(),
+        load: Arc::clone(&load),
+    };
+    let rules = scheduler::Rules {
+        step_tokens: config.worker.step_tokens,
+        max_prompts: config.max_prompts,
+        block_tokens: layout.block_tokens,
+    };
+    let engine_loop =
+        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, jobs, Arc::clone(&load));
+    let engine = serve::on_thread("prefill-engine", move || engine_loop.run());
+
+    let mut routes = RoutesBuilder::default();
+    routes.add_service(
+        PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
+    );
+    let member = config.worker.member(Role::Prefill, &address, &layout, &info);
+    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts };
+    // Nothing is pushed to a prefill worker; a KV connection to it is closed.
+    life.run(listener, routes, |_stream| async {}, engine, stop).await
+}

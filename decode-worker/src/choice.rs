@@ -1,0 +1,143 @@
+//! One choice of a request inside the decode worker: its tokens, its blocks, when it ends.
+
+use std::sync::Arc;
+
+use engine::kv::hash::BlockHash;
+use engine::kv::pool::{Block, BlockPool};
+use engine::{KvLayout, SampleRequest};
+use proto::v1::FinishReason;
+use worker::Request;
+
+use crate::scheduler::View;
+
+/// A choice. Before its first token, choice 0 of a request stands for all of them (the *stem*).
+pub(crate) struct Choice {
+    pub request: Arc<Request>,
+    /// Key of the request in the loop's table of groups.
+    pub group: u64,
+    pub index: u32,
+    /// Prompt and output.
+    pub tokens: Vec<u32>,
+    /// Tokens whose KV is in `blocks`.
+    pub computed: usize,
+    /// Block table; `ids` is the same as plain numbers, for the engine.
+    blocks: Vec<Block>,
+    ids: Vec<u32>,
+    hashes: Vec<BlockHash>,
+    published: usize,
+}
+
+impl Choice {
+    /// A choice whose first `computed` tokens are in `blocks`.
+    pub fn new(request: Arc<Request>, group: u64, index: u32, blocks: Vec<Block>, computed: usize) -> Self {
+        let ids = blocks.iter().map(Block::id).collect();
+        let tokens = request.prompt.to_vec();
+        let hashes = request.hashes.to_vec();
+        Self { request, group, index, tokens, computed, blocks, ids, hashes, published: 0 }
+    }
+
+    /// Output tokens so far.
+    pub fn output(&self) -> &[u32] {
+        &self.tokens[self.request.prompt.len()..]
+    }
+
+    /// What the scheduler needs to know.
+    pub fn view(&self) -> View {
+        View { pending: self.tokens.len() - self.computed, computed: self.computed, held: self.blocks.len() }
+    }
+
+    /// Block ids, for the engine.
+    pub fn table(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Whether running `count` tokens reaches the end, where a token is drawn.
+    pub fn draws(&self, count: usize) -> bool {
+        self.computed + count == self.tokens.len()
+    }
+
+    /// The draws at this choice's end: one, or all choices' first ones for a stem.
+    pub fn draw_requests(&self) -> Vec<SampleRequest<'_>> {
+        let indices = if self.is_stem() { 0..self.request.n } else { self.index..self.index + 1 };
+        let draw = |choice| SampleRequest {
+            params: &self.request.sampling,
+            prompt: &self.request.prompt,
+            output: self.output(),
+            banned: self.request.banned(self.output().len()),
+            choice,
+        };
+        indices.map(draw).collect()
+    }
+
+    /// Stands for all choices: no token drawn yet.
+    pub fn is_stem(&self) -> bool {
+        self.output().is_empty()
+    }
+
+    /// Another choice with the same prompt. It shares the full blocks and computes the tokens of the
+    /// last, partly filled one again: cheaper than copying, and nothing is ever written by two.
+    pub fn fork(&self, index: u32, layout: &KvLayout) -> Self {
+        let full = self.request.prompt.len().min(self.computed) / layout.block_tokens;
+        let blocks = self.blocks[..full.min(self.blocks.len())].to_vec();
+        let computed = blocks.len() * layout.block_tokens;
+        Self::new(Arc::clone(&self.request), self.group, index, blocks, computed)
+    }
+
+    /// Makes room for `count` more tokens. False when the pool has none left.
+    pub fn grow(&mut self, count: usize, pool: &Arc<BlockPool>, layout: &KvLayout) -> bool {
+        let need = layout.blocks_for(self.computed + count).saturating_sub(self.blocks.len());
+        match pool.alloc(need, engine::kv::pool::BlockState::Running) {
+            Ok(new) => {
+                self.ids.extend(new.iter().map(Block::id));
+                self.blocks.extend(new);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Takes what the prefix cache has; only for a choice that holds nothing.
+    pub fn adopt_cached(&mut self, pool: &Arc<BlockPool>, layout: &KvLayout) {
+        let reusable = ((self.tokens.len() - 1) / layout.block_tokens).min(self.hashes.len());
+        self.blocks = pool.lookup(&self.hashes[..reusable]);
+        self.ids = self.blocks.iter().map(Block::id).collect();
+        self.computed = self.blocks.len() * layout.block_tokens;
+        self.published = self.blocks.len();
+    }
+
+    /// Notes that `count` more tokens are computed, and offers full blocks to the prefix cache.
+    pub fn advance(&mut self, count: usize, pool: &Arc<BlockPool>, layout: &KvLayout) {
+        self.computed += count;
+        let full = self.computed / layout.block_tokens;
+        while self.hashes.len() < full {
+            let at = self.hashes.len() * layout.block_tokens;
+            let parent = self.hashes.last().copied().unwrap_or(self.request.root);
+            self.hashes.push(parent.next(&self.tokens[at..at + layout.block_tokens]));
+        }
+        for at in self.published..full {
+            pool.publish(&self.blocks[at], self.hashes[at]);
+        }
+        self.published = self.published.max(full);
+    }
+
+    /// Gives all blocks back; its tokens will be computed again.
+    pub fn preempt(&mut self) {
+        self.blocks.clear();
+        self.ids.clear();
+        self.computed = 0;
+        self.published = 0;
+    }
+
+    /// Whether the newest token ends it.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        let output = self.output();
+        let last = output.last()?;
+        if self.request.stop_token_ids.contains(last) && output.len() >= self.request.min_tokens {
+            Some(FinishReason::Stop)
+        } else if output.len() >= self.request.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! The thread that owns the engine: admits, plans, runs a step, hands tokens out. No async here.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use cluster::Load;
+use engine::kv::pool::{Block, BlockPool};
+use engine::{Batch, Engine, EngineError, KvLayout, Sampled, Segment};
+use proto::v1::{self, decode_event::Event};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tonic::Status;
+use worker::rate::Rate;
+use worker::request::{load_to_wire, sampled_to_wire};
+use worker::{Request, attempts::Running};
+
+use crate::choice::Choice;
+use crate::scheduler::{self, Rules};
+
+/// How long to wait for blocks when every choice is blocked on ones that landings hold.
+const BLOCKED_WAIT: Duration = Duration::from_millis(5);
+
+/// Where a request's events go. Closed by the client: the request is cancelled.
+pub(crate) type Events = mpsc::UnboundedSender<Result<v1::DecodeEvent, Status>>;
+
+/// A request that is ready to run.
+pub(crate) struct Submission {
+    pub request: Arc<Request>,
+    pub events: Events,
+    /// Blocks that hold the first `computed` prompt tokens.
+    pub blocks: Vec<Block>,
+    pub computed: usize,
+    /// First token of each choice, already sent to the client, when prefill was remote.
+    pub first: Vec<u32>,
+    /// Held until the request ends.
+    pub hold: Hold,
+}
+
+/// What a running request occupies besides blocks.
+pub(crate) struct Hold {
+    pub _slot: OwnedSemaphorePermit,
+    pub attempt: Arc<Running>,
+}
+
+struct Group {
+    request: Arc<Request>,
+    events: Events,
+    open: u32,
+    finishes: Vec<v1::ChoiceFinish>,
+    submitted: Instant,
+    started: Option<Instant>,
+    /// Prefill happens here; otherwise the KV has landed.
+    local: bool,
+    cached_tokens: u32,
+    local_prefill: Option<v1::PrefillTiming>,
+    hold: Hold,
+}
+
+/// The loop's whole state.
+pub(crate) struct EngineLoop {
+    pub engine: Box<dyn Engine>,
+    pub pool: Arc<BlockPool>,
+    pub rules: Rules,
+    pub inbox: Receiver<Submission>,
+    pub load: Arc<watch::Sender<Load>>,
+    layout: KvLayout,
+    choices: Vec<Choice>,
+    groups: HashMap<u64, Group>,
+    next_group: u64,
+    rate: Rate,
+}
+
+impl EngineLoop {
+    pub fn new(
+        engine: Box<dyn Engine>,
+        pool: Arc<BlockPool>,
+        rules: Rules,
+        inbox: Receiver<Submission>,
+        load: Arc<watch::Sender<Load>>,
+    ) -> Self {
+        let layout = *engine.kv().layout();
+        Self {
+            engine,
+            pool,
+            rules,
+            inbox,
+            load,
+            layout,
+            choices: Vec::new(),
+            groups: HashMap::new(),
+            next_group: 0,
+            rate: Rate::default(),
+        }
+    }
+
+    /// Runs until every sender of submissions is gone and the last request has ended.
+    pub fn run(mut self) -> Result<(), EngineError> {
+        loop {
+            if self.choices.is_empty() {
+                self.publish_load();
+                match self.inbox.recv() {
+                    Ok(submission) => self.admit(submission),
+                    Err(_) => return Ok(()),
+                }
+            }
+            while let Ok(submission) = self.inbox.try_recv() {
+                self.admit(submission);
+            }
+            self.drop_abandoned();
+            self.step()?;
+            debug_assert_eq!(self.pool.check(), Ok(()));
+            self.publish_load();
+        }
+    }
+
+    fn admit(&mut self, submission: Submission) {
+        let Submission { request, events, blocks, computed, first, hold } = submission;
+        let group = self.next_group;
+        self.next_group += 1;
+        self.groups.insert(
+            group,
+            Group {
+                request: Arc::clone(&request),
+                events,
+                open: request.n,
+                finishes: Vec::new(),
+                submitted: Instant::now(),
+                started: None,
+                local: first.is_empty(),
+                cached_tokens: u32::try_from(computed).unwrap_or(u32::MAX),
+                local_prefill: None,
+                hold,
+            },
+        );
+        let mut stem = Choice::new(request, group, 0, blocks, 0);
+        stem.advance(computed, &self.pool, &self.layout);
+        match first.is_empty() {
+            true => self.choices.push(stem),
+            false => self.branch(stem, &first),
+        }
+    }
+
+    /// Turns a computed prompt with its first tokens into running choices.
+    fn branch(&mut self, stem: Choice, first: &[u32]) {
+        let mut choices: Vec<Choice> = (1u32..)
+            .zip(&first[1..])
+            .map(|(index, _)| stem.fork(index, &self.layout))
+            .collect();
+        choices.insert(0, stem);
+        for (mut choice, token) in choices.into_iter().zip(first) {
+            choice.tokens.push(*token);
+            if !self.finish_if_done(&choice) {
+                self.choices.push(choice);
+            }
+        }
+    }
+
+    /// Reports the end of a choice that has ended, and of its request with the last one.
+    fn finish_if_done(&mut self, choice: &Choice) -> bool {
+        let Some(reason) = choice.finish_reason() else { return false };
+        let load = self.load_now();
+        let Some(group) = self.groups.get_mut(&choice.group) else { return true };
+        group.finishes.push(v1::ChoiceFinish { choice: choice.index, finish_reason: reason.into() });
+        group.open -= 1;
+        if group.open == 0 {
+            let finished = v1::Finished {
+                choices: std::mem::take(&mut group.finishes),
+                local_prefill: group.local_prefill.take(),
+            };
+            let event = v1::DecodeEvent {
+                event: Some(Event::Finished(finished)),
+                load: Some(load_to_wire(&load)),
+            };
+            let _ = group.events.send(Ok(event));
+            self.groups.remove(&choice.group);
+        }
+        true
+    }
+
+    /// Drops the requests whose client has gone or no longer waits.
+    fn drop_abandoned(&mut self) {
+        let now = Instant::now();
+        self.groups.retain(|_, group| {
+            let late = group.request.deadline.is_some_and(|d| d <= now);
+            if late {
+                let _ = group.events.send(Err(Status::deadline_exceeded(
+                    "the request's deadline passed while decoding",
+                )));
+            }
+            let superseded = group.hold.attempt.is_superseded();
+            if superseded {
+                let _ = group.events.send(Err(Status::aborted("a newer attempt took over")));
+            }
+            !late && !superseded && !group.events.is_closed()
+        });
+        let groups = &self.groups;
+        self.choices.retain(|choice| groups.contains_key(&choice.group));
+    }
+
+    fn step(&mut self) -> Result<(), EngineError> {
+        let views: Vec<_> = self.choices.iter().map(Choice::view).collect();
+        let plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        for &victim in &plan.preempt {
+            tracing::debug!(request = %self.choices[victim].request.id, "preempted: out of blocks");
+            self.choices[victim].preempt();
+        }
+        let run = self.grown(plan.run);
+        if run.is_empty() {
+            return self.wait_for_blocks();
+        }
+        let started = Instant::now();
+        let outcome = self.forward(&run);
+        let tokens = run.iter().map(|(_, count)| count).sum();
+        match outcome {
+            Ok(drawn) => {
+                self.rate.add(tokens, started.elapsed());
+                self.apply(&run, drawn, started);
+                Ok(())
+            }
+            Err(EngineError::BadBatch(why)) => {
+                self.fail(&run, &why);
+                Ok(())
+            }
+            Err(fatal) => {
+                self.fail(&run, &fatal.to_string());
+                Err(fatal)
+            }
+        }
+    }
+
+    /// Gives each planned choice its blocks; one that gets none sits this step out.
+    fn grown(&mut self, planned: Vec<(usize, usize)>) -> Vec<(usize, usize)> {
+        let (pool, layout) = (&self.pool, &self.layout);
+        let mut run = Vec::with_capacity(planned.len());
+        for (index, mut count) in planned {
+            let choice = &mut self.choices[index];
+            if choice.table().is_empty() && choice.computed == 0 {
+                choice.adopt_cached(pool, layout);
+                count = count.min(choice.tokens.len() - choice.computed);
+            }
+            if choice.grow(count, pool, layout) {
+                run.push((index, count));
+            }
+        }
+        run
+    }
+
+    fn wait_for_blocks(&mut self) -> Result<(), EngineError> {
+        if self.choices.is_empty() {
+            return Ok(());
+        }
+        match self.inbox.recv_timeout(BLOCKED_WAIT) {
+            Ok(submission) => self.admit(submission),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(BLOCKED_WAIT),
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, run: &[(usize, usize)]) -> Result<Vec<Vec<Sampled>>, EngineError> {
+        let draws: Vec<_> = run
+            .iter()
+            .map(|&(index, count)| {
+                let choice = &self.choices[index];
+                if choice.draws(count) { choice.draw_requests() } else { Vec::new() }
+            })
+            .collect();
+        let segments = run
+            .iter()
+            .zip(&draws)
+            .map(|(&(index, count), samples)| {
+                let choice = &self.choices[index];
+                Segment {
+                    tokens: &choice.tokens[choice.computed..choice.computed + count],
+                    position: choice.computed,
+                    blocks: choice.table(),
+                    samples,
+                }
+            })
+            .collect();
+        self.engine.forward(&Batch { segments }, &mut |_| {})
+    }
+
+    /// Books a step's results: computed tokens, drawn tokens, ends.
+    fn apply(&mut self, run: &[(usize, usize)], drawn: Vec<Vec<Sampled>>, started: Instant) {
+        let mut tokens: HashMap<usize, Vec<u32>> = HashMap::new();
+        for (&(index, count), drawn) in run.iter().zip(&drawn) {
+            self.choices[index].advance(count, &self.pool, &self.layout);
+            self.send(&self.choices[index], drawn);
+            if let Some(group) = self.groups.get_mut(&self.choices[index].group) {
+                group.note(started, !drawn.is_empty());
+            }
+            if !drawn.is_empty() {
+                tokens.insert(index, drawn.iter().map(|s| s.token).collect());
+            }
+        }
+        for (index, mut choice) in std::mem::take(&mut self.choices).into_iter().enumerate() {
+            match tokens.remove(&index) {
+                None => self.choices.push(choice),
+                Some(first) if choice.is_stem() => self.branch(choice, &first),
+                Some(next) => {
+                    choice.tokens.extend(next);
+                    if !self.finish_if_done(&choice) {
+                        self.choices.push(choice);
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(&self, choice: &Choice, drawn: &[Sampled]) {
+        let Some(group) = self.groups.get(&choice.group) else { return };
+        if drawn.is_empty() {
+            return;
+        }
+        let to_wire = |(index, s)| sampled_to_wire(index, s, &choice.request.sampling);
+        let tokens = (choice.index..).zip(drawn).map(to_wire).collect();
+        let event = Some(Event::Tokens(v1::Tokens { tokens }));
+        let _ = group.events.send(Ok(v1::DecodeEvent { event, load: None }));
+    }
+
+    fn fail(&mut self, run: &[(usize, usize)], why: &str) {
+        tracing::error!(why, choices = run.len(), "a step failed; its requests are failed");
+        for &(index, _) in run {
+            if let Some(group) = self.groups.remove(&self.choices[index].group) {
+                let _ = group.events.send(Err(Status::internal(format!("decode step failed: {why}"))));
+            }
+        }
+        self.drop_abandoned();
+    }
+
+    fn load_now(&self) -> Load {
+        let pending = |c: &Choice| c.view().pending;
+        let waiting = self.choices.iter().filter(|c| pending(c) > 1).count();
+        let queued: usize = self.choices.iter().map(pending).filter(|p| *p > 1).sum();
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Load {
+            queued_tokens: queued as u64,
+            running: count(self.choices.len() - waiting),
+            waiting: count(waiting),
+            free_blocks: count(self.pool.available()),
+            tokens_per_second: self.rate.tokens_per_second(),
+            draining: self.load.borrow().draining,
+        }
+    }
+
+    fn publish_load(&mut self) {
+        let now = self.load_now();
+        self.load.send_if_modified(|old| {
+            let draining = old.draining;
+            let changed = *old != now;
+            *old = Load { draining, ..now };
+            changed
+        });
+    }
+}
+
+impl Group {
+    /// A step that began at `started` ran tokens of this request; `drew` a token at its end. What happens
+    /// until the first own draw of a request without landed KV is its local prefill.
+    fn note(&mut self, started: Instant, drew: bool) {
+        let began = *self.started.get_or_insert(started);
+        if drew && self.local && self.local_prefill.is_none() {
+            self.local_prefill = Some(v1::PrefillTiming {
+                queue_ms: millis(began - self.submitted),
+                prefill_ms: millis(began.elapsed()),
+                exposed_transfer_ms: 0.0,
+                cached_tokens: self.cached_tokens,
+            });
+        }
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

@@ -1,0 +1,237 @@
+//! The thread that owns the engine: packs prompts, runs a step, queues each layer's KV for the push
+//! while the next layer computes. No async here.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use cluster::Load;
+use engine::kv::pool::BlockPool;
+use engine::{Batch, Engine, EngineError, KvLayout, SampleRequest, Sampled, Segment};
+use tokio::sync::watch;
+use tonic::Status;
+use worker::rate::Rate;
+
+use crate::job::{Computed, Job};
+use crate::scheduler::{self, Rules};
+
+/// How long to wait for blocks when no prompt can start because pushes still hold them.
+const BLOCKED_WAIT: Duration = Duration::from_millis(2);
+
+/// The loop's whole state.
+pub(crate) struct EngineLoop {
+    engine: Box<dyn Engine>,
+    pool: Arc<BlockPool>,
+    rules: Rules,
+    inbox: Receiver<Job>,
+    load: Arc<watch::Sender<Load>>,
+    layout: KvLayout,
+    jobs: Vec<Job>,
+    rate: Rate,
+}
+
+impl EngineLoop {
+    pub fn new(
+        engine: Box<dyn Engine>,
+        pool: Arc<BlockPool>,
+        rules: Rules,
+        inbox: Receiver<Job>,
+        load: Arc<watch::Sender<Load>>,
+    ) -> Self {
+        let layout = *engine.kv().layout();
+        Self { engine, pool, rules, inbox, load, layout, jobs: Vec::new(), rate: Rate::default() }
+    }
+
+    /// Runs until every sender of jobs is gone and the last job has ended.
+    pub fn run(mut self) -> Result<(), EngineError> {
+        loop {
+            if self.jobs.is_empty() {
+                self.publish_load();
+                match self.inbox.recv() {
+                    Ok(job) => self.jobs.push(job),
+                    Err(_) => return Ok(()),
+                }
+            }
+            while let Ok(job) = self.inbox.try_recv() {
+                self.jobs.push(job);
+            }
+            self.jobs.retain(|job| !job.done.is_closed());
+            self.publish_load();
+            self.step()?;
+            debug_assert_eq!(self.pool.check(), Ok(()));
+        }
+    }
+
+    fn step(&mut self) -> Result<(), EngineError> {
+        let views: Vec<_> = self.jobs.iter().map(|job| job.view(&self.layout)).collect();
+        let plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        let run = self.started(plan);
+        if run.is_empty() {
+            return self.wait_for_blocks();
+        }
+        let began = Instant::now();
+        let tokens = run.iter().map(|(_, count)| count).sum();
+        match self.forward(&run) {
+            Ok(drawn) => {
+                self.rate.add(tokens, began.elapsed());
+                self.apply(&run, drawn);
+                Ok(())
+            }
+            Err(EngineError::BadBatch(why)) => {
+                self.fail(&run, &why);
+                Ok(())
+            }
+            Err(fatal) => {
+                self.fail(&run, &fatal.to_string());
+                Err(fatal)
+            }
+        }
+    }
+
+    /// Gives new prompts their blocks and queues what the prefix cache had for the push.
+    fn started(&mut self, plan: Vec<(usize, usize)>) -> Vec<(usize, usize)> {
+        let kv = self.engine.kv();
+        let mut run = Vec::with_capacity(plan.len());
+        for (index, count) in plan {
+            let job = &mut self.jobs[index];
+            let is_new = job.progress.started.is_none();
+            if !job.start(&self.pool, &self.layout) {
+                continue;
+            }
+            let p = &job.progress;
+            if is_new && p.cached_tokens > 0 {
+                for layer in 0..self.layout.layers {
+                    job.push(kv.as_ref(), layer, 0, p.cached_tokens / self.layout.block_tokens);
+                }
+            }
+            run.push((index, count.min(job.request.prompt.len() - p.computed)));
+        }
+        run
+    }
+
+    fn wait_for_blocks(&mut self) -> Result<(), EngineError> {
+        if self.jobs.is_empty() {
+            return Ok(());
+        }
+        match self.inbox.recv_timeout(BLOCKED_WAIT) {
+            Ok(job) => self.jobs.push(job),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(BLOCKED_WAIT),
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, run: &[(usize, usize)]) -> Result<Vec<Vec<Sampled>>, EngineError> {
+        let (jobs, layout) = (&self.jobs, &self.layout);
+        let draws: Vec<Vec<SampleRequest<'_>>> = run
+            .iter()
+            .map(|&(index, count)| first_draws(&jobs[index], count))
+            .collect();
+        let segments = run
+            .iter()
+            .zip(&draws)
+            .map(|(&(index, count), samples)| {
+                let job = &jobs[index];
+                let at = job.progress.computed;
+                Segment {
+                    tokens: &job.request.prompt[at..at + count],
+                    position: at,
+                    blocks: &job.progress.table,
+                    samples,
+                }
+            })
+            .collect();
+        let kv = self.engine.kv();
+        let mut on_layer = |layer| {
+            for &(index, count) in run {
+                let job = &jobs[index];
+                let from = job.progress.computed / layout.block_tokens;
+                job.push(kv.as_ref(), layer, from, job.final_blocks_after(count, layout));
+            }
+        };
+        self.engine.forward(&Batch { segments }, &mut on_layer)
+    }
+
+    fn apply(&mut self, run: &[(usize, usize)], drawn: Vec<Vec<Sampled>>) {
+        let mut drawn_by: Vec<Option<Vec<Sampled>>> = self.jobs.iter().map(|_| None).collect();
+        let mut ran = vec![false; self.jobs.len()];
+        for (&(index, count), drawn) in run.iter().zip(drawn) {
+            self.jobs[index].advance(count, &self.pool, &self.layout);
+            ran[index] = true;
+            drawn_by[index] = (!drawn.is_empty()).then_some(drawn);
+        }
+        let jobs = std::mem::take(&mut self.jobs).into_iter().zip(drawn_by).zip(ran);
+        for ((mut job, drawn), ran) in jobs {
+            match drawn {
+                Some(first) => finish(job, first),
+                None => {
+                    job.progress.waited += usize::from(!ran);
+                    self.jobs.push(job);
+                }
+            }
+        }
+    }
+
+    fn fail(&mut self, run: &[(usize, usize)], why: &str) {
+        tracing::error!(why, prompts = run.len(), "a step failed; its requests are failed");
+        let failed: Vec<usize> = run.iter().map(|(index, _)| *index).collect();
+        let jobs = std::mem::take(&mut self.jobs);
+        for (index, job) in jobs.into_iter().enumerate() {
+            if failed.contains(&index) {
+                let _ = job.done.send(Err(Status::internal(format!("prefill step failed: {why}"))));
+            } else {
+                self.jobs.push(job);
+            }
+        }
+    }
+
+    fn publish_load(&self) {
+        let started = self.jobs.iter().filter(|job| job.progress.started.is_some()).count();
+        let remaining = |job: &Job| job.request.prompt.len() - job.progress.computed;
+        let queued: usize = self.jobs.iter().map(remaining).sum();
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let now = Load {
+            queued_tokens: queued as u64,
+            running: count(started),
+            waiting: count(self.jobs.len() - started),
+            free_blocks: count(self.pool.available()),
+            tokens_per_second: self.rate.tokens_per_second(),
+            draining: false,
+        };
+        self.load.send_if_modified(|old| {
+            let now = Load { draining: old.draining, ..now };
+            let changed = *old != now;
+            *old = now;
+            changed
+        });
+    }
+}
+
+/// One draw per choice where a prompt ends with this chunk.
+fn first_draws(job: &Job, count: usize) -> Vec<SampleRequest<'_>> {
+    let request = &job.request;
+    if job.progress.computed + count < request.prompt.len() {
+        return Vec::new();
+    }
+    let draw = |choice| SampleRequest {
+        params: &request.sampling,
+        prompt: &request.prompt,
+        output: &[],
+        banned: request.banned(0),
+        choice,
+    };
+    (0..request.n).map(draw).collect()
+}
+
+fn finish(job: Job, first: Vec<Sampled>) {
+    let now = Instant::now();
+    let started = job.progress.started.unwrap_or(now);
+    let computed = Computed {
+        first,
+        queue_ms: (started - job.submitted).as_secs_f64() * 1e3,
+        prefill_ms: (now - started).as_secs_f64() * 1e3,
+        cached_tokens: job.progress.cached_tokens,
+        at: now,
+    };
+    let _ = job.done.send(Ok(computed));
+}

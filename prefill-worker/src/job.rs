@@ -1,0 +1,119 @@
+//! One prompt inside the prefill worker: how far it is, its blocks, where they go.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use engine::kv::pool::{Block, BlockPool, BlockState};
+use engine::{KvLayout, KvMemory, Sampled};
+use kv_transport::{Cell, CellQueue};
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tonic::Status;
+use worker::Request;
+
+use crate::scheduler::View;
+
+/// The blocks that a push reads from. The transport keeps them until no read can be in flight.
+#[derive(Default)]
+pub(crate) struct Source(pub Mutex<Vec<Block>>);
+
+/// A computed prompt.
+pub(crate) struct Computed {
+    pub first: Vec<Sampled>,
+    pub queue_ms: f64,
+    pub prefill_ms: f64,
+    pub cached_tokens: usize,
+    /// When compute ended: from here on, transfer is exposed.
+    pub at: Instant,
+}
+
+/// A prompt on its way.
+pub(crate) struct Job {
+    pub request: Arc<Request>,
+    pub source: Arc<Source>,
+    pub cells: CellQueue,
+    /// Prompt block that the ticket's first slot stands for; earlier ones are at the receiver already.
+    pub first_block: usize,
+    pub done: oneshot::Sender<Result<Computed, Status>>,
+    pub submitted: Instant,
+    pub progress: Progress,
+}
+
+/// What changes while a prompt is computed.
+#[derive(Default)]
+pub(crate) struct Progress {
+    pub table: Vec<u32>,
+    pub computed: usize,
+    pub waited: usize,
+    pub cached_tokens: usize,
+    pub published: usize,
+    pub started: Option<Instant>,
+}
+
+impl Job {
+    pub fn view(&self, layout: &KvLayout) -> View {
+        let p = &self.progress;
+        let prompt = self.request.prompt.len();
+        View {
+            remaining: prompt - p.computed,
+            computed: p.computed,
+            waited: p.waited,
+            missing_blocks: if p.table.is_empty() { layout.blocks_for(prompt) } else { 0 },
+        }
+    }
+
+    /// Takes cached blocks and allocates the rest. False when the pool has not enough.
+    pub fn start(&mut self, pool: &Arc<BlockPool>, layout: &KvLayout) -> bool {
+        if self.progress.started.is_some() {
+            return true;
+        }
+        let mut blocks = pool.lookup(self.request.reusable(layout.block_tokens));
+        let cached = blocks.len();
+        match pool.alloc(layout.blocks_for(self.request.prompt.len()) - cached, BlockState::Running) {
+            Ok(new) => blocks.extend(new),
+            Err(_) => return false,
+        }
+        let p = &mut self.progress;
+        p.table = blocks.iter().map(Block::id).collect();
+        p.computed = cached * layout.block_tokens;
+        p.cached_tokens = p.computed;
+        p.published = cached;
+        p.started = Some(Instant::now());
+        *self.source.0.lock() = blocks;
+        true
+    }
+
+    /// Queues one layer of the blocks `from..to` of the prompt for the push.
+    pub fn push(&self, kv: &dyn KvMemory, layer: usize, from: usize, to: usize) {
+        let cells: Vec<Cell> = (from.max(self.first_block)..to)
+            .map(|at| Cell {
+                index: (at - self.first_block) as u32,
+                src_slot: self.progress.table[at],
+                checksum: kv.checksum(layer, self.progress.table[at]),
+            })
+            .collect();
+        if !cells.is_empty() {
+            // A push that failed says so to whoever waits for its commit; the job is dropped then.
+            let _ = self.cells.send(layer as u32, cells);
+        }
+    }
+
+    /// Blocks that are final once `count` more tokens are computed.
+    pub fn final_blocks_after(&self, count: usize, layout: &KvLayout) -> usize {
+        let end = self.progress.computed + count;
+        if end == self.request.prompt.len() { layout.blocks_for(end) } else { end / layout.block_tokens }
+    }
+
+    /// Notes that `count` more tokens are computed, and offers full blocks to the prefix cache.
+    pub fn advance(&mut self, count: usize, pool: &Arc<BlockPool>, layout: &KvLayout) {
+        let p = &mut self.progress;
+        p.computed += count;
+        p.waited = 0;
+        let full = p.computed / layout.block_tokens;
+        let blocks = self.source.0.lock();
+        for at in p.published..full {
+            pool.publish(&blocks[at], self.request.hashes[at]);
+        }
+        p.published = p.published.max(full);
+    }
+}

@@ -1,0 +1,135 @@
+//! `PrefillWorker.Prefill`: open the ticket → compute, pushing layer by layer → commit. One screen.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender as Inbox;
+use std::time::Instant;
+
+use cluster::Load;
+use kv_transport::{Push, PushReport, Sender};
+use prost::Message;
+use proto::v1;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tonic::{Response, Status};
+use worker::attempts::Attempts;
+use worker::request::{Limits, load_to_wire, sampled_to_wire};
+use worker::{Request, serve};
+
+use crate::error;
+use crate::job::{Computed, Job, Progress, Source};
+
+/// The gRPC face of a prefill worker.
+#[derive(Clone)]
+pub(crate) struct PrefillService {
+    pub limits: Arc<Limits>,
+    pub sender: Sender,
+    pub engine: Inbox<Job>,
+    pub slots: Arc<Semaphore>,
+    pub attempts: Attempts,
+    pub load: Arc<watch::Sender<Load>>,
+}
+
+#[tonic::async_trait]
+impl v1::prefill_worker_server::PrefillWorker for PrefillService {
+    async fn prefill(
+        &self,
+        call: tonic::Request<v1::PrefillRequest>,
+    ) -> Result<Response<v1::PrefillReply>, Status> {
+        let call = call.into_inner();
+        if self.load.borrow().draining {
+            return Err(Status::unavailable("this prefill worker is draining"));
+        }
+        let request =
+            Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
+        let request = Arc::new(request);
+        let attempt = self.attempts.start(&request.id, request.attempt)?;
+        let _slot = Arc::clone(&self.slots)
+            .try_acquire_owned()
+            .map_err(|_| serve::shed("the queue of this prefill worker is full"))?;
+
+        let work = async {
+            let source = Arc::new(Source::default());
+            let push = self.sender.open(call.ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
+            let computed = self.compute(&request, &push, source).await?;
+            let (report, exposed) = self.commit(&request, push, &computed).await?;
+            Ok(self.reply(&computed, &report, exposed))
+        };
+        tokio::select! {
+            reply = work => reply.map(Response::new),
+            () = attempt.superseded() => Err(Status::aborted("a newer attempt took over")),
+            () = passed(request.deadline) => Err(Status::deadline_exceeded("the deadline passed during prefill")),
+        }
+    }
+}
+
+impl PrefillService {
+    async fn compute(&self, request: &Arc<Request>, push: &Push, source: Arc<Source>) -> Result<Computed, Status> {
+        let meta = v1::TicketMeta::decode(push.meta().clone())
+            .map_err(|e| Status::invalid_argument(format!("ticket.meta: {e}")))?;
+        let first_block = meta.first_block as usize;
+        let blocks = self.limits.layout.blocks_for(request.prompt.len());
+        if meta.compat_hash != self.limits.compat_hash || first_block + push.slots() != blocks {
+            return Err(Status::invalid_argument(format!(
+                "ticket: {} slots from block {first_block} on do not fit a prompt of {blocks} blocks of this model",
+                push.slots()
+            )));
+        }
+        let (done, computed) = oneshot::channel();
+        let job = Job {
+            request: Arc::clone(request),
+            source,
+            cells: push.queue(),
+            first_block,
+            done,
+            submitted: Instant::now(),
+            progress: Progress::default(),
+        };
+        let stopped = || Status::unavailable("the engine of this prefill worker has stopped");
+        self.engine.send(job).map_err(|_| stopped())?;
+        tokio::select! {
+            computed = computed => computed.map_err(|_| stopped())?,
+            failed = push.failed() => Err(error::push(failed)),
+        }
+    }
+
+    async fn commit(
+        &self,
+        request: &Request,
+        push: Push,
+        computed: &Computed,
+    ) -> Result<(PushReport, f64), Status> {
+        let first = (0..)
+            .zip(&computed.first)
+            .map(|(choice, sampled)| sampled_to_wire(choice, sampled, &request.sampling))
+            .collect();
+        let payload = v1::Commit { first }.encode_to_vec();
+        let report = push.commit(payload.into()).await.map_err(error::push)?;
+        Ok((report, computed.at.elapsed().as_secs_f64() * 1e3))
+    }
+
+    fn reply(&self, computed: &Computed, report: &PushReport, exposed_transfer_ms: f64) -> v1::PrefillReply {
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        v1::PrefillReply {
+            timing: Some(v1::PrefillTiming {
+                queue_ms: computed.queue_ms,
+                prefill_ms: computed.prefill_ms,
+                exposed_transfer_ms,
+                cached_tokens: count(computed.cached_tokens as u64),
+            }),
+            kv: Some(v1::KvTransfer {
+                bytes: report.bytes,
+                blocks: count(report.cells / self.limits.layout.layers as u64),
+                cached_blocks: 0,
+                transport: report.transport.to_string(),
+                refetched: count(report.refetched),
+            }),
+            load: Some(load_to_wire(&self.load.borrow())),
+        }
+    }
+}
+
+async fn passed(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}

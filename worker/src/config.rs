@@ -1,0 +1,61 @@
+//! What every worker is told, and the member it becomes.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use cluster::{Member, Role};
+use engine::{EngineInfo, KvLayout};
+
+/// Settings that both kinds of worker share.
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// Unique name in the cluster.
+    pub name: String,
+    /// The served model's name.
+    pub model: String,
+    /// Address that others reach this worker at, host:port; the bound one when empty.
+    pub advertise: Option<String>,
+    /// Failure zone, free text.
+    pub zone: String,
+    /// Hash over everything that must be equal between two workers of one request.
+    pub compat_hash: String,
+    /// This start of the process.
+    pub incarnation: u64,
+    /// Most sequences at once (running or reserved). Default 256.
+    pub max_sequences: usize,
+    /// Most sequences waiting. Default 1024.
+    pub max_waiting: usize,
+    /// Most tokens in one engine step.
+    pub step_tokens: usize,
+    /// How long a drain may take before what is left is cut. Default 30 s.
+    pub drain_deadline: Duration,
+}
+
+impl WorkerConfig {
+    /// The address that others use.
+    pub fn address(&self, bound: SocketAddr) -> String {
+        match &self.advertise {
+            Some(address) => address.clone(),
+            None => bound.to_string(),
+        }
+    }
+
+    /// The member that this worker registers as.
+    pub fn member(&self, role: Role, address: &str, layout: &KvLayout, info: &EngineInfo) -> Member {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Member {
+            worker: self.name.clone(),
+            role,
+            address: address.to_owned(),
+            model: self.model.clone(),
+            compat_hash: self.compat_hash.clone(),
+            incarnation: self.incarnation,
+            transports: vec!["tcp".into()],
+            zone: self.zone.clone(),
+            block_tokens: count(layout.block_tokens),
+            total_blocks: count(layout.blocks),
+            max_context_tokens: count(info.max_context_tokens),
+            max_sequences: count(self.max_sequences),
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! What a prefill and a decode worker have in common: the frame around the engine.
+//!
+//! Requests from the wire ([`request`]), refusal of stale attempts ([`attempts`]), the KV pool as a
+//! registered region ([`pool`]), measured rates ([`rate`]), and serving gRPC and KV on one address until
+//! told to stop ([`serve`]).
+
+pub mod attempts;
+pub mod config;
+pub mod pool;
+pub mod rate;
+pub mod request;
+pub mod serve;
+
+pub use config::WorkerConfig;
+pub use request::Request;

@@ -1,0 +1,192 @@
+//! A worker's life: serve gRPC and KV connections on one address, be a member, drain, end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::{Join, Load, Member};
+
+use kv_transport::mux;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::service::{Routes, RoutesBuilder};
+use tonic::transport::Server;
+use tonic::{Code, Status};
+use tonic_health::server::HealthReporter;
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::WorkerConfig;
+use crate::attempts::Attempts;
+
+/// What a shed request is told to wait.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// RESOURCE_EXHAUSTED with a hint when to try again.
+pub fn shed(why: &str) -> Status {
+    let retry = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+    Status::with_error_details(Code::ResourceExhausted, why, retry)
+}
+
+/// Runs the engine's loop on its own thread; the receiver tells how it ended.
+pub fn on_thread<E: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> Result<(), E> + Send + 'static,
+) -> oneshot::Receiver<Result<(), E>> {
+    let (done, ended) = oneshot::channel();
+    let spawned = std::thread::Builder::new().name(name.into()).spawn(move || {
+        let _ = done.send(work());
+    });
+    if let Err(error) = spawned {
+        tracing::error!(%error, name, "no thread for the engine");
+    }
+    ended
+}
+
+/// What a worker needs besides its service to live as a member of the cluster.
+pub struct Life {
+    /// Settings.
+    pub config: WorkerConfig,
+    /// What it registers as.
+    pub member: Member,
+    /// Where.
+    pub registry: Arc<dyn Join>,
+    /// What it reports.
+    pub load: Arc<watch::Sender<Load>>,
+    /// What runs, for the drain.
+    pub attempts: Attempts,
+}
+
+/// Why a life ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum LifeError<E> {
+    /// The engine's loop failed.
+    #[error("engine: {0}")]
+    Engine(E),
+    /// The server failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The registry could not be joined.
+    #[error(transparent)]
+    Registry(#[from] cluster::RegistryError),
+    /// A part ended that never should.
+    #[error("{0}")]
+    Broken(String),
+}
+
+impl Life {
+    /// Serves until `stop`, then drains: out of the registry at once, nothing new taken, running requests
+    /// end on their own until the deadline.
+    pub async fn run<E, F, Fut>(
+        self,
+        listener: TcpListener,
+        routes: RoutesBuilder,
+        on_kv: F,
+        mut engine: oneshot::Receiver<Result<(), E>>,
+        stop: CancellationToken,
+    ) -> Result<(), LifeError<E>>
+    where
+        F: Fn(TcpStream) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let (routes, health) = with_health_and_reflection(routes).await?;
+        let close = CancellationToken::new();
+        let mut server = tokio::spawn(serve(listener, routes, on_kv, close.clone()));
+        let broken = |text: &str| LifeError::Broken(text.into());
+        let engine_ended = |ended: Result<Result<(), E>, _>| match ended {
+            Ok(Err(error)) => LifeError::Engine(error),
+            _ => broken("the engine's thread ended"),
+        };
+        let load = self.load.subscribe();
+        let membership = tokio::select! {
+            joined = self.registry.join(self.member, load) => joined?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        tracing::info!(worker = %self.config.name, "serving");
+        tokio::select! {
+            () = stop.cancelled() => {}
+            ended = &mut engine => return Err(engine_ended(ended)),
+            ended = &mut server => match ended {
+                Ok(Err(error)) => return Err(error.into()),
+                _ => return Err(broken("the server ended")),
+            },
+        }
+
+        let running = self.attempts.len();
+        tracing::info!(worker = %self.config.name, running, "draining");
+        self.load.send_modify(|load| load.draining = true);
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        membership.leave(LEAVE_PATIENCE).await;
+        tokio::select! {
+            () = self.attempts.all_ended() => {}
+            () = tokio::time::sleep(self.config.drain_deadline) => {
+                tracing::warn!(cut = self.attempts.len(), "drain deadline passed");
+            }
+            ended = &mut engine => return Err(engine_ended(ended)),
+        }
+        close.cancel();
+        if tokio::time::timeout(CLOSE_PATIENCE, &mut server).await.is_err() {
+            server.abort();
+        }
+        Ok(())
+    }
+}
+
+/// Adds health and reflection to a worker's own services.
+pub async fn with_health_and_reflection(
+    mut builder: RoutesBuilder,
+) -> Result<(Routes, HealthReporter), ServeError> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| ServeError::Setup(e.to_string()))?;
+    let reflection_alpha = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1alpha()
+        .map_err(|e| ServeError::Setup(e.to_string()))?;
+    builder.add_service(health).add_service(reflection).add_service(reflection_alpha);
+    Ok((builder.routes(), reporter))
+}
+
+/// Why serving ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The server could not be put together.
+    #[error("cannot set up the server: {0}")]
+    Setup(String),
+    /// The listener or the HTTP/2 server failed.
+    #[error("serving failed: {0}")]
+    Transport(String),
+}
+
+/// Serves until `stop`, then lets running calls end. `on_kv` gets every KV connection.
+pub async fn serve<F, Fut>(
+    listener: TcpListener,
+    routes: Routes,
+    on_kv: F,
+    stop: CancellationToken,
+) -> Result<(), ServeError>
+where
+    F: Fn(TcpStream) -> Fut + Send + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    let (mut kv, grpc) = mux::split(listener, mux::MuxConfig::default());
+    let kv_task = tokio::spawn(async move {
+        while let Some(stream) = kv.next().await {
+            tokio::spawn(on_kv(stream));
+        }
+    });
+    let served = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(grpc, stop.cancelled_owned())
+        .await;
+    kv_task.abort();
+    served.map_err(|e| ServeError::Transport(e.to_string()))
+}
