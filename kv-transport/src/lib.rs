@@ -1,1 +1,57 @@
-//! Bytes from one registered memory to another.
+//! Bytes from one registered memory to another, over TCP, with proof of arrival.
+//!
+//! A [`Receiver`] owns a [`Region`] laid out as a [`Grid`] of *cells*. It reserves slots for a transfer and issues
+//! a ticket: the right to write them. A [`Sender`] opens the ticket, pushes the cells with the checksums their
+//! producer made, and commits with a payload of the caller's. The receiver verifies every cell in place; when all
+//! are verified and the commit is there, the [`Landing`] is committed and its memory is the caller's.
+//!
+//! Whatever happens in between, memory is released only when nothing can write (or read) it any more, a stale or
+//! forged ticket writes nothing, and a bad cell is fetched again or fails the transfer. Nothing here knows what
+//! the cells mean.
+//!
+//! * Decisions are plain synchronous values: [`landing_state`], [`push_state`], [`ticket`], [`wire`].
+//! * Waiting happens at the edge, always with a deadline: [`Landing`], [`Push`], one task per connection.
+//! * [`mux`] lets the transport share one port with an HTTP/2 server.
+
+mod bits;
+pub mod error;
+pub mod grid;
+mod incoming;
+mod landing;
+pub mod landing_state;
+mod link;
+pub mod mux;
+mod push;
+pub mod push_state;
+mod receiver;
+mod region;
+mod sender;
+mod serve;
+mod socket;
+mod stats;
+mod stream;
+pub mod ticket;
+pub mod wire;
+
+pub use error::{LandingError, PushError, Refusal, ReserveError, TicketError};
+pub use grid::Grid;
+pub use landing::{Landed, Landing, Revoking};
+pub use landing_state::LandingEnd;
+pub use push::{Cell, CellQueue, Push, PushReport};
+pub use receiver::{Receiver, ReceiverConfig, Reserve};
+pub use region::Region;
+pub use sender::{Sender, SenderConfig};
+pub use stats::{ReceiverStats, SenderStats};
+pub use ticket::Ticket;
+
+/// Name of the transport, as reported by landings and pushes.
+pub const TRANSPORT: &str = "tcp";
+
+/// Who a worker is: its name, and which life of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Name, at most 255 bytes.
+    pub worker: String,
+    /// Differs after every restart.
+    pub incarnation: u64,
+}

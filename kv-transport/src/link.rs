@@ -1,0 +1,142 @@
+//! All connections to one peer, and the pushes that take turns on them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::PushError;
+use crate::push::{Job, PushShared};
+use crate::stats::SenderCounters;
+
+/// Warm connections to one incarnation of one receiver. Each is served by a task of its own; all take frames from
+/// the same pushes in turn, so an idle connection helps a busy push. Losing one connection ends the link.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) counters: Arc<SenderCounters>,
+    /// Wakes one idle connection.
+    pub(crate) work: Notify,
+    /// Ends every connection.
+    pub(crate) stop: CancellationToken,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    pushes: HashMap<u128, Arc<PushShared>>,
+    ready: VecDeque<Arc<PushShared>>,
+    dead: bool,
+}
+
+impl Link {
+    pub(crate) fn new(counters: Arc<SenderCounters>) -> Self {
+        Self {
+            counters,
+            work: Notify::new(),
+            stop: CancellationToken::new(),
+            inner: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.inner.lock().dead
+    }
+
+    pub(crate) fn pushes(&self) -> usize {
+        self.inner.lock().pushes.len()
+    }
+
+    /// Takes part from now on; false when the link is dead.
+    pub(crate) fn add(&self, push: &Arc<PushShared>) -> bool {
+        let mut inner = self.inner.lock();
+        if !inner.dead {
+            inner.pushes.insert(push.ticket.transfer, push.clone());
+        }
+        !inner.dead
+    }
+
+    /// The push is over. What it still has to say (an abort) is said.
+    pub(crate) fn remove(&self, push: &Arc<PushShared>) {
+        let mut inner = self.inner.lock();
+        let known = inner
+            .pushes
+            .get(&push.ticket.transfer)
+            .is_some_and(|known| Arc::ptr_eq(known, push));
+        let removed = if known {
+            inner.pushes.remove(&push.ticket.transfer)
+        } else {
+            None
+        };
+        drop(inner);
+        drop(removed);
+    }
+
+    pub(crate) fn push(&self, transfer: u128) -> Option<Arc<PushShared>> {
+        self.inner.lock().pushes.get(&transfer).cloned()
+    }
+
+    /// Whether a transfer is still under way here.
+    pub(crate) fn knows(&self, transfer: u128) -> bool {
+        self.inner.lock().pushes.contains_key(&transfer)
+    }
+
+    /// The push has something to send.
+    pub(crate) fn list(&self, push: &Arc<PushShared>) {
+        if push.listed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let mut inner = self.inner.lock();
+        if inner.dead {
+            return;
+        }
+        inner.ready.push_back(push.clone());
+        drop(inner);
+        self.work.notify_one();
+    }
+
+    /// The next frame of the next push in turn.
+    pub(crate) fn take(&self) -> Option<(Arc<PushShared>, Job)> {
+        loop {
+            let push = self.inner.lock().ready.pop_front()?;
+            // Cleared before the look inside, so that whoever adds something meanwhile lists it again.
+            push.listed.store(false, Ordering::Release);
+            let (job, more) = push.next();
+            if more {
+                self.list(&push);
+            }
+            if let Some(job) = job {
+                return Some((push, job));
+            }
+        }
+    }
+
+    /// Closes the link when nobody uses it; true when it is closed now.
+    pub(crate) fn close_if_idle(&self) -> bool {
+        let mut inner = self.inner.lock();
+        let idle = inner.pushes.is_empty() && inner.ready.is_empty();
+        inner.dead |= idle;
+        let dead = inner.dead;
+        drop(inner);
+        if dead {
+            self.stop.cancel();
+        }
+        dead
+    }
+
+    /// A connection is lost: the link and everything on it is over.
+    pub(crate) fn die(&self, why: &PushError) {
+        let mut inner = self.inner.lock();
+        inner.dead = true;
+        let pushes = std::mem::take(&mut inner.pushes);
+        let ready = std::mem::take(&mut inner.ready);
+        drop(inner);
+        self.stop.cancel();
+        drop(ready);
+        for push in pushes.into_values() {
+            push.fail(why.clone());
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! The states of a push: what to send next, what is acknowledged, when the source memory is free again.
+//!
+//! ```text
+//! Opening ──attached──► Pushing ──commit──► Committing ──commit acknowledged──► Committed
+//!    │                     │                    │                                  │
+//!    └──────── close ──────┴────────────────────┴──► Closing ◄──────── close ──────┘
+//!                                                       └──no read in flight any more──► Closed (source released)
+//! ```
+//!
+//! Plain synchronous code: no clock, no sockets, no locks.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::bits::Bits;
+use crate::error::{PushError, Refusal};
+use crate::landing_state::MAX_REFETCHES;
+
+/// One cell to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueuedCell {
+    /// Its plane.
+    pub plane: u32,
+    /// Index into the ticket's slots.
+    pub index: u32,
+    /// Slot in the sender's own grid.
+    pub src_slot: u32,
+    /// CRC-32C made by the producer.
+    pub checksum: u32,
+}
+
+/// Where a push is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PushPhase {
+    /// The ticket was not accepted yet.
+    Opening,
+    /// Cells may be queued.
+    Pushing,
+    /// The caller committed: what is queued drains, then the commit goes out.
+    Committing,
+    /// The receiver committed.
+    Committed,
+    /// Over, but a read of the source is in flight.
+    Closing,
+    /// Over and quiet.
+    Closed,
+}
+
+/// What a connection with nothing to do sends next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing now.
+    Nothing,
+    /// Only the attach, which precedes a transfer's first frame on every connection.
+    Attach,
+    /// Cells, as frame `seq`.
+    Write {
+        /// Number of the frame; the reply repeats it.
+        seq: u32,
+        /// The cells.
+        cells: Vec<QueuedCell>,
+    },
+    /// The commit.
+    Commit,
+    /// The abort.
+    Abort,
+}
+
+/// Bounds of the frames a push hands out.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameBounds {
+    /// Most cells in a frame.
+    pub cells: usize,
+    /// Most bytes in a frame of several cells.
+    pub bytes: usize,
+    /// Most bytes sent and not acknowledged; one frame may always be in flight.
+    pub window_bytes: usize,
+}
+
+/// The state of one push.
+#[derive(Debug)]
+pub struct PushState {
+    phase: PushPhase,
+    end: Option<PushError>,
+    slots: usize,
+    total: usize,
+    cell_bytes: usize,
+    bounds: FrameBounds,
+    queued: Bits,
+    queued_count: usize,
+    pending: VecDeque<QueuedCell>,
+    sent: HashMap<u32, Vec<QueuedCell>>,
+    sent_cells: usize,
+    next_seq: u32,
+    reads: usize,
+    retries: HashMap<usize, u8>,
+    refetched: u64,
+    attach_due: bool,
+    commit_due: bool,
+    abort_due: bool,
+}
+
+impl PushState {
+    /// A push of `planes * slots` cells of `cell_bytes` bytes.
+    pub fn new(planes: usize, slots: usize, cell_bytes: usize, bounds: FrameBounds) -> Self {
+        let total = planes.saturating_mul(slots);
+        Self {
+            phase: PushPhase::Opening,
+            end: None,
+            slots,
+            total,
+            cell_bytes,
+            bounds,
+            queued: Bits::new(total),
+            queued_count: 0,
+            pending: VecDeque::new(),
+            sent: HashMap::new(),
+            sent_cells: 0,
+            next_seq: 1,
+            reads: 0,
+            retries: HashMap::new(),
+            refetched: 0,
+            attach_due: true,
+            commit_due: false,
+            abort_due: false,
+        }
+    }
+
+    /// Where it is.
+    pub fn phase(&self) -> PushPhase {
+        self.phase
+    }
+
+    /// Why it is over, once Closing or Closed without a commit.
+    pub fn end(&self) -> Option<&PushError> {
+        self.end.as_ref()
+    }
+
+    /// Reads of the source in flight.
+    pub fn reads(&self) -> usize {
+        self.reads
+    }
+
+    /// Cells sent again because of a bad checksum.
+    pub fn refetched(&self) -> u64 {
+        self.refetched
+    }
+
+    /// Bytes accepted and not acknowledged yet.
+    pub fn outstanding_bytes(&self) -> usize {
+        (self.pending.len() + self.sent_cells).saturating_mul(self.cell_bytes)
+    }
+
+    /// How many cells may be queued now without exceeding the window; at least one when nothing is outstanding.
+    pub fn room(&self) -> usize {
+        let outstanding = self.outstanding_bytes();
+        let room = self.bounds.window_bytes.saturating_sub(outstanding) / self.cell_bytes.max(1);
+        if outstanding == 0 { room.max(1) } else { room }
+    }
+
+    /// Whether the push goes on.
+    pub fn is_open(&self) -> bool {
+        matches!(
+            self.phase,
+            PushPhase::Opening | PushPhase::Pushing | PushPhase::Committing
+        )
+    }
+
+    fn id(&self, plane: u32, index: u32) -> Option<usize> {
+        let (plane, index) = (plane as usize, index as usize);
+        let id = plane.checked_mul(self.slots)?.checked_add(index)?;
+        (index < self.slots && id < self.total).then_some(id)
+    }
+
+    /// Accepts cells, all or none; each may be queued once.
+    pub fn queue(&mut self, cells: &[QueuedCell]) -> Result<(), PushError> {
+        if !matches!(self.phase, PushPhase::Opening | PushPhase::Pushing) {
+            return Err(self.end.clone().unwrap_or(PushError::Closed));
+        }
+        for (at, cell) in cells.iter().enumerate() {
+            if !self
+                .id(cell.plane, cell.index)
+                .is_some_and(|id| self.queued.add(id))
+            {
+                for cell in cells.iter().take(at) {
+                    self.id(cell.plane, cell.index)
+                        .map(|id| self.queued.remove(id));
+                }
+                return Err(PushError::BadCell {
+                    plane: cell.plane,
+                    index: cell.index,
+                });
+            }
+        }
+        self.queued_count += cells.len();
+        self.pending.extend(cells);
+        Ok(())
+    }
+
+    /// The receiver accepted the ticket. Comes once per connection.
+    pub fn attached(&mut self) {
+        if self.phase == PushPhase::Opening {
+            self.phase = PushPhase::Pushing;
+        }
+    }
+
+    /// The caller wants to commit.
+    pub fn commit(&mut self) -> Result<(), PushError> {
+        match self.phase {
+            PushPhase::Pushing if self.queued_count == self.total => {
+                self.phase = PushPhase::Committing;
+                self.commit_due = true;
+                Ok(())
+            }
+            PushPhase::Pushing => Err(PushError::Incomplete {
+                missing: (self.total - self.queued_count) as u64,
+            }),
+            _ => Err(self.end.clone().unwrap_or(PushError::Closed)),
+        }
+    }
+
+    /// Whether [`PushState::next`] has something to send.
+    pub fn has_next(&self) -> bool {
+        match self.phase {
+            PushPhase::Opening => self.attach_due,
+            PushPhase::Pushing | PushPhase::Committing => self.may_write() || self.may_commit(),
+            PushPhase::Committed => false,
+            PushPhase::Closing | PushPhase::Closed => self.abort_due,
+        }
+    }
+
+    fn may_write(&self) -> bool {
+        let sent = self.sent_cells.saturating_mul(self.cell_bytes);
+        let fits = sent.saturating_add(self.cell_bytes) <= self.bounds.window_bytes;
+        !self.pending.is_empty() && (self.sent_cells == 0 || fits)
+    }
+
+    fn may_commit(&self) -> bool {
+        self.commit_due && self.pending.is_empty() && self.sent.is_empty()
+    }
+
+    /// Takes what a connection shall send now.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it is no iterator: nothing now does not mean the end"
+    )]
+    pub fn next(&mut self) -> Next {
+        if !self.has_next() {
+            return Next::Nothing;
+        }
+        match self.phase {
+            PushPhase::Opening => {
+                self.attach_due = false;
+                Next::Attach
+            }
+            PushPhase::Closing | PushPhase::Closed => {
+                self.abort_due = false;
+                Next::Abort
+            }
+            _ if self.may_commit() => {
+                self.commit_due = false;
+                Next::Commit
+            }
+            _ => self.next_write(),
+        }
+    }
+
+    fn next_write(&mut self) -> Next {
+        let window = self
+            .bounds
+            .window_bytes
+            .saturating_sub(self.sent_cells.saturating_mul(self.cell_bytes));
+        let by_bytes = self.bounds.bytes.min(window) / self.cell_bytes.max(1);
+        let count = by_bytes
+            .clamp(1, self.bounds.cells.max(1))
+            .min(self.pending.len());
+        let cells: Vec<_> = self.pending.drain(..count).collect();
+        let seq = self.next_seq;
+        self.next_seq = self.next_seq.wrapping_add(1);
+        self.sent_cells += cells.len();
+        self.sent.insert(seq, cells.clone());
+        Next::Write { seq, cells }
+    }
+
+    /// A read of the source is about to start; false when it must not.
+    #[must_use]
+    pub fn read_begins(&mut self) -> bool {
+        let may = self.is_open();
+        self.reads += usize::from(may);
+        may
+    }
+
+    /// A read that was let begin is over.
+    pub fn read_ends(&mut self) {
+        self.reads = self.reads.saturating_sub(1);
+        self.advance();
+    }
+
+    /// The receiver took frame `seq`; the cells whose bit is set in `bad` must be sent again.
+    /// Replies to unknown frames are ignored.
+    pub fn acked(&mut self, seq: u32, bad: u64) {
+        let Some(cells) = self.sent.remove(&seq) else {
+            return;
+        };
+        self.sent_cells -= cells.len();
+        for (at, cell) in cells
+            .into_iter()
+            .enumerate()
+            .filter(|(at, _)| *at < 64 && bad >> at & 1 == 1)
+        {
+            debug_assert!(at < 64);
+            let Some(id) = self.id(cell.plane, cell.index) else {
+                continue;
+            };
+            let retries = self.retries.entry(id).or_insert(0);
+            if *retries >= MAX_REFETCHES {
+                return self.close(PushError::Corrupt);
+            }
+            *retries += 1;
+            self.refetched += 1;
+            self.pending.push_front(cell);
+        }
+    }
+
+    /// The receiver committed. Ignored unless everything was acknowledged and the commit was sent.
+    pub fn commit_acked(&mut self) {
+        if self.phase == PushPhase::Committing && !self.commit_due {
+            self.phase = PushPhase::Committed;
+        }
+    }
+
+    /// The push is over. The first reason stays. Unless the receiver knows already, it must be told.
+    pub fn close(&mut self, why: PushError) {
+        if matches!(self.phase, PushPhase::Closing | PushPhase::Closed) {
+            return;
+        }
+        if self.phase != PushPhase::Committed {
+            self.abort_due =
+                !matches!(why, PushError::Refused(refusal) if refusal != Refusal::Busy);
+            self.end = Some(why);
+        }
+        self.phase = PushPhase::Closing;
+        self.pending.clear();
+        self.sent.clear();
+        self.sent_cells = 0;
+        self.advance();
+    }
+
+    fn advance(&mut self) {
+        if self.phase == PushPhase::Closing && self.reads == 0 {
+            self.phase = PushPhase::Closed;
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "push_state_tests.rs"]
+mod tests;

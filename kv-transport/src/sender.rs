@@ -1,0 +1,331 @@
+//! The sending side of a worker: opens tickets, keeps warm connections to the peers that issued them.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use parking_lot::Mutex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+use crate::error::{PushError, Refusal};
+use crate::link::Link;
+use crate::push::{Push, PushShared};
+use crate::push_state::{FrameBounds, PushPhase, PushState};
+use crate::stats::{SenderCounters, SenderStats};
+use crate::stream::{Limits, Stream};
+use crate::ticket::Ticket;
+use crate::wire::{self, Hello, HelloAck};
+use crate::{Grid, Identity, Region};
+
+/// The knobs of a sender.
+#[derive(Debug, Clone)]
+pub struct SenderConfig {
+    /// Connections to each peer (default 2).
+    pub streams: usize,
+    /// Bytes of one push that may be queued by [`Push::cells`] or sent, and not acknowledged (default 16 MiB).
+    pub window_bytes: usize,
+    /// A peer must be reached and answer by then (default 3 s).
+    pub connect_timeout: Duration,
+    /// No byte taken and no reply for this long, while one is due, ends a peer's connections (default 10 s).
+    pub progress_timeout: Duration,
+    /// Connections without a push for this long are closed (default 60 s).
+    pub idle_timeout: Duration,
+    /// Peers to keep connections to (default 256); those without a push give way.
+    pub max_peers: usize,
+    /// Most cells in one frame (default and bound 64).
+    pub frame_cells: usize,
+    /// Most bytes in one frame of several cells (default 1 MiB, bound 4 MiB).
+    pub frame_bytes: usize,
+}
+
+impl Default for SenderConfig {
+    fn default() -> Self {
+        Self {
+            streams: 2,
+            window_bytes: 16 << 20,
+            connect_timeout: Duration::from_secs(3),
+            progress_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(60),
+            max_peers: 256,
+            frame_cells: wire::MAX_FRAME_CELLS,
+            frame_bytes: 1 << 20,
+        }
+    }
+}
+
+/// The sending side. Cheap to clone. Connections live until idle, or until the last clone and push are gone.
+#[derive(Debug, Clone)]
+pub struct Sender {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    identity: Identity,
+    region: Region,
+    grid: Grid,
+    config: SenderConfig,
+    counters: Arc<SenderCounters>,
+    peers: Mutex<HashMap<Identity, Arc<Peer>>>,
+}
+
+/// One peer; the lock is held while connecting, so that others wait for the outcome.
+#[derive(Debug, Default)]
+struct Peer {
+    link: tokio::sync::Mutex<Option<Arc<Link>>>,
+}
+
+impl Peer {
+    fn now(&self) -> Option<Arc<Link>> {
+        self.link
+            .try_lock()
+            .ok()?
+            .clone()
+            .filter(|link| !link.is_dead())
+    }
+}
+
+impl Sender {
+    /// A sender of cells laid out as `grid` in `region`.
+    pub fn new(identity: Identity, region: Region, grid: Grid, config: SenderConfig) -> Self {
+        let counters = Arc::default();
+        Self {
+            shared: Arc::new(Shared {
+                identity,
+                region,
+                grid,
+                config,
+                counters,
+                peers: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Opens a ticket: reaches its receiver, on warm connections if there are any, and shows it the ticket.
+    /// `hold` keeps the source memory until nothing reads it.
+    pub async fn open(
+        &self,
+        ticket: Bytes,
+        hold: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Push, PushError> {
+        let shared = &self.shared;
+        let ticket = Ticket::decode(&ticket)?;
+        let deadline = Instant::now() + Duration::from_millis(ticket.time_to_live_ms).min(FAR);
+        shared.check_layout(&ticket)?;
+        let mut link = shared.link(&ticket, deadline).await?;
+        let bounds = FrameBounds {
+            cells: shared.config.frame_cells.clamp(1, wire::MAX_FRAME_CELLS),
+            bytes: shared.config.frame_bytes.min(wire::MAX_FRAME_BYTES),
+            window_bytes: shared.config.window_bytes,
+        };
+        let memory = || (shared.region.clone(), shared.grid);
+        let state = || {
+            PushState::new(
+                shared.grid.planes as usize,
+                ticket.slots.len(),
+                shared.grid.cell_bytes as usize,
+                bounds,
+            )
+        };
+        let new = |link| {
+            Arc::new(PushShared::new(
+                ticket.clone(),
+                deadline,
+                state(),
+                memory(),
+                link,
+                hold.clone(),
+            ))
+        };
+        let mut push = new(link.clone());
+        if !link.add(&push) {
+            // The link died between two looks at it: once more, with a fresh one.
+            link = shared.link(&ticket, deadline).await?;
+            push = new(link.clone());
+            if !link.add(&push) {
+                return Err(PushError::PeerGone);
+            }
+        }
+        let push_handle = Push::new(push.clone());
+        link.list(&push);
+        push.wait(|state| (state.phase() != PushPhase::Opening).then_some(()))
+            .await?;
+        Ok(push_handle)
+    }
+
+    /// Counters and gauges.
+    pub fn stats(&self) -> SenderStats {
+        let links: Vec<_> = self
+            .shared
+            .peers
+            .lock()
+            .values()
+            .filter_map(|peer| peer.now())
+            .collect();
+        let counters = &self.shared.counters;
+        SenderStats {
+            pushes: links.iter().map(|link| link.pushes()).sum(),
+            peers: links.len(),
+            committed_total: counters.committed.get(),
+            failed_total: counters.failed.get(),
+            bytes_total: counters.bytes.get(),
+            refetched_cells_total: counters.refetched_cells.get(),
+            connects_total: counters.connects.get(),
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Pushes that are still open keep their link; the others close now.
+        for peer in self.peers.get_mut().values() {
+            if let Some(link) = peer.now() {
+                link.close_if_idle();
+            }
+        }
+    }
+}
+
+/// The longest a ticket is believed to live.
+const FAR: Duration = Duration::from_secs(24 * 3600);
+
+impl Shared {
+    fn check_layout(&self, ticket: &Ticket) -> Result<(), PushError> {
+        if (ticket.grid.planes, ticket.grid.cell_bytes) == (self.grid.planes, self.grid.cell_bytes)
+        {
+            return Ok(());
+        }
+        Err(PushError::Layout {
+            theirs_planes: ticket.grid.planes,
+            theirs_bytes: ticket.grid.cell_bytes,
+            ours_planes: self.grid.planes,
+            ours_bytes: self.grid.cell_bytes,
+        })
+    }
+
+    /// A live link to the ticket's receiver, old or new.
+    async fn link(&self, ticket: &Ticket, deadline: Instant) -> Result<Arc<Link>, PushError> {
+        let peer = self.peer(&ticket.receiver)?;
+        let mut slot = timeout_at(deadline, peer.link.lock())
+            .await
+            .map_err(|_| PushError::Expired)?;
+        if let Some(link) = slot.as_ref().filter(|link| !link.is_dead()) {
+            return Ok(link.clone());
+        }
+        *slot = None;
+        let link = self.connect(ticket, deadline).await?;
+        *slot = Some(link.clone());
+        Ok(link)
+    }
+
+    /// The place of a peer in the table; makes room by closing the link of one without pushes.
+    fn peer(&self, identity: &Identity) -> Result<Arc<Peer>, PushError> {
+        let mut peers = self.peers.lock();
+        if let Some(peer) = peers.get(identity) {
+            return Ok(peer.clone());
+        }
+        peers.retain(|_, peer| Arc::strong_count(peer) > 1 || peer.now().is_some());
+        let max = self.config.max_peers;
+        if peers.len() >= max {
+            let idle = |peer: &Arc<Peer>| {
+                Arc::strong_count(peer) == 1 && peer.now().is_none_or(|link| link.close_if_idle())
+            };
+            let victim = peers
+                .iter()
+                .find(|(_, peer)| idle(peer))
+                .map(|(identity, _)| identity.clone());
+            peers.remove(&victim.ok_or(PushError::Busy { max })?);
+        }
+        let peer = Arc::<Peer>::default();
+        peers.insert(identity.clone(), peer.clone());
+        Ok(peer)
+    }
+
+    async fn connect(&self, ticket: &Ticket, deadline: Instant) -> Result<Arc<Link>, PushError> {
+        let mut reason = "the ticket names no endpoint".to_owned();
+        for endpoint in &ticket.endpoints {
+            let until = deadline.min(Instant::now() + self.config.connect_timeout);
+            let connects = (0..self.config.streams.max(1))
+                .map(|_| self.connect_one(endpoint, &ticket.receiver));
+            match timeout_at(until, futures::future::try_join_all(connects)).await {
+                Ok(Ok(sockets)) => return Ok(self.start(sockets)),
+                Ok(Err(Unreached::Refused(refusal))) => return Err(PushError::Refused(refusal)),
+                Ok(Err(Unreached::Io(error))) => reason = format!("{endpoint}: {error}"),
+                Err(_) => reason = format!("{endpoint}: no answer in time"),
+            }
+        }
+        Err(PushError::Connect {
+            endpoints: ticket.endpoints.join(", "),
+            reason,
+        })
+    }
+
+    fn start(&self, sockets: Vec<TcpStream>) -> Arc<Link> {
+        let link = Arc::new(Link::new(self.counters.clone()));
+        let limits = Limits {
+            progress: self.config.progress_timeout,
+            idle: self.config.idle_timeout,
+        };
+        for socket in sockets {
+            self.counters.connects.add(1);
+            tokio::spawn(Stream::new(link.clone(), socket, limits).run());
+        }
+        link
+    }
+
+    async fn connect_one(&self, endpoint: &str, peer: &Identity) -> Result<TcpStream, Unreached> {
+        let mut socket = TcpStream::connect(endpoint).await?;
+        crate::socket::tune(&socket)?;
+        let hello = Hello {
+            from: self.identity.clone(),
+            to: peer.clone(),
+        };
+        socket
+            .write_all(
+                &hello
+                    .encode()
+                    .ok_or(Unreached::Refused(Refusal::Protocol))?,
+            )
+            .await?;
+        let mut ack = vec![0; 2];
+        socket.read_exact(&mut ack).await?;
+        let len = usize::from(ack.as_slice().get_u16_le());
+        if len > wire::MAX_HELLO_BYTES {
+            return Err(Unreached::Refused(Refusal::Protocol));
+        }
+        ack.resize(2 + len + 4, 0);
+        socket
+            .read_exact(ack.get_mut(2..).unwrap_or_default())
+            .await?;
+        let (guarded, mut crc) = ack.split_at(2 + len);
+        let intact = crc.get_u32_le() == crc32c::crc32c(guarded);
+        let parsed = guarded
+            .get(2..)
+            .and_then(HelloAck::parse)
+            .filter(|_| intact);
+        match parsed {
+            None => Err(Unreached::Refused(Refusal::Protocol)),
+            Some(HelloAck {
+                refused: Some(refusal),
+                ..
+            }) => Err(Unreached::Refused(refusal)),
+            Some(ack) if ack.from != *peer => Err(Unreached::Refused(Refusal::Stale)),
+            Some(_) => Ok(socket),
+        }
+    }
+}
+
+enum Unreached {
+    Refused(Refusal),
+    Io(std::io::Error),
+}
+
+impl From<std::io::Error> for Unreached {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}

@@ -1,0 +1,416 @@
+//! The receiver's side of one connection: hello, then frames until it closes. Hostile bytes end it, nothing else.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use crate::Identity;
+use crate::error::Refusal;
+use crate::landing::{LandingShared, Notice};
+use crate::landing_state::LandingEnd;
+use crate::receiver::{Known, ReceiverShared};
+use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox, tune};
+use crate::wire::{self, HEADER_BYTES, Header, Hello, HelloAck, Kind};
+
+/// Notices about ended landings a connection queues; more are told at the next frame instead.
+const NOTICES: usize = 256;
+/// Replies a connection queues before it stops reading.
+const MAX_OUTBOX_BYTES: usize = 64 << 10;
+
+/// Replies that are sent before the connection would wait anyway.
+const FLUSH_BYTES: usize = 4 * HEADER_BYTES;
+
+/// Why a connection ends.
+#[derive(Debug)]
+pub(crate) enum Close {
+    /// The peer closed it.
+    End,
+    /// Nothing came for too long.
+    Silent,
+    /// The peer sent nonsense.
+    Protocol(&'static str),
+    /// The receiver shuts down.
+    Shutdown,
+    /// The socket failed.
+    Io(io::Error),
+}
+
+impl From<io::Error> for Close {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// A transfer this connection showed the secret of. The landing itself may be long gone.
+pub(crate) type Attached = HashMap<u128, Weak<LandingShared>>;
+
+pub(crate) struct Connection {
+    pub(crate) receiver: Arc<ReceiverShared>,
+    pub(crate) stream: TcpStream,
+    pub(crate) inbox: Inbox,
+    pub(crate) outbox: Outbox,
+    pub(crate) attached: Attached,
+    pub(crate) fairness: Fairness,
+    pub(crate) discard: Box<[u8]>,
+    peer: Identity,
+    notices: mpsc::Receiver<Notice>,
+    notify: mpsc::Sender<Notice>,
+}
+
+/// Counts a connection for as long as it lives.
+struct Counted(Arc<ReceiverShared>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Serves a connection until it closes; everything attached to it and still open is then lost.
+pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: TcpStream) {
+    let count = receiver.connections.fetch_add(1, Ordering::Relaxed);
+    let _counted = Counted(receiver.clone());
+    let busy = count >= receiver.config.max_connections;
+    let (notify, notices) = mpsc::channel(NOTICES);
+    let mut connection = Connection {
+        receiver,
+        stream,
+        inbox: Inbox::new(),
+        outbox: Outbox::default(),
+        attached: Attached::new(),
+        fairness: Fairness::default(),
+        discard: Box::default(),
+        peer: Identity {
+            worker: String::new(),
+            incarnation: 0,
+        },
+        notices,
+        notify,
+    };
+    let Err(close) = connection.run(busy).await;
+    connection.close(&close);
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Also reached when the task itself is dropped: whatever was attached is lost.
+        self.lose(LandingEnd::PeerGone);
+    }
+}
+
+impl Connection {
+    async fn run(&mut self, busy: bool) -> Result<std::convert::Infallible, Close> {
+        tune(&self.stream)?;
+        self.hello(busy).await?;
+        loop {
+            if self.outbox.len() >= FLUSH_BYTES {
+                self.outbox.flush(&self.stream)?;
+            }
+            if self.outbox.len() >= MAX_OUTBOX_BYTES {
+                self.readable(Instant::now() + self.receiver.config.progress_timeout)
+                    .await?;
+            }
+            let idle = self.receiver.config.idle_timeout;
+            let header = match self
+                .need(HEADER_BYTES, idle)
+                .await?
+                .first_chunk::<HEADER_BYTES>()
+            {
+                Some(bytes) => Header::parse(bytes).ok_or(Close::Protocol("damaged header"))?,
+                None => return Err(Close::End),
+            };
+            self.inbox.consume(HEADER_BYTES);
+            if !header.is_bounded() {
+                return Err(Close::Protocol("frame out of bounds"));
+            }
+            match header.kind {
+                Kind::Write => self.write_frame(header).await?,
+                Kind::Attach => self.attach_frame(header).await?,
+                Kind::Commit => self.commit_frame(header).await?,
+                Kind::Abort => self.abort_frame(header).await?,
+                _ => return Err(Close::Protocol("a reply from a sender")),
+            }
+        }
+    }
+
+    async fn hello(&mut self, busy: bool) -> Result<(), Close> {
+        let limit = self.receiver.config.hello_timeout;
+        let prefix = wire::MAGIC.len() + 2;
+        let mut head = self.need(prefix, limit).await?;
+        let magic = head.get(..wire::MAGIC.len()).unwrap_or_default() == wire::MAGIC;
+        head.advance(wire::MAGIC.len());
+        let len = usize::from(head.get_u16_le());
+        if !magic || len > wire::MAX_HELLO_BYTES {
+            return Err(Close::Protocol("not a hello"));
+        }
+        let all = self.need(prefix + len + 4, limit).await?;
+        let (guarded, mut crc) = all
+            .get(wire::MAGIC.len()..prefix + len + 4)
+            .and_then(|rest| rest.split_at_checked(2 + len))
+            .ok_or(Close::Protocol("not a hello"))?;
+        if crc.get_u32_le() != crc32c::crc32c(guarded) {
+            return Err(Close::Protocol("damaged hello"));
+        }
+        let hello = Hello::parse(guarded.get(2..).unwrap_or_default())
+            .ok_or(Close::Protocol("not a hello"))?;
+        self.inbox.consume(prefix + len + 4);
+        let refused = match &hello {
+            (_, None) => Some(Refusal::Protocol),
+            (_, Some(hello)) if hello.to != self.receiver.identity => {
+                self.receiver.counters.stale_refused.add(1);
+                Some(Refusal::Stale)
+            }
+            _ if busy => Some(Refusal::Busy),
+            _ => None,
+        };
+        let answer = HelloAck {
+            from: self.receiver.identity.clone(),
+            refused,
+        };
+        self.outbox.bytes.extend(
+            answer
+                .encode()
+                .ok_or(Close::Protocol("this receiver's name is too long"))?,
+        );
+        self.outbox.flush(&self.stream)?;
+        match (hello, refused) {
+            ((_, Some(hello)), None) => {
+                self.peer = hello.from;
+                Ok(())
+            }
+            _ => Err(Close::End),
+        }
+    }
+
+    async fn attach_frame(&mut self, header: Header) -> Result<(), Close> {
+        let body = self
+            .need(wire::ATTACH_BYTES, self.receiver.config.progress_timeout)
+            .await?;
+        let mut body = body
+            .first_chunk::<{ wire::ATTACH_BYTES }>()
+            .copied()
+            .ok_or(Close::End)?
+            .to_vec();
+        self.inbox.consume(wire::ATTACH_BYTES);
+        if crc32c::crc32c(&body) != header.body_crc {
+            return Err(Close::Protocol("damaged attach"));
+        }
+        let mut fields = body.as_slice();
+        let mut secret = [0; 16];
+        fields.copy_to_slice(&mut secret);
+        let (generation, attempt) = (fields.get_u64_le(), fields.get_u32_le());
+        let outcome = self.attach(header.transfer, &secret, generation, attempt);
+        // The secret leaves no copy behind.
+        body.fill(0);
+        secret.fill(0);
+        match outcome {
+            Ok(()) => self.reply(Kind::Attached, header.transfer, header.seq, 0),
+            Err(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
+        }
+        Ok(())
+    }
+
+    fn attach(
+        &mut self,
+        transfer: u128,
+        secret: &[u8; 16],
+        generation: u64,
+        attempt: u32,
+    ) -> Result<(), Refusal> {
+        let counters = &self.receiver.counters;
+        let landing = match self.receiver.known(transfer) {
+            Known::Live(landing) => landing,
+            Known::Ended(refusal) => {
+                counters.stale_refused.add(1);
+                return Err(refusal);
+            }
+            Known::Never => {
+                counters.stale_refused.add(1);
+                return Err(Refusal::Unknown);
+            }
+        };
+        if !landing.secret.matches(secret) {
+            counters.forged_refused.add(1);
+            return Err(Refusal::Forged);
+        }
+        if landing.generation != generation || landing.attempt != attempt {
+            counters.stale_refused.add(1);
+            return Err(Refusal::Stale);
+        }
+        if self.attached.contains_key(&transfer) {
+            return landing.refusal().map_or(Ok(()), Err);
+        }
+        if self.attached.len() >= self.receiver.config.max_attached {
+            self.attached
+                .retain(|_, landing| landing.strong_count() > 0);
+            if self.attached.len() >= self.receiver.config.max_attached {
+                return Err(Refusal::Busy);
+            }
+        }
+        landing.attach(&self.peer, self.notify.clone())?;
+        self.attached.insert(transfer, Arc::downgrade(&landing));
+        Ok(())
+    }
+
+    async fn commit_frame(&mut self, header: Header) -> Result<(), Close> {
+        let known = self.attached.get(&header.transfer).map(Weak::upgrade);
+        let payload = self.body(header, known.is_some()).await?;
+        let committed = match &known {
+            Some(Some(landing)) => landing.commit(payload),
+            // Ended and let go of. A stale answer means it was committed: the acknowledgement may be repeated.
+            Some(None) => matches!(
+                self.receiver.known(header.transfer),
+                Known::Ended(Refusal::Stale)
+            ),
+            None => false,
+        };
+        if committed {
+            self.reply(Kind::CommitAck, header.transfer, header.seq, 0);
+        } else if let Some(refusal) = self.refusal(header.transfer) {
+            self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64);
+        }
+        Ok(())
+    }
+
+    async fn abort_frame(&mut self, header: Header) -> Result<(), Close> {
+        let reason = self.body(header, true).await?;
+        if let Some(landing) = self.attached.get(&header.transfer).and_then(Weak::upgrade) {
+            landing.revoke(LandingEnd::Aborted, &String::from_utf8_lossy(&reason));
+        }
+        Ok(())
+    }
+
+    /// Reads a body that is not about cells; memory grows with what arrives, and only if `keep`.
+    async fn body(&mut self, header: Header, keep: bool) -> Result<Bytes, Close> {
+        let (mut left, mut body) = (header.body_bytes as usize, Vec::new());
+        while left > 0 {
+            let limit = self.receiver.config.progress_timeout;
+            let got = self.need(1, limit).await?;
+            let n = got.len().min(left);
+            if keep {
+                body.extend_from_slice(got.get(..n).unwrap_or_default());
+            }
+            self.inbox.consume(n);
+            left -= n;
+        }
+        if keep && crc32c::crc32c(&body) != header.body_crc {
+            return Err(Close::Protocol("damaged body"));
+        }
+        Ok(body.into())
+    }
+
+    /// Why frames of a transfer are refused, if they are.
+    pub(crate) fn refusal(&self, transfer: u128) -> Option<Refusal> {
+        match self.attached.get(&transfer).map(Weak::upgrade) {
+            Some(Some(landing)) => landing.refusal(),
+            Some(None) => match self.receiver.known(transfer) {
+                Known::Ended(refusal) => Some(refusal),
+                _ => Some(Refusal::Unknown),
+            },
+            None => Some(Refusal::Unknown),
+        }
+    }
+
+    pub(crate) fn reply(&mut self, kind: Kind, transfer: u128, seq: u32, arg: u64) {
+        Header::bare(kind, transfer, seq, arg).put(&mut self.outbox.bytes);
+    }
+
+    /// At least `n` bytes in the inbox, waiting at most `limit` for all of them.
+    pub(crate) async fn need(&mut self, n: usize, limit: Duration) -> Result<&[u8], Close> {
+        let mut until = None;
+        while self.inbox.bytes().len() < n {
+            let space = self.inbox.space(INBOX_BYTES / 2);
+            match self.stream.try_read(space) {
+                Ok(0) => return Err(Close::End),
+                Ok(n) => self.inbox.filled(n),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let until = *until.get_or_insert_with(|| Instant::now() + limit);
+                    self.readable(until).await?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(self.inbox.bytes())
+    }
+
+    /// Waits until the socket may be read, sending replies and notices meanwhile.
+    pub(crate) async fn readable(&mut self, until: Instant) -> Result<(), Close> {
+        loop {
+            while let Ok(notice) = self.notices.try_recv() {
+                self.pass_on(notice);
+            }
+            self.outbox.flush(&self.stream)?;
+            let full = self.outbox.len() >= MAX_OUTBOX_BYTES;
+            let interest = match (self.outbox.is_empty(), full) {
+                (true, _) => Interest::READABLE,
+                (false, true) => Interest::WRITABLE,
+                (false, false) => Interest::READABLE | Interest::WRITABLE,
+            };
+            let notice = tokio::select! {
+                biased;
+                () = self.receiver.stop.cancelled() => return Err(Close::Shutdown),
+                notice = self.notices.recv() => notice,
+                ready = self.stream.ready(interest) => {
+                    let ready = ready?;
+                    if !full && (ready.is_readable() || ready.is_error()) {
+                        return Ok(());
+                    }
+                    None
+                }
+                () = sleep_until(until) => return Err(Close::Silent),
+            };
+            if let Some(notice) = notice {
+                self.pass_on(notice);
+            }
+        }
+    }
+
+    fn pass_on(&mut self, notice: Notice) {
+        self.reply(Kind::Refused, notice.transfer, 0, notice.refusal as u64);
+    }
+
+    /// Ends everything attached and still open.
+    fn lose(&mut self, end: LandingEnd) {
+        for (_, landing) in self.attached.drain() {
+            if let Some(landing) = landing.upgrade() {
+                landing.revoke(end, "");
+            }
+        }
+    }
+
+    /// Says why, if there is something to say, and ends what was attached.
+    fn close(&mut self, close: &Close) {
+        let end = match close {
+            Close::Shutdown => LandingEnd::Shutdown,
+            Close::Silent => LandingEnd::Stalled,
+            Close::End | Close::Protocol(_) | Close::Io(_) => LandingEnd::PeerGone,
+        };
+        self.lose(end);
+        let refusal = match close {
+            Close::Protocol(what) => {
+                self.receiver.counters.protocol_errors.add(1);
+                tracing::warn!(peer = %self.peer.worker, what, "closing a connection that breaks the protocol");
+                Refusal::Protocol
+            }
+            Close::Shutdown => Refusal::Shutdown,
+            Close::Silent => Refusal::Stalled,
+            Close::End => return,
+            Close::Io(error) => {
+                tracing::debug!(peer = %self.peer.worker, %error, "connection failed");
+                return;
+            }
+        };
+        // Transfer 0 is the connection itself. Best effort: the peer sees the close anyway.
+        self.reply(Kind::Refused, 0, 0, refusal as u64);
+        let _ = self.outbox.flush(&self.stream);
+    }
+}

@@ -1,0 +1,113 @@
+//! Counters and gauges of both sides.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::landing_state::LandingEnd;
+
+/// A counter that only grows.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a receiver counts.
+#[derive(Debug, Default)]
+pub(crate) struct ReceiverCounters {
+    pub(crate) committed: Counter,
+    pub(crate) voided: [Counter; LandingEnd::ALL.len()],
+    pub(crate) bytes: Counter,
+    pub(crate) discarded_bytes: Counter,
+    pub(crate) duplicate_cells: Counter,
+    pub(crate) checksum_failures: Counter,
+    pub(crate) stale_refused: Counter,
+    pub(crate) forged_refused: Counter,
+    pub(crate) protocol_errors: Counter,
+}
+
+impl ReceiverCounters {
+    pub(crate) fn voided(&self, end: LandingEnd) {
+        if let Some(at) = LandingEnd::ALL.iter().position(|e| *e == end)
+            && let Some(counter) = self.voided.get(at)
+        {
+            counter.add(1);
+        }
+    }
+}
+
+/// A receiver's state now (gauges) and since its start (`_total`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceiverStats {
+    /// Transfers that wait for their first byte.
+    pub reserved: usize,
+    /// Transfers that receive.
+    pub receiving: usize,
+    /// Transfers in quarantine: over, but a write is still in flight.
+    pub revoking: usize,
+    /// Open connections.
+    pub connections: usize,
+    /// Transfers committed.
+    pub committed_total: u64,
+    /// Transfers that ended without a commit, by reason.
+    pub voided_total: [(LandingEnd, u64); LandingEnd::ALL.len()],
+    /// Payload bytes written into place.
+    pub bytes_total: u64,
+    /// Payload bytes thrown away: duplicates and late writes.
+    pub discarded_bytes_total: u64,
+    /// Cells that arrived once more although verified.
+    pub duplicate_cells_total: u64,
+    /// Cells whose checksum was wrong.
+    pub checksum_failures_total: u64,
+    /// Connections or attaches refused because they belong to another incarnation, generation or an ended transfer.
+    pub stale_refused_total: u64,
+    /// Attaches refused because the secret was wrong.
+    pub forged_refused_total: u64,
+    /// Connections closed because of nonsense.
+    pub protocol_errors_total: u64,
+}
+
+impl ReceiverStats {
+    /// Transfers that ended for this reason.
+    pub fn voided(&self, end: LandingEnd) -> u64 {
+        self.voided_total
+            .iter()
+            .find(|(e, _)| *e == end)
+            .map_or(0, |(_, n)| *n)
+    }
+}
+
+/// What a sender counts.
+#[derive(Debug, Default)]
+pub(crate) struct SenderCounters {
+    pub(crate) committed: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) bytes: Counter,
+    pub(crate) refetched_cells: Counter,
+    pub(crate) connects: Counter,
+}
+
+/// A sender's state now (gauges) and since its start (`_total`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SenderStats {
+    /// Pushes that are open.
+    pub pushes: usize,
+    /// Peers with warm connections.
+    pub peers: usize,
+    /// Pushes committed.
+    pub committed_total: u64,
+    /// Pushes that ended without a commit.
+    pub failed_total: u64,
+    /// Payload bytes handed to the network, repetitions included.
+    pub bytes_total: u64,
+    /// Cells sent again because of a bad checksum.
+    pub refetched_cells_total: u64,
+    /// Connections made.
+    pub connects_total: u64,
+}

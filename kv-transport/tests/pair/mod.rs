@@ -1,0 +1,216 @@
+//! A receiver and a sender on loopback, with known bytes, for every test of the crate.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test binary uses its own part"
+)]
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kv_transport::mux::{MuxConfig, split};
+use kv_transport::{
+    Cell, Grid, Identity, Landing, Receiver, ReceiverConfig, Region, Reserve, Sender, SenderConfig,
+};
+use rand::rngs::StdRng;
+use rand::{RngCore, SeedableRng};
+use tokio::net::TcpListener;
+
+/// Holds that are alive.
+#[derive(Debug, Clone, Default)]
+pub struct Holds(Arc<AtomicUsize>);
+
+/// Stands for the blocks of a pool.
+#[derive(Debug)]
+pub struct Hold(Arc<AtomicUsize>);
+
+impl Holds {
+    pub fn take(&self) -> Hold {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Hold(self.0.clone())
+    }
+
+    pub fn alive(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+pub fn identity(worker: &str, incarnation: u64) -> Identity {
+    Identity {
+        worker: worker.to_owned(),
+        incarnation,
+    }
+}
+
+/// Waits, without sleeping, until something that other tasks do has happened.
+pub async fn until(what: &str, mut happened: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !happened() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Nothing in these tests may take longer.
+pub async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(30), future)
+        .await
+        .expect("took too long")
+}
+
+/// A pair of workers with one grid.
+pub struct Pair {
+    pub grid: Grid,
+    pub receiver: Receiver,
+    pub sender: Sender,
+    pub source: Region,
+    pub target: Region,
+    pub address: std::net::SocketAddr,
+    pub holds: Holds,
+}
+
+pub struct Setup {
+    pub grid: Grid,
+    pub receiver: ReceiverConfig,
+    pub sender: SenderConfig,
+    /// What the tickets advertise instead of the receiver's own address.
+    pub endpoint: Option<String>,
+}
+
+impl Setup {
+    pub fn new(planes: u32, slots: u64, cell_bytes: u32) -> Self {
+        let grid = Grid {
+            planes,
+            plane_stride: slots * u64::from(cell_bytes),
+            cell_bytes,
+        };
+        Self {
+            grid,
+            receiver: ReceiverConfig::default(),
+            sender: SenderConfig::default(),
+            endpoint: None,
+        }
+    }
+
+    pub async fn start(self) -> Pair {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.start_on(listener)
+    }
+
+    pub fn start_on(mut self, listener: TcpListener) -> Pair {
+        let grid = self.grid;
+        let bytes = (u64::from(grid.planes) * grid.plane_stride) as usize;
+        let (source, target) = (Region::zeroed(bytes), Region::zeroed(bytes));
+        let mut random = vec![0; bytes];
+        StdRng::seed_from_u64(7).fill_bytes(&mut random);
+        source.copy_in(0, &random).unwrap();
+        let address = listener.local_addr().unwrap();
+        self.receiver.endpoints = vec![self.endpoint.unwrap_or(address.to_string())];
+        let receiver = Receiver::new(identity("decode", 1), target.clone(), grid, self.receiver);
+        let sender = Sender::new(identity("prefill", 1), source.clone(), grid, self.sender);
+        let (kv, rpc) = split(listener, MuxConfig::default());
+        let serving = receiver.clone();
+        tokio::spawn(async move {
+            let _rpc = rpc;
+            serving.serve_all(kv).await;
+        });
+        Pair {
+            grid,
+            receiver,
+            sender,
+            source,
+            target,
+            address,
+            holds: Holds::default(),
+        }
+    }
+}
+
+impl Pair {
+    pub fn reserve(&self, slots: &[u32]) -> Landing<Hold> {
+        self.reserve_for(slots, Duration::from_secs(20))
+    }
+
+    pub fn reserve_for(&self, slots: &[u32], time: Duration) -> Landing<Hold> {
+        let deadline = tokio::time::Instant::now().into_std() + time;
+        let (slots, meta) = (slots.to_vec(), Bytes::from_static(b"meta"));
+        self.receiver
+            .reserve(Reserve {
+                slots,
+                meta,
+                attempt: 1,
+                deadline,
+                hold: self.holds.take(),
+            })
+            .unwrap()
+    }
+
+    /// The cells of a plane, from source slot `src[i]` to the ticket's slot `i`.
+    pub fn cells(&self, plane: u32, src: &[u32]) -> Vec<Cell> {
+        let cell = |(index, &src_slot): (usize, &u32)| {
+            let place = self.grid.cell(plane, src_slot).unwrap();
+            Cell {
+                index: index as u32,
+                src_slot,
+                checksum: self.source.checksum(0, place).unwrap(),
+            }
+        };
+        src.iter().enumerate().map(cell).collect()
+    }
+
+    pub fn cell(region: &Region, grid: &Grid, plane: u32, slot: u32) -> Vec<u8> {
+        let place = grid.cell(plane, slot).unwrap();
+        let mut bytes = vec![0; place.len()];
+        region.copy_out(place.start, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Every cell of the target equals its source.
+    pub fn assert_landed(&self, src: &[u32], dst: &[u32]) {
+        for plane in 0..self.grid.planes {
+            for (&src, &dst) in src.iter().zip(dst) {
+                let (want, got) = (
+                    Self::cell(&self.source, &self.grid, plane, src),
+                    Self::cell(&self.target, &self.grid, plane, dst),
+                );
+                assert!(want == got, "plane {plane}, {src} to {dst}");
+            }
+        }
+    }
+
+    /// Pushes all planes and commits.
+    pub async fn push_all(
+        &self,
+        ticket: Bytes,
+        src: &[u32],
+    ) -> Result<kv_transport::PushReport, kv_transport::PushError> {
+        let push = self
+            .sender
+            .open(ticket, Arc::new(self.holds.take()))
+            .await?;
+        for plane in 0..self.grid.planes {
+            push.cells(plane, &self.cells(plane, src)).await?;
+        }
+        push.commit(Bytes::from_static(b"first token")).await
+    }
+
+    /// Nothing is left behind on either side.
+    pub async fn assert_quiet(&self) {
+        until("everything released", || {
+            let stats = self.receiver.stats();
+            self.holds.alive() == 0
+                && (stats.reserved, stats.receiving, stats.revoking) == (0, 0, 0)
+                && self.sender.stats().pushes == 0
+        })
+        .await;
+    }
+}
