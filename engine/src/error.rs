@@ -24,3 +24,13 @@ pub enum EngineError {
     #[error("device failure: {0}")]
     Device(String),
 }
+
+impl EngineError {
+    /// The model at `path` is not usable, because.
+    pub fn model(path: &std::path::Path, reason: impl Into<String>) -> Self {
+        Self::Model {
+            path: path.display().to_string(),
+            reason: reason.into(),
+        }
+    }
+}

@@ -6,7 +6,9 @@
 
 pub mod batch;
 pub mod error;
+pub mod import;
 pub mod kv;
+mod mapped;
 pub mod model;
 pub mod sampling;
 

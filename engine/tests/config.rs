@@ -1,5 +1,7 @@
 //! Model folders as they are in the wild, and broken ones.
 
+#![allow(clippy::unwrap_used)]
+
 use engine::model::{Architecture, ModelConfig, RopeScaling};
 use proptest::prelude::*;
 use serde_json::{Value, json};

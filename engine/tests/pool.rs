@@ -1,5 +1,7 @@
 //! The block pool against a naive model: no block in two hands, nothing lost, least recently used goes first.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use xxhash_rust::xxh3::Xxh3;
 
 use super::config::ModelConfig;
-use super::raw::model_error;
+use super::weights::weight_files;
 use crate::EngineError;
 
 /// Slices of tensor data that enter the hash, evenly spread: fine-tunes of one base differ everywhere.
@@ -23,28 +23,11 @@ impl ModelConfig {
         hasher.update(format!("{self:?}").as_bytes());
         for path in weight_files(dir)? {
             hash_file(&path, &mut hasher)
-                .map_err(|e| model_error(&path, format!("cannot be read: {e}")))?;
+                .map_err(|e| EngineError::model(&path, format!("cannot be read: {e}")))?;
         }
         hasher.update(suffix.as_bytes());
         Ok(format!("{:032x}", hasher.digest128()))
     }
-}
-
-/// The folder's safetensors files in the order of their names; none is an error.
-pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, EngineError> {
-    let unreadable = |e: std::io::Error| model_error(dir, format!("cannot be read: {e}"));
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        if path.extension().is_some_and(|ext| ext == "safetensors") {
-            files.push(path);
-        }
-    }
-    if files.is_empty() {
-        return Err(model_error(dir, "no *.safetensors file"));
-    }
-    files.sort();
-    Ok(files)
 }
 
 fn hash_file(path: &Path, hasher: &mut Xxh3) -> std::io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::raw::{Ids, RawConfig, RawGeneration, RawRope, model_error, read_json};
+use super::raw::{Ids, RawConfig, RawGeneration, RawRope, read_json};
 use super::rope::{Rope, RopeScaling};
 use crate::EngineError;
 
@@ -71,7 +71,7 @@ impl ModelConfig {
         } else {
             RawGeneration::default()
         };
-        Self::resolve(raw, generation).map_err(|reason| model_error(&path, reason))
+        Self::resolve(raw, generation).map_err(|reason| EngineError::model(&path, reason))
     }
 
     /// Query heads per key/value head.

@@ -2,8 +2,12 @@
 
 pub mod compat;
 pub mod config;
+mod random;
 mod raw;
 pub mod rope;
+pub mod weights;
 
 pub use config::{Architecture, ModelConfig};
+pub use random::RandomWeights;
 pub use rope::{Rope, RopeScaling};
+pub use weights::{Matrix, WeightSource, Weights};

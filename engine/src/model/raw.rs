@@ -80,24 +80,18 @@ pub(super) struct RawGeneration {
     pub(super) eos_token_id: Option<Ids>,
 }
 
-pub(super) fn model_error(path: &Path, reason: impl Into<String>) -> EngineError {
-    EngineError::Model {
-        path: path.display().to_string(),
-        reason: reason.into(),
-    }
-}
-
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, EngineError> {
     let size = std::fs::metadata(path)
-        .map_err(|e| model_error(path, format!("cannot be read: {e}")))?
+        .map_err(|e| EngineError::model(path, format!("cannot be read: {e}")))?
         .len();
     if size > MAX_JSON_BYTES {
-        return Err(model_error(
+        return Err(EngineError::model(
             path,
             format!("{size} bytes, more than {MAX_JSON_BYTES}"),
         ));
     }
-    let text =
-        std::fs::read(path).map_err(|e| model_error(path, format!("cannot be read: {e}")))?;
-    serde_json::from_slice(&text).map_err(|e| model_error(path, format!("not understood: {e}")))
+    let text = std::fs::read(path)
+        .map_err(|e| EngineError::model(path, format!("cannot be read: {e}")))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| EngineError::model(path, format!("not understood: {e}")))
 }
