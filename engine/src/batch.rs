@@ -1,5 +1,7 @@
 //! The vocabulary of one engine step: segments in, sampled tokens out.
 
+use crate::{EngineError, EngineInfo, KvLayout};
+
 /// How a sequence draws its tokens. Zero-cost defaults: greedy, nothing penalised, nothing biased.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
@@ -71,6 +73,46 @@ pub struct Segment<'a> {
     pub samples: &'a [SampleRequest<'a>],
 }
 
+impl Segment<'_> {
+    fn check(&self, layout: &KvLayout, info: &EngineInfo) -> Result<(), String> {
+        if self.tokens.is_empty() {
+            return Err("no tokens".into());
+        }
+        let end = self.position.checked_add(self.tokens.len());
+        let end = end
+            .filter(|&end| end <= info.max_context_tokens)
+            .ok_or_else(|| {
+                format!(
+                    "{} tokens at {} pass the context of {}",
+                    self.tokens.len(),
+                    self.position,
+                    info.max_context_tokens
+                )
+            })?;
+        if let Some(token) = self
+            .tokens
+            .iter()
+            .find(|&&token| token as usize >= info.vocab_size)
+        {
+            return Err(format!(
+                "token {token}, the vocabulary has {}",
+                info.vocab_size
+            ));
+        }
+        let needed = layout.blocks_for(end);
+        let table = self.blocks.get(..needed).ok_or_else(|| {
+            format!(
+                "{end} tokens need {needed} blocks, the table has {}",
+                self.blocks.len()
+            )
+        })?;
+        match table.iter().find(|&&block| block as usize >= layout.blocks) {
+            Some(block) => Err(format!("block {block}, the pool has {}", layout.blocks)),
+            None => Ok(()),
+        }
+    }
+}
+
 /// One step: a ragged list of segments of different sequences.
 #[derive(Debug, Clone, Default)]
 pub struct Batch<'a> {
@@ -82,6 +124,16 @@ impl Batch<'_> {
     /// Number of tokens over all segments.
     pub fn tokens(&self) -> usize {
         self.segments.iter().map(|s| s.tokens.len()).sum()
+    }
+
+    /// What every backend checks before it touches memory: token ids, positions, block tables.
+    pub fn validate(&self, layout: &KvLayout, info: &EngineInfo) -> Result<(), EngineError> {
+        for (index, segment) in self.segments.iter().enumerate() {
+            segment
+                .check(layout, info)
+                .map_err(|reason| EngineError::BadBatch(format!("segment {index}: {reason}")))?;
+        }
+        Ok(())
     }
 }
 

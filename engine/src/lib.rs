@@ -5,6 +5,7 @@
 //! decode steps and mixtures of both, on every backend.
 
 pub mod batch;
+pub mod cpu;
 pub mod error;
 pub mod import;
 pub mod kv;

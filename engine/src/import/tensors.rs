@@ -69,6 +69,10 @@ pub(super) fn write(
     let note = Some([("format".to_owned(), "pt".to_owned())].into());
     safetensors::serialize_to_file(views, note, path)
         .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+    // The writer makes it private to its user; a model folder is for whoever may read the folder.
+    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(path, readable)
+        .map_err(|e| format!("cannot publish {}: {e}", path.display()))?;
     Ok(written)
 }
 

@@ -1,0 +1,366 @@
+//! One step through the network: the layers' calls in order, each spread over the team.
+
+use super::network::{Layer, Linear, Network};
+use super::plan::Plan;
+use super::region::{KvRegion, Region};
+use super::simd::Kernels;
+use super::simd::attention::{AttentionLayer, AttentionTask};
+use super::simd::gemm::{Gemm, Packed};
+use super::simd::rows::{NormRow, QkvRow, SwigluRow};
+use super::team::Team;
+use crate::model::ModelConfig;
+use crate::{EngineError, KvMemory};
+
+/// Rows of a GEMM task: its activations stay in the second-level cache.
+const ROW_BLOCK: usize = 96;
+/// Rows that go through the MLP together: bounds its scratch.
+const MLP_ROWS: usize = 384;
+/// Rows of a task of row work.
+const ROWS_PER_TASK: usize = 8;
+
+/// f32 rows, a cache line more than a power of two apart where they would collide in the cache.
+pub(super) struct Buffer {
+    region: Region,
+    stride: usize,
+}
+
+impl Buffer {
+    fn new(rows: usize, width: usize) -> Result<Self, EngineError> {
+        let stride = width.next_multiple_of(16) + 16;
+        Ok(Self {
+            region: Region::new(rows * stride * 4, "activations")?,
+            stride,
+        })
+    }
+
+    fn at(&self) -> *mut f32 {
+        self.region.as_ptr().cast()
+    }
+
+    /// # Safety
+    /// `row` below the buffer's rows.
+    unsafe fn row(&self, row: usize) -> *mut f32 {
+        // SAFETY: inside the region.
+        unsafe { self.at().add(row * self.stride) }
+    }
+}
+
+// SAFETY: plain memory; concurrent access is to disjoint rows or read-only, as each loop below says.
+unsafe impl Sync for Buffer {}
+
+/// The activations of a step.
+pub(super) struct Buffers {
+    /// Residual stream `[tokens, hidden]`.
+    x: Buffer,
+    /// `[tokens, hidden]`
+    normed: Buffer,
+    /// `[tokens, (heads + 2 · kv_heads) · head_dim]`
+    qkv: Buffer,
+    /// `[tokens, heads · head_dim]`
+    attended: Buffer,
+    /// `[MLP_ROWS, 2 · ffn]`, gate padded to whole panels.
+    gate_up: Buffer,
+    /// `[MLP_ROWS, ffn]`
+    gated: Buffer,
+    /// `[tokens, head_dim / 2]`
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    frequencies: Vec<f32>,
+}
+
+impl Buffers {
+    pub(super) fn new(config: &ModelConfig, tokens: usize) -> Result<Self, EngineError> {
+        let (q, kv) = (
+            config.heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+        );
+        let mlp_rows = tokens.min(MLP_ROWS);
+        Ok(Self {
+            x: Buffer::new(tokens, config.hidden)?,
+            normed: Buffer::new(tokens, config.hidden)?,
+            qkv: Buffer::new(tokens, q + 2 * kv)?,
+            attended: Buffer::new(tokens, q)?,
+            gate_up: Buffer::new(mlp_rows, 2 * config.ffn.next_multiple_of(32))?,
+            gated: Buffer::new(mlp_rows, config.ffn)?,
+            cos: Vec::new(),
+            sin: Vec::new(),
+            frequencies: config.rope.frequencies(config.head_dim),
+        })
+    }
+}
+
+/// What a step works with.
+pub(super) struct Step<'a> {
+    pub(super) config: &'a ModelConfig,
+    pub(super) network: &'a Network,
+    pub(super) kv: &'a KvRegion,
+    pub(super) kernels: &'static Kernels,
+    pub(super) team: &'a mut Team,
+    pub(super) buffers: &'a mut Buffers,
+}
+
+impl Step<'_> {
+    /// Runs the plan; the logits of the wanted rows, `[wanted, vocab]`.
+    pub(super) fn run(
+        &mut self,
+        plan: &Plan<'_>,
+        on_layer: &mut dyn FnMut(usize),
+    ) -> Vec<Vec<f32>> {
+        let network = self.network;
+        self.embed(plan);
+        for (index, layer) in network.layers.iter().enumerate() {
+            let rows = plan.rows.len();
+            self.norm(&layer.attention_norm, rows);
+            self.linear(&layer.qkv, Side::Normed, Side::Qkv, rows);
+            self.write_kv(plan, index, layer);
+            on_layer(index);
+            if index + 1 < network.layers.len() {
+                self.attend(&plan.tasks, index, &layer.o, rows);
+                self.mlp(layer, rows);
+            } else {
+                self.keep_wanted(plan);
+                self.attend(&plan.wanted_tasks, index, &layer.o, plan.wanted.len());
+                self.mlp(layer, plan.wanted.len());
+            }
+        }
+        self.logits(plan.wanted.len())
+    }
+
+    /// Embeddings into `x`, angles into `cos` and `sin`.
+    fn embed(&mut self, plan: &Plan<'_>) {
+        let (half, factor) = (
+            self.config.head_dim / 2,
+            self.config.rope.attention_factor(),
+        );
+        let Buffers {
+            x,
+            cos,
+            sin,
+            frequencies,
+            ..
+        } = &mut *self.buffers;
+        cos.clear();
+        sin.clear();
+        for (index, row) in plan.rows.iter().enumerate() {
+            // SAFETY: `forward` admits no more tokens than the buffer has rows; nobody else uses it now.
+            let out = unsafe { std::slice::from_raw_parts_mut(x.row(index), self.config.hidden) };
+            self.network.embed(row.token, out);
+            for frequency in &frequencies[..half] {
+                let angle = f64::from(row.position as f32 * frequency);
+                cos.push(angle.cos() as f32 * factor);
+                sin.push(angle.sin() as f32 * factor);
+            }
+        }
+    }
+
+    /// `normed = norm(x)`.
+    fn norm(&mut self, weight: &[f32], rows: usize) {
+        let (kernels, eps) = (self.kernels, self.config.rms_eps);
+        let Buffers { x, normed, .. } = &*self.buffers;
+        by_rows(self.team, rows, &|row| {
+            // SAFETY: each row is visited once; `x` is only read.
+            unsafe {
+                (kernels.norm)(&NormRow {
+                    x: x.row(row),
+                    weight,
+                    eps,
+                    out: normed.row(row),
+                })
+            };
+        });
+    }
+
+    /// Norms and rotates heads, writes K and V of every row into its block.
+    fn write_kv(&mut self, plan: &Plan<'_>, index: usize, layer: &Layer) {
+        let (config, kernels, kv) = (self.config, self.kernels, self.kv);
+        let half = config.head_dim / 2;
+        let Buffers { qkv, cos, sin, .. } = &*self.buffers;
+        let head_norms = layer
+            .head_norms
+            .as_ref()
+            .map(|(q, k)| (&q[..], &k[..], config.rms_eps));
+        by_rows(self.team, plan.rows.len(), &|row| {
+            let place = plan.rows[row];
+            // SAFETY: each row is visited once. The block is one of the batch's, which the caller owns; no two
+            // rows share a slot of it.
+            unsafe {
+                (kernels.qkv)(&QkvRow {
+                    qkv: qkv.row(row),
+                    heads: config.heads,
+                    kv_heads: config.kv_heads,
+                    head_dim: config.head_dim,
+                    cos: &cos[row * half..][..half],
+                    sin: &sin[row * half..][..half],
+                    head_norms,
+                    query_scale: 1.0 / (config.head_dim as f32).sqrt(),
+                    block: kv.block(index, place.block),
+                    block_tokens: kv.layout().block_tokens,
+                    slot: place.slot,
+                    dtype: kv.layout().dtype,
+                });
+            }
+        });
+    }
+
+    /// `x += o(attention(q, kv))`.
+    fn attend(&mut self, tasks: &[AttentionTask<'_>], index: usize, o: &Linear, rows: usize) {
+        let (kernels, kv) = (self.kernels, self.kv);
+        let Buffers { qkv, attended, .. } = &*self.buffers;
+        let layer = AttentionLayer {
+            layout: kv.layout(),
+            kv: kv.block(index, 0),
+            group: self.config.group(),
+            window: self.config.windows[index],
+            q: qkv.at(),
+            ldq: qkv.stride,
+            out: attended.at(),
+            ldo: attended.stride,
+        };
+        // SAFETY: tasks write disjoint heads of rows; the KV they read was written before this loop.
+        self.team.run(tasks.len(), &|task| unsafe {
+            (kernels.attention)(&layer, &tasks[task])
+        });
+        self.linear(o, Side::Attended, Side::Residual, rows);
+    }
+
+    /// `x += down(silu(gate(norm(x))) · up(norm(x)))`.
+    fn mlp(&mut self, layer: &Layer, rows: usize) {
+        self.norm(&layer.mlp_norm, rows);
+        for first in (0..rows).step_by(MLP_ROWS) {
+            let count = MLP_ROWS.min(rows - first);
+            self.linear_from(&layer.gate_up, Side::Normed, Side::GateUp, count, first);
+            let (kernels, ffn) = (self.kernels, self.config.ffn);
+            let up = layer.gate_up.weights.n / 2;
+            let Buffers { gate_up, gated, .. } = &*self.buffers;
+            by_rows(self.team, count, &|row| {
+                // SAFETY: each row is visited once; gate and up lie in the row.
+                unsafe {
+                    let gate = gate_up.row(row);
+                    (kernels.swiglu)(&SwigluRow {
+                        gate,
+                        up: gate.add(up),
+                        out: gated.row(row),
+                        n: ffn,
+                    });
+                }
+            });
+            self.linear_from(&layer.down, Side::Gated, Side::Residual, count, first);
+        }
+    }
+
+    /// The last layer's rest is computed for rows whose logits are wanted: they move to the front.
+    fn keep_wanted(&mut self, plan: &Plan<'_>) {
+        let (x, qkv) = (&self.buffers.x, &self.buffers.qkv);
+        for (to, &(from, _)) in plan
+            .wanted
+            .iter()
+            .enumerate()
+            .filter(|(to, wanted)| *to != wanted.0)
+        {
+            // SAFETY: `to < from`, both rows of the buffers, different and so not overlapping.
+            unsafe {
+                std::ptr::copy_nonoverlapping(x.row(from), x.row(to), x.stride);
+                std::ptr::copy_nonoverlapping(qkv.row(from), qkv.row(to), qkv.stride);
+            }
+        }
+    }
+
+    fn logits(&mut self, rows: usize) -> Vec<Vec<f32>> {
+        self.norm(&self.network.norm, rows);
+        let mut logits: Vec<Vec<f32>> = Vec::new();
+        // One row block at a time, so that the scratch is bounded.
+        for first in (0..rows).step_by(ROW_BLOCK) {
+            let count = ROW_BLOCK.min(rows - first);
+            let head = &self.network.head;
+            let mut out = vec![0.0f32; count * head.n];
+            let job = Gemm {
+                // SAFETY: a row of the buffer.
+                a: unsafe { self.buffers.normed.row(first) },
+                lda: self.buffers.normed.stride,
+                weights: head,
+                bias: None,
+                out: out.as_mut_ptr(),
+                ldo: head.n,
+                add: false,
+            };
+            product(self.team, self.kernels, &job, count);
+            logits.extend(out.chunks_exact(head.n).map(<[f32]>::to_vec));
+        }
+        logits
+    }
+
+    fn linear(&mut self, linear: &Linear, from: Side, to: Side, rows: usize) {
+        self.linear_from(linear, from, to, rows, 0);
+    }
+
+    /// One product; `first` is where the rows begin in buffers of all tokens.
+    fn linear_from(&mut self, linear: &Linear, from: Side, to: Side, rows: usize, first: usize) {
+        let (a, out) = (from.of(self.buffers), to.of(self.buffers));
+        let job = Gemm {
+            // SAFETY: `first` is a row of the buffer.
+            a: unsafe { a.row(if from.is_mlp() { 0 } else { first }) },
+            lda: a.stride,
+            weights: &linear.weights,
+            bias: linear.bias.as_deref(),
+            // SAFETY: as above.
+            out: unsafe { out.row(if to.is_mlp() { 0 } else { first }) },
+            ldo: out.stride,
+            add: to == Side::Residual,
+        };
+        product(self.team, self.kernels, &job, rows);
+    }
+}
+
+/// A buffer, as the source or target of a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Normed,
+    Qkv,
+    Attended,
+    Residual,
+    GateUp,
+    Gated,
+}
+
+impl Side {
+    fn of(self, buffers: &Buffers) -> &Buffer {
+        match self {
+            Side::Normed => &buffers.normed,
+            Side::Qkv => &buffers.qkv,
+            Side::Attended => &buffers.attended,
+            Side::Residual => &buffers.x,
+            Side::GateUp => &buffers.gate_up,
+            Side::Gated => &buffers.gated,
+        }
+    }
+
+    /// Holds only the rows that are in the MLP now.
+    fn is_mlp(self) -> bool {
+        matches!(self, Side::GateUp | Side::Gated)
+    }
+}
+
+/// Spreads row work over the team.
+fn by_rows(team: &mut Team, rows: usize, body: &(dyn Fn(usize) + Sync)) {
+    let tasks = rows.div_ceil(ROWS_PER_TASK);
+    team.run(tasks, &|task| {
+        (task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK)).for_each(body)
+    });
+}
+
+/// Spreads a product over the team: row blocks × groups of panels.
+fn product(team: &mut Team, kernels: &'static Kernels, job: &Gemm<'_>, rows: usize) {
+    let weights: &Packed = job.weights;
+    let row_blocks = rows.div_ceil(ROW_BLOCK);
+    // Some tasks per thread, so that a thread that is held up does not hold up the others.
+    let groups = (8 * team.threads())
+        .div_ceil(row_blocks.max(1))
+        .clamp(1, weights.panels());
+    team.run(row_blocks * groups, &|task| {
+        let (block, group) = (task / groups, task % groups);
+        let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
+        let panels = group * weights.panels() / groups..(group + 1) * weights.panels() / groups;
+        // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
+        unsafe { (kernels.gemm)(job, rows, panels) };
+    });
+}
