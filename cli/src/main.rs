@@ -1,1 +1,52 @@
-fn main() {}
+//! `tandem`: one binary for every process of a cluster, its clients and its tools.
+
+mod args;
+mod engines;
+mod exit;
+mod generate;
+mod local;
+mod model;
+mod prompts;
+mod report;
+mod serve;
+mod signal;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    init_logs(&cli.log, cli.log_json);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit::report(&anyhow::anyhow!("cannot start: {error}")),
+    };
+    let done = runtime.block_on(async {
+        match cli.command {
+            Command::Up(args) => local::up(args).await,
+            Command::Router(args) => serve::router(args).await,
+            Command::Prefill(args) => serve::prefill(args).await,
+            Command::Decode(args) => serve::decode(args).await,
+            Command::Generate(args) => generate::run(args).await,
+            Command::Model(args) => model::run(args).await,
+        }
+    });
+    // Threads that compute or resolve names may outlast the work; nobody waits for them.
+    runtime.shutdown_background();
+    match done {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => exit::report(&error),
+    }
+}
+
+fn init_logs(filter: &str, json: bool) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json {
+        logs.json().init();
+    } else {
+        logs.with_target(false).compact().init();
+    }
+}

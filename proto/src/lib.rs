@@ -6,6 +6,8 @@ pub mod v1 {
     tonic::include_proto!("tandem.v1");
 }
 
+pub mod server;
+
 /// The encoded file descriptors, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

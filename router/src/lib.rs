@@ -1,1 +1,140 @@
-//! Admission, tokenizer, placement, relay.
+//! The only room with text: admission, tokenizer, placement, relay.
+//!
+//! [`run`] is a process's whole life. A request is a [`journey`]; where it goes is decided by
+//! [`placement`], a pure function of the [`fleet`]'s picture.
+
+pub mod admission;
+pub mod fleet;
+pub mod journey;
+pub mod placement;
+pub mod prefix_index;
+pub mod registry_service;
+pub mod relay;
+pub mod request;
+pub mod service;
+pub mod text;
+pub mod timeline;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::{MemoryRegistry, RegistryError, Watch};
+use parking_lot::Mutex;
+use proto::v1::inference_server::InferenceServer;
+use proto::v1::registry_server::RegistryServer;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::RoutesBuilder;
+use tonic::transport::Server;
+
+use admission::Admission;
+use fleet::Fleet;
+use journey::Shared;
+use placement::{Model, Policy};
+use service::InferenceService;
+use text::model::TextModel;
+
+/// Settings of a router.
+#[derive(Debug, Clone)]
+pub struct RouterConfig {
+    /// Requests at once. Default 1024.
+    pub max_running: usize,
+    /// Requests waiting behind them. Default 1024.
+    pub max_waiting: usize,
+    /// Longest wait for a place in a pool. Default 30 s.
+    pub queue_patience: Duration,
+    /// Local or remote prefill.
+    pub policy: Policy,
+    /// How long a drain may take. Default 30 s.
+    pub drain_deadline: Duration,
+}
+
+/// Where the fleet is found.
+pub enum Registry {
+    /// Workers join this router over gRPC; with nothing else to run.
+    Served(MemoryRegistry),
+    /// Elsewhere: etcd.
+    Watched(Arc<dyn Watch>),
+}
+
+/// What a router works with.
+pub struct Deps {
+    /// Tokenizer and template.
+    pub text: TextModel,
+    /// The fleet.
+    pub registry: Registry,
+}
+
+/// Why a router's process ends badly.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The registry cannot be watched.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The server cannot be put together, or failed.
+    #[error("serving failed: {0}")]
+    Serve(String),
+}
+
+/// The speeds assumed before anything is measured: a small model on a CPU.
+const FIRST_GUESS: Model = Model { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0 };
+
+/// Serves until `stop`; then takes nothing new and lets running requests end, at most the drain deadline.
+pub async fn run(
+    config: RouterConfig,
+    deps: Deps,
+    listener: TcpListener,
+    stop: CancellationToken,
+) -> Result<(), RunError> {
+    let mut routes = RoutesBuilder::default();
+    let picture = match deps.registry {
+        Registry::Served(registry) => {
+            let picture = registry.watch().await?;
+            routes.add_service(RegistryServer::new(registry_service::RegistryService { registry }));
+            picture
+        }
+        Registry::Watched(registry) => registry.watch().await?,
+    };
+    let fleet = Fleet::default();
+    let following = tokio::spawn(fleet.clone().follow(picture));
+    let shared = Arc::new(Shared {
+        text: deps.text,
+        fleet,
+        admission: Admission::new(config.max_running, config.max_waiting),
+        policy: config.policy,
+        queue_patience: config.queue_patience,
+        model: Mutex::new(FIRST_GUESS),
+    });
+    routes.add_service(
+        InferenceServer::new(InferenceService::new(shared))
+            .max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
+    );
+    let (routes, health) = proto::server::with_health_and_reflection(routes)
+        .await
+        .map_err(|e| RunError::Serve(e.to_string()))?;
+    let close = CancellationToken::new();
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), close.clone().cancelled_owned());
+    let mut server = tokio::spawn(server);
+    let ended = tokio::select! {
+        () = stop.cancelled() => {
+            health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+            close.cancel();
+            match tokio::time::timeout(config.drain_deadline, &mut server).await {
+                Ok(ended) => Some(ended),
+                Err(_) => { server.abort(); None }
+            }
+        }
+        ended = &mut server => Some(ended),
+    };
+    following.abort();
+    match ended {
+        Some(Ok(Err(error))) => Err(RunError::Serve(error.to_string())),
+        _ => Ok(()),
+    }
+}

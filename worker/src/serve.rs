@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic::{Code, Status};
-use tonic_health::server::HealthReporter;
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::WorkerConfig;
@@ -90,7 +89,9 @@ impl Life {
         F: Fn(TcpStream) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        let (routes, health) = with_health_and_reflection(routes).await?;
+        let (routes, health) = proto::server::with_health_and_reflection(routes)
+            .await
+            .map_err(|e| ServeError::Setup(e.to_string()))?;
         let close = CancellationToken::new();
         let mut server = tokio::spawn(serve(listener, routes, on_kv, close.clone()));
         let broken = |text: &str| LifeError::Broken(text.into());
@@ -131,26 +132,6 @@ impl Life {
         }
         Ok(())
     }
-}
-
-/// Adds health and reflection to a worker's own services.
-pub async fn with_health_and_reflection(
-    mut builder: RoutesBuilder,
-) -> Result<(Routes, HealthReporter), ServeError> {
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| ServeError::Setup(e.to_string()))?;
-    let reflection_alpha = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1alpha()
-        .map_err(|e| ServeError::Setup(e.to_string()))?;
-    builder.add_service(health).add_service(reflection).add_service(reflection_alpha);
-    Ok((builder.routes(), reporter))
 }
 
 /// Why serving ended badly.

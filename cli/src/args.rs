@@ -1,0 +1,337 @@
+//! The command line, with what each knob means, its unit, default and range.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// The model that is used when none is named.
+pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// Tandem: disaggregated prefill/decode serving for large language models.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, about, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What is logged to standard error: error, warn, info, debug, or a filter like `router=debug,info`
+    #[arg(long, global = true, env = "TANDEM_LOG", default_value = "warn")]
+    pub log: String,
+    /// Log one JSON object a line
+    #[arg(long, global = true)]
+    pub log_json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tandem model fetch                                  get the demo model (93 MB, once)
+  tandem generate \"What is the capital of France?\"    a temporary local cluster answers
+  tandem up --prefill 1 --decode 2                    a local cluster in the foreground
+  tandem generate --addr 127.0.0.1:50051 \"Hello\"      ask a running cluster
+
+A deployment, one process each:
+  tandem router  --model DIR --etcd http://etcd:2379
+  tandem prefill --model DIR --etcd http://etcd:2379 --listen 0.0.0.0:50061 --advertise pod-ip:50061
+  tandem decode  --model DIR --etcd http://etcd:2379 --listen 0.0.0.0:50071 --advertise pod-ip:50071
+
+Exit codes: 0 done, 1 failed, 2 wrong command line, 3 cluster unreachable or pool empty,
+4 request refused, 5 cluster full, 6 deadline passed, 130 interrupted.";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a local cluster in the foreground: a router and worker processes, no etcd needed
+    Up(UpArgs),
+    /// Run the router: admission, tokenizer, placement, the client API
+    Router(RouterArgs),
+    /// Run a prefill worker: computes prompts and pushes their KV
+    Prefill(WorkerArgs),
+    /// Run a decode worker: receives KV and streams tokens
+    Decode(WorkerArgs),
+    /// Send prompts to a cluster and stream the answers
+    Generate(GenerateArgs),
+    /// Fetch, import and inspect models
+    Model(ModelArgs),
+}
+
+/// Where a model is found.
+#[derive(Debug, Clone, Args)]
+pub struct ModelChoice {
+    /// A Hugging Face folder, or the name of a fetched model
+    #[arg(long, env = "TANDEM_MODEL", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// Name that clients use; the folder's name unless given
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// Where fetched models are kept [default: ~/.cache/tandem]
+    #[arg(long, env = "TANDEM_CACHE_DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// How a worker computes.
+#[derive(Debug, Clone, Args)]
+pub struct EngineArgs {
+    /// Compute threads of a worker [default: all cores]
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Memory of a worker's KV pool, MiB
+    #[arg(long, default_value_t = 1024)]
+    pub kv_mib: usize,
+    /// KV blocks of a worker's pool, instead of --kv-mib
+    #[arg(long)]
+    pub kv_blocks: Option<usize>,
+    /// Tokens per KV block; equal on every worker
+    #[arg(long, default_value_t = 16)]
+    pub block_tokens: usize,
+    /// Element type of the KV pool; equal on every worker
+    #[arg(long, value_enum, default_value_t = KvType::Bf16)]
+    pub kv_dtype: KvType,
+    /// Tokens in one engine step [default: 512 for prefill, 256 for decode]
+    #[arg(long)]
+    pub step_tokens: Option<usize>,
+    /// Sequences at once on one worker
+    #[arg(long, default_value_t = 256)]
+    pub max_sequences: usize,
+    /// Sequences waiting on one worker before it sheds
+    #[arg(long, default_value_t = 1024)]
+    pub max_waiting: usize,
+}
+
+/// Element type of the KV pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvType {
+    /// 16-bit brain float
+    Bf16,
+    /// 32-bit float
+    F32,
+}
+
+/// How requests are placed.
+#[derive(Debug, Clone, Args)]
+pub struct PlacementArgs {
+    /// Where prompts are prefilled: by predicted time, always on the prefill pool, or always on the decode worker
+    #[arg(long, value_enum, default_value_t = PrefillOn::Adaptive)]
+    pub prefill_on: PrefillOn,
+    /// Requests at once in the router
+    #[arg(long, default_value_t = 1024)]
+    pub max_running: usize,
+    /// Requests queued in the router before it sheds
+    #[arg(long, default_value_t = 1024)]
+    pub max_queued: usize,
+    /// Longest wait for room on a worker, seconds
+    #[arg(long, default_value_t = 30)]
+    pub queue_seconds: u64,
+}
+
+/// Where prompts are prefilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrefillOn {
+    /// By predicted time
+    Adaptive,
+    /// Always on the prefill pool
+    Remote,
+    /// Always on the decode worker
+    Local,
+}
+
+/// Settings of `up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Prefill workers, each a process
+    #[arg(long, default_value_t = 1)]
+    pub prefill: usize,
+    /// Decode workers, each a process
+    #[arg(long, default_value_t = 1)]
+    pub decode: usize,
+    /// Address of the client API, host:port; port 0 picks a free one
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
+}
+
+/// Settings of `router`.
+#[derive(Debug, Args)]
+pub struct RouterArgs {
+    /// Address of the client API, host:port
+    #[arg(long, default_value = "0.0.0.0:50051")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// etcd endpoints, comma-separated; without it the router keeps the registry itself, for workers with --registry
+    #[arg(long, value_delimiter = ',', env = "TANDEM_ETCD")]
+    pub etcd: Vec<String>,
+    /// Name of the cluster, the middle of its keys in etcd
+    #[arg(long, default_value = "default")]
+    pub cluster: String,
+    /// Seconds that running requests may take when stopping
+    #[arg(long, default_value_t = 30)]
+    pub drain_seconds: u64,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
+}
+
+/// Settings of `prefill` and `decode`.
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// Address for gRPC and KV, host:port; port 0 picks a free one
+    #[arg(long, default_value = "0.0.0.0:0")]
+    pub listen: SocketAddr,
+    /// Address that others reach this worker at, host:port [default: the bound address]
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// Unique name in the cluster [default: host name, role and port]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Failure zone, free text
+    #[arg(long, default_value = "")]
+    pub zone: String,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// etcd endpoints, comma-separated
+    #[arg(long, value_delimiter = ',', env = "TANDEM_ETCD", conflicts_with = "registry")]
+    pub etcd: Vec<String>,
+    /// Address of a router that keeps the registry, host:port
+    #[arg(long, required_unless_present = "etcd")]
+    pub registry: Option<String>,
+    /// Name of the cluster, the middle of its keys in etcd
+    #[arg(long, default_value = "default")]
+    pub cluster: String,
+    /// Seconds after which a silent worker's key leaves etcd
+    #[arg(long, default_value_t = 10)]
+    pub lease_seconds: u64,
+    /// Seconds that running requests may take when stopping
+    #[arg(long, default_value_t = 30)]
+    pub drain_seconds: u64,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Stop when standard input ends (set by `up` on its children)
+    #[arg(long, hide = true)]
+    pub stop_with_parent: bool,
+}
+
+/// Settings of `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The prompt; read from standard input when missing
+    pub prompt: Option<String>,
+    /// Router of a running cluster, host:port; without it a temporary local cluster answers
+    #[arg(long)]
+    pub addr: Option<String>,
+    /// File with prompts: [{"id", "messages" | "text" | "token_ids"}]
+    #[arg(long, conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// Prompts of the file that run at once
+    #[arg(long, default_value_t = 1)]
+    pub concurrency: usize,
+    /// System message before the prompt
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Send the prompt as it is, without the model's chat template
+    #[arg(long, conflicts_with = "system")]
+    pub raw: bool,
+    /// One JSON object a line instead of text
+    #[arg(long)]
+    pub json: bool,
+    /// No timeline after the answer
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Give up after that many seconds
+    #[arg(long)]
+    pub timeout: Option<f64>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Prefill workers of a temporary cluster
+    #[arg(long, default_value_t = 1)]
+    pub prefill: usize,
+    /// Decode workers of a temporary cluster
+    #[arg(long, default_value_t = 1)]
+    pub decode: usize,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
+}
+
+/// How tokens are drawn.
+#[derive(Debug, Clone, Args)]
+pub struct SamplingArgs {
+    /// 0 is greedy: always the most likely token; up to 2
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Only the most likely tokens that together reach this probability, above 0, up to 1
+    #[arg(long, allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Only the k most likely tokens; 0 is off
+    #[arg(long)]
+    pub top_k: Option<u32>,
+    /// Only tokens at least this fraction as likely as the most likely one, 0 to 1
+    #[arg(long, allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Penalty on tokens seen before, above 0; 1 is off
+    #[arg(long, allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Same seed, same tokens
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Output tokens, at most [default: what the context leaves, up to 4096]
+    #[arg(long)]
+    pub max_tokens: Option<u32>,
+    /// End the answer before this string; may be given several times
+    #[arg(long)]
+    pub stop: Vec<String>,
+    /// Go on after an end token
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Parallel answers, 1 to 16
+    #[arg(long, short)]
+    pub n: Option<u32>,
+    /// Log-probabilities of this many alternatives (JSON only), 0 to 20
+    #[arg(long)]
+    pub logprobs: Option<u32>,
+}
+
+/// Settings of `model`.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Which tool
+    #[command(subcommand)]
+    pub command: ModelCommand,
+}
+
+/// The tools for models.
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Download a known model, check it, and import it into the cache
+    Fetch {
+        /// Its name
+        #[arg(default_value = DEFAULT_MODEL)]
+        name: String,
+        /// Where fetched models are kept [default: ~/.cache/tandem]
+        #[arg(long, env = "TANDEM_CACHE_DIR")]
+        cache_dir: Option<PathBuf>,
+    },
+    /// Turn a GGUF file into a Hugging Face folder with bf16 weights
+    Import {
+        /// The GGUF file (Q4_0, Q4_1, Q8_0, F16, BF16, F32)
+        gguf: PathBuf,
+        /// The folder to make
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Show what a model folder holds and what it needs
+    Inspect {
+        #[command(flatten)]
+        model: ModelChoice,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}

@@ -1,0 +1,65 @@
+//! Building an engine from the command line.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use engine::cpu::{CpuEngine, CpuOptions};
+use engine::kv::pool::BlockPool;
+use engine::model::ModelConfig;
+use engine::{Engine, KvDtype, KvLayout};
+
+use crate::args::{EngineArgs, KvType};
+
+/// An engine, its block pool, and the hash that only interchangeable workers share.
+pub struct Built {
+    pub engine: Box<dyn Engine>,
+    pub pool: Arc<BlockPool>,
+    pub compat_hash: String,
+}
+
+/// Loads the model of `dir` for steps of up to `step_tokens` tokens.
+pub fn build(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result<Built> {
+    let config = ModelConfig::load(dir)?;
+    if !matches!(args.block_tokens, 1..=256) {
+        bail!("--block-tokens: {} is not between 1 and 256", args.block_tokens);
+    }
+    let kv_dtype = match args.kv_dtype {
+        KvType::Bf16 => KvDtype::Bf16,
+        KvType::F32 => KvDtype::F32,
+    };
+    let one = KvLayout {
+        layers: config.layers,
+        blocks: 1,
+        kv_heads: config.kv_heads,
+        block_tokens: args.block_tokens,
+        head_dim: config.head_dim,
+        dtype: kv_dtype,
+    };
+    let kv_blocks = args.kv_blocks.unwrap_or((args.kv_mib << 20) / one.total_bytes());
+    if kv_blocks < 2 {
+        bail!(
+            "the KV pool has room for {kv_blocks} blocks of {} tokens ({} bytes each); raise --kv-mib",
+            args.block_tokens,
+            one.total_bytes()
+        );
+    }
+    let threads = match args.threads {
+        Some(0) => bail!("--threads: at least 1"),
+        Some(threads) => threads,
+        None => std::thread::available_parallelism().map_or(1, |n| n.get()),
+    };
+    let suffix = format!("kv={},block={}", kv_dtype.name(), args.block_tokens);
+    let compat_hash = config.compat_hash(dir, &suffix)?;
+    let options = CpuOptions {
+        kv_blocks,
+        block_tokens: args.block_tokens,
+        kv_dtype,
+        threads,
+        max_batch_tokens: step_tokens.max(args.max_sequences),
+    };
+    let engine = CpuEngine::load(dir, options)
+        .with_context(|| format!("cannot load {}", dir.display()))?;
+    let blocks = u32::try_from(kv_blocks).context("--kv-blocks is too large")?;
+    Ok(Built { engine: Box::new(engine), pool: BlockPool::new(blocks), compat_hash })
+}

@@ -1,0 +1,180 @@
+//! A local cluster: the router in this process, each worker a process of its own, KV over TCP on loopback.
+
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use cluster::MemoryRegistry;
+use proto::v1::ListWorkersRequest;
+use proto::v1::inference_client::InferenceClient;
+use router::Registry;
+use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::{EngineArgs, ModelChoice, PlacementArgs, UpArgs};
+use crate::{model, serve, signal};
+
+const START_PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(20);
+const DRAIN: Duration = Duration::from_secs(30);
+/// After this a child that does not end on its own is killed.
+const CHILD_PATIENCE: Duration = Duration::from_secs(35);
+
+/// What to start.
+pub struct LocalSpec<'a> {
+    pub prefill: usize,
+    pub decode: usize,
+    pub listen: SocketAddr,
+    pub model: &'a ModelChoice,
+    pub engine: &'a EngineArgs,
+    pub placement: &'a PlacementArgs,
+    pub log: String,
+}
+
+/// A running local cluster. Its workers end with it, whatever happens.
+pub struct LocalCluster {
+    pub address: SocketAddr,
+    children: Vec<(String, Child)>,
+    router: JoinHandle<Result<(), router::RunError>>,
+    stop: CancellationToken,
+}
+
+impl LocalCluster {
+    /// Starts everything and waits until every worker is in the fleet.
+    pub async fn start(spec: LocalSpec<'_>) -> anyhow::Result<Self> {
+        if spec.decode == 0 {
+            bail!("--decode: at least 1; only decode workers stream tokens");
+        }
+        let text = serve::load_text(spec.model).await?;
+        let listener = serve::bind(spec.listen).await?;
+        let address = listener.local_addr()?;
+        let stop = CancellationToken::new();
+        let deps = router::Deps { text, registry: Registry::Served(MemoryRegistry::new()) };
+        let config = serve::router_config(spec.placement, DRAIN);
+        let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
+        let mut cluster = Self { address, children: Vec::new(), router, stop };
+        for (role, count) in [("prefill", spec.prefill), ("decode", spec.decode)] {
+            for number in 0..count {
+                let name = format!("{role}-{number}");
+                let child = spawn(role, &name, address, &spec)?;
+                cluster.children.push((name, child));
+            }
+        }
+        cluster.wait_ready().await?;
+        Ok(cluster)
+    }
+
+    async fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let started = tokio::time::Instant::now();
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.address))?;
+        let mut client = InferenceClient::new(endpoint.connect().await?);
+        loop {
+            let workers = client.list_workers(ListWorkersRequest {}).await?.into_inner().workers;
+            if workers.len() == self.children.len() {
+                return Ok(());
+            }
+            for (name, child) in &mut self.children {
+                if let Some(status) = child.try_wait()? {
+                    bail!("worker {name} ended at once ({status}); its message is above");
+                }
+            }
+            if started.elapsed() > START_PATIENCE {
+                bail!("{} of {} workers started in {START_PATIENCE:?}", workers.len(), self.children.len());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Resolves when a worker ended by itself, with its name.
+    async fn lost_worker(&mut self) -> String {
+        let ends = self.children.iter_mut().map(|(name, child)| {
+            Box::pin(async move {
+                let _ = child.wait().await;
+                name.clone()
+            })
+        });
+        futures::future::select_all(ends).await.0
+    }
+
+    /// Drains and ends everything.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        self.stop.cancel();
+        let ended = (&mut self.router).await?;
+        for (_, child) in &mut self.children {
+            // The other end of the child's standard input: its sign to drain.
+            drop(child.stdin.take());
+        }
+        for (name, mut child) in std::mem::take(&mut self.children) {
+            if tokio::time::timeout(CHILD_PATIENCE, child.wait()).await.is_err() {
+                tracing::warn!(worker = name, "does not end; killed");
+                let _ = child.kill().await;
+            }
+        }
+        Ok(ended?)
+    }
+}
+
+fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> anyhow::Result<Child> {
+    let engine = spec.engine;
+    let dir = model::folder(spec.model)?;
+    let mut command = Command::new(std::env::current_exe().context("where is this program?")?);
+    command
+        .args(["--log", &spec.log, role, "--name", name, "--listen", "127.0.0.1:0", "--stop-with-parent"])
+        .args(["--registry", &registry.to_string(), "--drain-seconds", "10"])
+        .arg("--model")
+        .arg(&dir)
+        .args(["--model-name", &model::served_name(spec.model, &dir)])
+        .args(["--block-tokens", &engine.block_tokens.to_string()])
+        .args(["--kv-mib", &engine.kv_mib.to_string()])
+        .args(["--kv-dtype", if engine.kv_dtype == crate::args::KvType::F32 { "f32" } else { "bf16" }])
+        .args(["--max-sequences", &engine.max_sequences.to_string()])
+        .args(["--max-waiting", &engine.max_waiting.to_string()]);
+    for (flag, value) in [
+        ("--threads", engine.threads),
+        ("--kv-blocks", engine.kv_blocks),
+        ("--step-tokens", engine.step_tokens),
+    ] {
+        if let Some(value) = value {
+            command.args([flag, &value.to_string()]);
+        }
+    }
+    // A process group of its own: Ctrl-C reaches this process only, which then ends the children in order.
+    command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);
+    command.spawn().with_context(|| format!("cannot start worker {name}"))
+}
+
+/// `tandem up`.
+pub async fn up(args: UpArgs) -> anyhow::Result<()> {
+    let stop = signal::stop_token();
+    let spec = LocalSpec {
+        prefill: args.prefill,
+        decode: args.decode,
+        listen: args.listen,
+        model: &args.model,
+        engine: &args.engine,
+        placement: &args.placement,
+        log: log_level(),
+    };
+    let mut cluster = tokio::select! {
+        started = LocalCluster::start(spec) => started?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    println!("serving {} on {} ({} prefill, {} decode)", args.model.model, cluster.address, args.prefill, args.decode);
+    println!("try: tandem generate --addr {} \"Hello\"", cluster.address);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return cluster.stop().await,
+            name = cluster.lost_worker(), if !cluster.children.is_empty() => {
+                eprintln!("worker {name} ended; the others go on");
+                cluster.children.retain(|(other, _)| *other != name);
+            }
+        }
+    }
+}
+
+/// The level that this process logs at, for its children.
+pub fn log_level() -> String {
+    tracing::level_filters::LevelFilter::current().to_string().to_lowercase()
+}

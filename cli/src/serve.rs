@@ -1,0 +1,158 @@
+//! `tandem router`, `prefill`, `decode`: one process of a deployment each.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry};
+use decode_worker::DecodeConfig;
+use prefill_worker::PrefillConfig;
+use router::placement::Policy;
+use router::text::model::TextModel;
+use router::{Registry, RouterConfig};
+use tokio::net::TcpListener;
+use worker::WorkerConfig;
+
+use crate::args::{PlacementArgs, PrefillOn, RouterArgs, WorkerArgs};
+use crate::{engines, model, signal};
+
+/// Tokens in one step of a prefill worker: enough rows to fill the matrix units.
+const PREFILL_STEP_TOKENS: usize = 512;
+/// The same of a decode worker: local prompts must not hold up running sequences for long.
+const DECODE_STEP_TOKENS: usize = 256;
+/// How long a reservation may wait for its KV.
+const RESERVATION: Duration = Duration::from_secs(120);
+
+/// Runs a router until it is told to stop.
+pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
+    let stop = signal::stop_token();
+    let text = load_text(&args.model).await?;
+    let registry = match args.etcd.is_empty() {
+        true => Registry::Served(MemoryRegistry::new()),
+        false => Registry::Watched(Arc::new(EtcdRegistry::new(
+            &args.etcd,
+            &args.cluster,
+            cluster::etcd::DEFAULT_LEASE,
+        ))),
+    };
+    let listener = bind(args.listen).await?;
+    announce("router", &text.name, listener.local_addr()?);
+    let config = router_config(&args.placement, Duration::from_secs(args.drain_seconds));
+    Ok(router::run(config, router::Deps { text, registry }, listener, stop).await?)
+}
+
+/// A router's settings.
+pub fn router_config(args: &PlacementArgs, drain_deadline: Duration) -> RouterConfig {
+    RouterConfig {
+        max_running: args.max_running,
+        max_waiting: args.max_queued,
+        queue_patience: Duration::from_secs(args.queue_seconds),
+        policy: match args.prefill_on {
+            PrefillOn::Adaptive => Policy::Adaptive,
+            PrefillOn::Remote => Policy::Remote,
+            PrefillOn::Local => Policy::Local,
+        },
+        drain_deadline,
+    }
+}
+
+/// Loads tokenizer and template off the async threads.
+pub async fn load_text(choice: &crate::args::ModelChoice) -> anyhow::Result<TextModel> {
+    let dir = model::folder(choice)?;
+    let name = model::served_name(choice, &dir);
+    Ok(tokio::task::spawn_blocking(move || TextModel::load(&dir, &name)).await??)
+}
+
+/// Runs a prefill worker until it is told to stop.
+pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
+    let stop = signal::stop_token();
+    let start = Start::new(&args, "prefill", PREFILL_STEP_TOKENS, &stop).await?;
+    let max_prompts = args.engine.max_sequences.min(64);
+    let config = PrefillConfig { worker: start.config, max_prompts };
+    let deps = prefill_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
+    Ok(prefill_worker::run(config, deps, start.listener, stop).await?)
+}
+
+/// Runs a decode worker until it is told to stop.
+pub async fn decode(args: WorkerArgs) -> anyhow::Result<()> {
+    let stop = signal::stop_token();
+    let start = Start::new(&args, "decode", DECODE_STEP_TOKENS, &stop).await?;
+    let config = DecodeConfig { worker: start.config, reservation: RESERVATION };
+    let deps = decode_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
+    Ok(decode_worker::run(config, deps, start.listener, stop).await?)
+}
+
+/// What a worker process has before it serves.
+struct Start {
+    config: WorkerConfig,
+    built: engines::Built,
+    registry: Arc<dyn Join>,
+    listener: TcpListener,
+}
+
+impl Start {
+    async fn new(
+        args: &WorkerArgs,
+        role: &str,
+        default_step_tokens: usize,
+        stop: &tokio_util::sync::CancellationToken,
+    ) -> anyhow::Result<Self> {
+        if args.stop_with_parent {
+            signal::stop_with_parent(stop.clone());
+        }
+        let dir = model::folder(&args.model)?;
+        let model_name = model::served_name(&args.model, &dir);
+        let listener = bind(args.listen).await?;
+        let bound = listener.local_addr()?;
+        let step_tokens = args.engine.step_tokens.unwrap_or(default_step_tokens).max(args.engine.block_tokens);
+        let built = load_engine(&dir, args, step_tokens).await?;
+        let config = WorkerConfig {
+            name: args.name.clone().unwrap_or_else(|| default_name(role, bound)),
+            model: model_name.clone(),
+            advertise: args.advertise.clone(),
+            zone: args.zone.clone(),
+            compat_hash: built.compat_hash.clone(),
+            incarnation: cluster::member::new_incarnation(),
+            max_sequences: args.engine.max_sequences,
+            max_waiting: args.engine.max_waiting,
+            step_tokens,
+            drain_deadline: Duration::from_secs(args.drain_seconds),
+        };
+        let registry: Arc<dyn Join> = match &args.registry {
+            Some(address) => Arc::new(RemoteRegistry::new(address)),
+            None => {
+                let lease = Duration::from_secs(args.lease_seconds);
+                Arc::new(EtcdRegistry::new(&args.etcd, &args.cluster, lease))
+            }
+        };
+        announce(role, &model_name, bound);
+        Ok(Self { config, built, registry, listener })
+    }
+}
+
+async fn load_engine(dir: &Path, args: &WorkerArgs, step_tokens: usize) -> anyhow::Result<engines::Built> {
+    let (dir, engine) = (dir.to_owned(), args.engine.clone());
+    tokio::task::spawn_blocking(move || engines::build(&dir, &engine, step_tokens)).await?
+}
+
+/// Binds, saying which address was wanted when that fails.
+pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}; is the port in use? choose another with --listen"))
+}
+
+fn default_name(role: &str, bound: SocketAddr) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = match host.trim() {
+        "" => "localhost",
+        host => host,
+    };
+    format!("{host}-{role}-{}", bound.port())
+}
+
+fn announce(role: &str, model: &str, address: SocketAddr) {
+    tracing::info!(role, model, %address, "starting");
+}

@@ -1,0 +1,298 @@
+//! The workers as the router knows them: the registry's picture, fresher loads, warm channels.
+//!
+//! A vanished key is a suspicion: the worker is probed, and goes when it does not answer or says that it
+//! is leaving. With the registry away the last picture stays.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cluster::{Load, Member, Picture, Role};
+use engine::kv::hash::BlockHash;
+use parking_lot::{Mutex, RwLock};
+use proto::v1;
+use tokio::sync::watch;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use crate::placement::Candidate;
+use crate::prefix_index::PrefixIndex;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// Blocks that the prefix index remembers.
+const INDEX_BLOCKS: usize = 1 << 20;
+
+/// A worker the router can use.
+#[derive(Clone)]
+pub struct Worker {
+    /// What it said of itself.
+    pub member: Member,
+    /// Warm HTTP/2 connection; connects on first use and again when it breaks.
+    pub channel: Channel,
+    load: Load,
+    /// Its key is gone from the registry but it answers.
+    suspect: bool,
+    /// Prompt tokens on their way to it, which its own load may not show yet.
+    assigned: Arc<Mutex<Assigned>>,
+}
+
+#[derive(Default)]
+struct Assigned {
+    tokens: usize,
+    sequences: usize,
+}
+
+/// A part of a worker's load that the router caused; ends when dropped.
+pub struct Assignment {
+    assigned: Arc<Mutex<Assigned>>,
+    tokens: usize,
+}
+
+impl Drop for Assignment {
+    fn drop(&mut self) {
+        let mut assigned = self.assigned.lock();
+        assigned.tokens -= self.tokens;
+        assigned.sequences -= 1;
+    }
+}
+
+impl Worker {
+    /// Counts `tokens` of work and one sequence towards it until the guard goes.
+    pub fn assign(&self, tokens: usize) -> Assignment {
+        let mut assigned = self.assigned.lock();
+        assigned.tokens += tokens;
+        assigned.sequences += 1;
+        Assignment { assigned: Arc::clone(&self.assigned), tokens }
+    }
+
+    fn state(&self) -> &'static str {
+        match (self.load.draining, self.suspect) {
+            (true, _) => "draining",
+            (false, true) => "suspect",
+            (false, false) => "ready",
+        }
+    }
+}
+
+/// All workers. Clones share.
+#[derive(Clone, Default)]
+pub struct Fleet {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    workers: RwLock<BTreeMap<String, Worker>>,
+    prefixes: Mutex<PrefixIndex>,
+    connected: std::sync::atomic::AtomicBool,
+    changed: tokio::sync::Notify,
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            workers: RwLock::default(),
+            prefixes: Mutex::new(PrefixIndex::new(INDEX_BLOCKS)),
+            connected: false.into(),
+            changed: tokio::sync::Notify::new(),
+        }
+    }
+}
+
+impl Fleet {
+    /// Follows the registry until it is dropped.
+    pub async fn follow(self, mut picture: watch::Receiver<Picture>) {
+        let mut probe = tokio::time::interval(PROBE_EVERY);
+        loop {
+            let now = picture.borrow_and_update().clone();
+            self.apply(&now);
+            tokio::select! {
+                changed = picture.changed() => if changed.is_err() { return },
+                _ = probe.tick() => self.probe_suspects().await,
+            }
+        }
+    }
+
+    fn apply(&self, picture: &Picture) {
+        self.inner.connected.store(picture.connected, std::sync::atomic::Ordering::Relaxed);
+        let mut workers = self.inner.workers.write();
+        for (name, entry) in picture.members.iter() {
+            match workers.get_mut(name) {
+                Some(known) if known.member.incarnation == entry.member.incarnation => {
+                    known.load = entry.load.clone();
+                    known.member = entry.member.clone();
+                    known.suspect = false;
+                }
+                Some(known) if known.member.incarnation > entry.member.incarnation => {}
+                _ => match connect(&entry.member.address) {
+                    Ok(channel) => {
+                        tracing::info!(worker = %name, role = entry.member.role.name(), address = %entry.member.address, "worker joined");
+                        self.inner.prefixes.lock().forget(name);
+                        let worker = Worker {
+                            member: entry.member.clone(),
+                            channel,
+                            load: entry.load.clone(),
+                            suspect: false,
+                            assigned: Arc::default(),
+                        };
+                        workers.insert(name.clone(), worker);
+                    }
+                    Err(error) => tracing::warn!(worker = %name, %error, "unusable address"),
+                },
+            }
+        }
+        for (name, worker) in workers.iter_mut() {
+            if !picture.members.contains_key(name) && !worker.suspect {
+                tracing::warn!(worker = %name, "gone from the registry; probing it");
+                worker.suspect = true;
+            }
+        }
+        drop(workers);
+        self.inner.changed.notify_waiters();
+    }
+
+    async fn probe_suspects(&self) {
+        let suspects: Vec<Worker> =
+            self.inner.workers.read().values().filter(|w| w.suspect).cloned().collect();
+        for worker in suspects {
+            if !answers(worker.channel.clone()).await {
+                self.remove(&worker.member.worker, worker.member.incarnation);
+            }
+        }
+    }
+
+    fn remove(&self, name: &str, incarnation: u64) {
+        let mut workers = self.inner.workers.write();
+        if workers.get(name).is_some_and(|w| w.member.incarnation == incarnation && w.suspect) {
+            tracing::info!(worker = %name, "worker left");
+            workers.remove(name);
+            self.inner.prefixes.lock().forget(name);
+        }
+    }
+
+    /// A worker by name.
+    pub fn get(&self, name: &str) -> Option<Worker> {
+        self.inner.workers.read().get(name).cloned()
+    }
+
+    /// A load that rode back on a reply, fresher than the registry's.
+    pub fn note_load(&self, name: &str, load: Option<v1::Load>) {
+        let Some(load) = load else { return };
+        if let Some(worker) = self.inner.workers.write().get_mut(name) {
+            worker.load.queued_tokens = load.queued_tokens;
+            worker.load.running = load.running;
+            worker.load.waiting = load.waiting;
+            worker.load.free_blocks = load.free_blocks;
+            worker.load.tokens_per_second = load.tokens_per_second;
+        }
+    }
+
+    /// The worker holds these blocks now.
+    pub fn note_prefix(&self, name: &str, chain: &[BlockHash]) {
+        self.inner.prefixes.lock().insert(name, chain);
+    }
+
+    /// Workers of a pool that take requests, but for those in `except`.
+    pub fn candidates(&self, role: Role, chains: &mut Chains<'_>, except: &[String]) -> Vec<Candidate> {
+        let workers = self.inner.workers.read();
+        let prefixes = self.inner.prefixes.lock();
+        workers
+            .values()
+            .filter(|w| w.member.role == role && !w.load.draining)
+            .filter(|w| !except.contains(&w.member.worker))
+            .map(|w| {
+                let block_tokens = w.member.block_tokens.max(1) as usize;
+                let chain = chains.of(&w.member.compat_hash, block_tokens);
+                let assigned = w.assigned.lock();
+                Candidate {
+                    worker: w.member.worker.clone(),
+                    compat_hash: w.member.compat_hash.clone(),
+                    cached_tokens: prefixes.hits(&w.member.worker, chain) * block_tokens,
+                    queued_tokens: assigned.tokens.max(w.load.queued_tokens as usize),
+                    sequences: assigned.sequences.max((w.load.running + w.load.waiting) as usize),
+                    free_blocks: w.load.free_blocks as usize,
+                    block_tokens,
+                    tokens_per_second: w.load.tokens_per_second,
+                }
+            })
+            .collect()
+    }
+
+    /// Resolves when the fleet changed, or after `patience`.
+    pub async fn changed(&self, patience: Duration) {
+        let _ = tokio::time::timeout(patience, self.inner.changed.notified()).await;
+    }
+
+    /// For `ListWorkers`.
+    pub fn statuses(&self) -> Vec<v1::WorkerStatus> {
+        self.inner
+            .workers
+            .read()
+            .values()
+            .map(|w| v1::WorkerStatus {
+                worker: w.member.worker.clone(),
+                role: w.member.role.name().into(),
+                address: w.member.address.clone(),
+                incarnation: w.member.incarnation,
+                compat_hash: w.member.compat_hash.clone(),
+                state: w.state().into(),
+                transports: w.member.transports.clone(),
+                block_tokens: w.member.block_tokens,
+                total_blocks: w.member.total_blocks,
+                free_blocks: w.load.free_blocks,
+                running: w.load.running,
+                waiting: w.load.waiting,
+                queued_tokens: w.load.queued_tokens,
+                tokens_per_second: w.load.tokens_per_second,
+            })
+            .collect()
+    }
+}
+
+/// The prompt's hash chain, made once per compatibility hash and block size.
+pub struct Chains<'a> {
+    prompt: &'a [u32],
+    made: Vec<(String, usize, Vec<BlockHash>)>,
+}
+
+impl<'a> Chains<'a> {
+    /// None made yet.
+    pub fn new(prompt: &'a [u32]) -> Self {
+        Self { prompt, made: Vec::new() }
+    }
+
+    /// The chain as a worker with this hash and block size names it.
+    pub fn of(&mut self, compat_hash: &str, block_tokens: usize) -> &[BlockHash] {
+        let known = self.made.iter().position(|(c, b, _)| c == compat_hash && *b == block_tokens);
+        let at = known.unwrap_or_else(|| {
+            let root = BlockHash::root(compat_hash.as_bytes());
+            let chain = engine::kv::hash::chain(root, self.prompt, block_tokens);
+            self.made.push((compat_hash.to_owned(), block_tokens, chain));
+            self.made.len() - 1
+        });
+        &self.made[at].2
+    }
+}
+
+fn connect(address: &str) -> Result<Channel, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(5))
+        .keep_alive_while_idle(true);
+    Ok(endpoint.connect_lazy())
+}
+
+async fn answers(channel: Channel) -> bool {
+    let started = Instant::now();
+    let check = async { HealthClient::new(channel).check(HealthCheckRequest::default()).await };
+    match tokio::time::timeout(PROBE_TIMEOUT, check).await {
+        Ok(Ok(reply)) => reply.into_inner().status == 1, // SERVING
+        outcome => {
+            tracing::debug!(?outcome, after = ?started.elapsed(), "probe failed");
+            false
+        }
+    }
+}

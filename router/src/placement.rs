@@ -1,0 +1,252 @@
+//! Where a request goes: a pure function of the request and the picture of the fleet.
+//!
+//! The decode worker is chosen by what it already holds of the prompt and how busy it is, the prefill
+//! worker by when it would be done. Prefill is placed on the decode worker itself when the uncached part
+//! is short, when nobody else can do it, or when it would be faster there: a choice with a reason, never
+//! an accident.
+
+/// A worker as placement sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Its name.
+    pub worker: String,
+    /// Only equal hashes are paired.
+    pub compat_hash: String,
+    /// Prompt tokens that it holds in its prefix cache, as far as the router knows.
+    pub cached_tokens: usize,
+    /// Prompt tokens accepted and not yet computed.
+    pub queued_tokens: usize,
+    /// Sequences running or waiting.
+    pub sequences: usize,
+    /// Blocks free or only cached.
+    pub free_blocks: usize,
+    /// Tokens per block.
+    pub block_tokens: usize,
+    /// Measured; 0 before any work.
+    pub tokens_per_second: f64,
+}
+
+/// What is placed.
+#[derive(Debug, Clone, Copy)]
+pub struct Demand {
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Any number; spreads ties.
+    pub salt: usize,
+}
+
+/// When prefill may stay on the decode worker.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Policy {
+    /// By predicted time.
+    Adaptive,
+    /// Always on the prefill pool, while it has a worker.
+    Remote,
+    /// Always on the decode worker.
+    Local,
+}
+
+/// What the router has learned of the fleet's speed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Model {
+    /// What a remote prefill costs besides queueing and computing: round trips, exposed transfer.
+    pub remote_overhead_ms: f64,
+    /// Speed assumed for a worker that has not measured its own.
+    pub default_tokens_per_second: f64,
+}
+
+/// The choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// Decode worker.
+    pub decode: String,
+    /// Prefill worker; None: the decode worker itself.
+    pub prefill: Option<String>,
+    /// The decode worker prefills by itself when no more than this many tokens are uncached there.
+    pub local_prefill_max_tokens: u32,
+    /// Why, for metrics and the timeline.
+    pub reason: &'static str,
+}
+
+/// Nobody to place on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoPlace {
+    /// No decode worker.
+    NoDecodeWorker,
+    /// The policy wants a prefill worker and none fits a decode worker.
+    NoPrefillWorker,
+}
+
+/// One running sequence weighs as much as this many uncached prompt tokens when a decode worker is chosen.
+const SEQUENCE_TOKENS: f64 = 64.0;
+
+/// Chooses among `prefill` and `decode` workers.
+pub fn place(
+    demand: &Demand,
+    prefill: &[Candidate],
+    decode: &[Candidate],
+    policy: Policy,
+    model: &Model,
+) -> Result<Placement, NoPlace> {
+    let d = best(decode, demand.salt, |c| decode_cost(demand, c)).ok_or(NoPlace::NoDecodeWorker)?;
+    let partners: Vec<&Candidate> =
+        prefill.iter().filter(|p| p.compat_hash == d.compat_hash).collect();
+    let p = best(partners, demand.salt, |c| prefill_ms(demand, c, model));
+    let local = |reason| {
+        Ok(Placement {
+            decode: d.worker.clone(),
+            prefill: None,
+            local_prefill_max_tokens: proto::ALWAYS_LOCAL,
+            reason,
+        })
+    };
+    let remote = |p: &Candidate, local_prefill_max_tokens, reason| {
+        Ok(Placement {
+            decode: d.worker.clone(),
+            prefill: Some(p.worker.clone()),
+            local_prefill_max_tokens,
+            reason,
+        })
+    };
+    match (policy, p) {
+        (Policy::Local, _) => local("local:policy"),
+        (Policy::Remote, Some(p)) => remote(p, 0, "remote:policy"),
+        (Policy::Remote, None) => Err(NoPlace::NoPrefillWorker),
+        (Policy::Adaptive, None) => local("local:no-prefill-worker"),
+        (Policy::Adaptive, Some(p)) => {
+            let short = break_even_tokens(d, p, model);
+            let uncached = demand.prompt_tokens.saturating_sub(d.cached_tokens);
+            if uncached <= short {
+                return local("local:short");
+            }
+            let here = local_ms(uncached, d, model);
+            let there = prefill_ms(demand, p, model) + model.remote_overhead_ms;
+            match here < there {
+                true => local("local:faster"),
+                false => remote(p, u32::try_from(short).unwrap_or(u32::MAX - 1), "remote"),
+            }
+        }
+    }
+}
+
+fn speed(c: &Candidate, model: &Model) -> f64 {
+    if c.tokens_per_second > 0.0 { c.tokens_per_second } else { model.default_tokens_per_second }
+}
+
+/// Until the prefill worker has computed this prompt too.
+fn prefill_ms(demand: &Demand, p: &Candidate, model: &Model) -> f64 {
+    let work = p.queued_tokens + demand.prompt_tokens.saturating_sub(p.cached_tokens);
+    work as f64 / speed(p, model) * 1e3
+}
+
+/// The same on the decode worker: every running sequence waits as long as this prompt computes, and that
+/// waiting counts as much as our own. Its measured speed is of decode steps, so the prefill default rules.
+fn local_ms(uncached: usize, d: &Candidate, model: &Model) -> f64 {
+    let own = (d.queued_tokens + uncached) as f64 / model.default_tokens_per_second * 1e3;
+    own * (1.0 + d.sequences as f64)
+}
+
+/// Prompts of up to this many uncached tokens are done locally before a remote one could even begin.
+fn break_even_tokens(d: &Candidate, p: &Candidate, model: &Model) -> usize {
+    let wait = model.remote_overhead_ms + p.queued_tokens as f64 / speed(p, model) * 1e3;
+    let tokens = wait / 1e3 * model.default_tokens_per_second / (1.0 + d.sequences as f64);
+    (tokens - d.queued_tokens as f64).max(0.0) as usize
+}
+
+fn decode_cost(demand: &Demand, d: &Candidate) -> f64 {
+    let uncached = demand.prompt_tokens.saturating_sub(d.cached_tokens);
+    let needed = uncached.div_ceil(d.block_tokens.max(1));
+    let no_room = if needed > d.free_blocks { 1e12 } else { 0.0 };
+    no_room + uncached as f64 + d.sequences as f64 * SEQUENCE_TOKENS + d.queued_tokens as f64
+}
+
+/// The cheapest; among equals the one that the salt points at.
+fn best<'a>(
+    candidates: impl IntoIterator<Item = &'a Candidate>,
+    salt: usize,
+    cost: impl Fn(&Candidate) -> f64,
+) -> Option<&'a Candidate> {
+    let costs: Vec<(f64, &Candidate)> = candidates.into_iter().map(|c| (cost(c), c)).collect();
+    let least = costs.iter().map(|(cost, _)| *cost).min_by(f64::total_cmp)?;
+    let equals: Vec<_> = costs.iter().filter(|(cost, _)| *cost <= least).collect();
+    equals.get(salt % equals.len()).map(|(_, c)| *c)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MODEL: Model = Model { remote_overhead_ms: 10.0, default_tokens_per_second: 1000.0 };
+
+    fn candidate(worker: &str) -> Candidate {
+        Candidate {
+            worker: worker.into(),
+            compat_hash: "a".into(),
+            cached_tokens: 0,
+            queued_tokens: 0,
+            sequences: 0,
+            free_blocks: 100,
+            block_tokens: 16,
+            tokens_per_second: 1000.0,
+        }
+    }
+
+    fn adaptive(prompt_tokens: usize, prefill: &[Candidate], decode: &[Candidate]) -> Placement {
+        let demand = Demand { prompt_tokens, salt: 0 };
+        place(&demand, prefill, decode, Policy::Adaptive, &MODEL).unwrap()
+    }
+
+    #[test]
+    fn short_prompts_stay_long_ones_go() {
+        let (p, d) = ([candidate("p")], [candidate("d")]);
+        assert_eq!(adaptive(5, &p, &d).reason, "local:short");
+        let busy = [Candidate { sequences: 4, ..candidate("d") }];
+        let long = adaptive(500, &p, &busy);
+        assert_eq!((long.reason, long.prefill.as_deref()), ("remote", Some("p")));
+        assert_eq!(long.local_prefill_max_tokens, 2);
+    }
+
+    #[test]
+    fn an_empty_prefill_pool_is_named() {
+        assert_eq!(adaptive(500, &[], &[candidate("d")]).reason, "local:no-prefill-worker");
+        let demand = Demand { prompt_tokens: 9, salt: 0 };
+        let remote = place(&demand, &[], &[candidate("d")], Policy::Remote, &MODEL);
+        assert_eq!(remote, Err(NoPlace::NoPrefillWorker));
+        assert_eq!(place(&demand, &[], &[], Policy::Local, &MODEL), Err(NoPlace::NoDecodeWorker));
+    }
+
+    #[test]
+    fn prefix_attracts_and_load_repels() {
+        let holder = Candidate { cached_tokens: 300, ..candidate("holder") };
+        let idle = candidate("idle");
+        assert_eq!(adaptive(400, &[], &[idle.clone(), holder.clone()]).decode, "holder");
+        let busy = Candidate { sequences: 10, ..holder };
+        assert_eq!(adaptive(400, &[], &[idle, busy]).decode, "idle");
+    }
+
+    #[test]
+    fn different_versions_are_never_paired() {
+        let other = Candidate { compat_hash: "b".into(), ..candidate("p") };
+        assert_eq!(adaptive(500, &[other], &[candidate("d")]).prefill, None);
+    }
+
+    proptest! {
+        #[test]
+        fn always_a_known_worker_and_compatible(
+            raw in proptest::collection::vec((0usize..3, 0usize..500, 0usize..9, 0usize..60), 1..12),
+            prompt_tokens in 1usize..2000, salt in any::<usize>(),
+        ) {
+            let workers: Vec<Candidate> = raw.iter().enumerate().map(|(i, &(compat, queued_tokens, sequences, free_blocks))| Candidate {
+                compat_hash: compat.to_string(), queued_tokens, sequences, free_blocks, ..candidate(&i.to_string())
+            }).collect();
+            let (p, d) = workers.split_at(workers.len() / 2);
+            let placed = place(&Demand { prompt_tokens, salt }, p, d, Policy::Adaptive, &MODEL).unwrap();
+            let chosen = d.iter().find(|c| c.worker == placed.decode).unwrap();
+            if let Some(name) = placed.prefill {
+                let partner = p.iter().find(|c| c.worker == name).unwrap();
+                prop_assert_eq!(&partner.compat_hash, &chosen.compat_hash);
+            }
+        }
+    }
+}

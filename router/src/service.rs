@@ -1,0 +1,181 @@
+//! `tandem.v1.Inference`: the client API.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use proto::v1;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::journey::{Journey, Shared};
+use crate::request;
+use crate::timeline::{Timeline, millis};
+
+/// Messages that may wait for a slow client before its request is held back.
+const CLIENT_BUFFER: usize = 64;
+
+/// The gRPC face of the router.
+#[derive(Clone)]
+pub struct InferenceService {
+    /// What all requests share.
+    pub shared: Arc<Shared>,
+    running: Arc<Mutex<HashSet<String>>>,
+}
+
+impl InferenceService {
+    /// Over that state.
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, running: Arc::default() }
+    }
+
+    /// Tokenizing takes milliseconds for long prompts: off the async threads.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
+        let shared = Arc::clone(&self.shared);
+        tokio::task::spawn_blocking(move || work(&shared))
+            .await
+            .map_err(|_| Status::invalid_argument("input: the tokenizer failed on this text"))?
+    }
+
+    fn claim(&self, id: &str) -> Result<Claim, Status> {
+        match self.running.lock().insert(id.to_owned()) {
+            true => Ok(Claim { running: Arc::clone(&self.running), id: id.to_owned() }),
+            false => Err(Status::already_exists(format!("request_id: {id} is running"))),
+        }
+    }
+}
+
+/// A request id in use; free again when dropped.
+struct Claim {
+    running: Arc<Mutex<HashSet<String>>>,
+    id: String,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.running.lock().remove(&self.id);
+    }
+}
+
+#[tonic::async_trait]
+impl v1::inference_server::Inference for InferenceService {
+    type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
+
+    async fn generate(
+        &self,
+        call: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let received = Instant::now();
+        let deadline = deadline(&call)?.map(|left| received + left);
+        let call = call.into_inner();
+        let mut timeline = Timeline::new(received);
+        let prepared = self
+            .off_thread(move |shared| {
+                let prompt = request::tokenize(call.input, &shared.text)?;
+                let sampling = call.sampling.unwrap_or_default();
+                request::prepare(call.request_id, &call.model, sampling, prompt, &shared.text)
+            })
+            .await?;
+        timeline.known.tokenize_ms = millis(received.elapsed());
+        let claim = self.claim(&prepared.sequence.request_id)?;
+        let (out, stream) = mpsc::channel(CLIENT_BUFFER);
+        let journey = Journey::new(Arc::clone(&self.shared), prepared, deadline, timeline, out);
+        tokio::spawn(async move {
+            journey.run().await;
+            drop(claim);
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn tokenize(
+        &self,
+        call: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        use v1::tokenize_request::Input;
+        let reply = self
+            .off_thread(move |shared| match call.into_inner().input {
+                None => Err(Status::invalid_argument("input: one of text or chat is required")),
+                Some(Input::Text(rendered)) => {
+                    let ids = shared.text.encode_text(&rendered).map_err(request::text_error)?;
+                    Ok(v1::TokenizeResponse { ids, rendered })
+                }
+                Some(Input::Chat(chat)) => {
+                    let (rendered, ids) =
+                        shared.text.encode_chat(&chat.messages).map_err(request::text_error)?;
+                    Ok(v1::TokenizeResponse { ids, rendered })
+                }
+            })
+            .await?;
+        Ok(Response::new(reply))
+    }
+
+    async fn get_model_info(
+        &self,
+        _call: Request<v1::GetModelInfoRequest>,
+    ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
+        let text = &self.shared.text;
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::GetModelInfoResponse {
+            model: text.name.clone(),
+            vocab_size: count(text.vocab_size),
+            max_context_tokens: count(text.max_context_tokens),
+            eos_token_ids: text.eos_token_ids.clone(),
+            has_chat_template: text.has_chat_template(),
+        }))
+    }
+
+    async fn list_workers(
+        &self,
+        _call: Request<v1::ListWorkersRequest>,
+    ) -> Result<Response<v1::ListWorkersResponse>, Status> {
+        Ok(Response::new(v1::ListWorkersResponse { workers: self.shared.fleet.statuses() }))
+    }
+}
+
+/// The client's deadline, from the header that every gRPC client sends for it:
+/// at most eight digits and a unit (gRPC over HTTP/2, "Timeout").
+fn deadline<T>(call: &Request<T>) -> Result<Option<Duration>, Status> {
+    let Some(value) = call.metadata().get("grpc-timeout") else { return Ok(None) };
+    let bad = || Status::invalid_argument("grpc-timeout: not a number with one of the units H M S m u n");
+    let text = value.to_str().map_err(|_| bad())?;
+    let unit = text.chars().last().ok_or_else(bad)?;
+    let digits = &text[..text.len() - unit.len_utf8()];
+    if digits.is_empty() || digits.len() > 8 {
+        return Err(bad());
+    }
+    let amount: u64 = digits.parse().map_err(|_| bad())?;
+    match unit {
+        'H' => Ok(Some(Duration::from_secs(amount * 3600))),
+        'M' => Ok(Some(Duration::from_secs(amount * 60))),
+        'S' => Ok(Some(Duration::from_secs(amount))),
+        'm' => Ok(Some(Duration::from_millis(amount))),
+        'u' => Ok(Some(Duration::from_micros(amount))),
+        'n' => Ok(Some(Duration::from_nanos(amount))),
+        _ => Err(bad()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_of_the_grpc_specification() {
+        let parse = |text: &str| {
+            let mut call = Request::new(());
+            call.metadata_mut().insert("grpc-timeout", text.parse().unwrap());
+            deadline(&call)
+        };
+        assert_eq!(parse("1500m").unwrap(), Some(Duration::from_millis(1500)));
+        assert_eq!(parse("99999999H").unwrap(), Some(Duration::from_secs(99999999 * 3600)));
+        for bad in ["", "5", "m", "123456789S", "1x", "-1S"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+        assert_eq!(deadline(&Request::new(())).unwrap(), None);
+    }
+}

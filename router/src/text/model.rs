@@ -1,0 +1,104 @@
+//! The text side of a model folder: tokenizer.json, tokenizer_config.json, generation_config.json.
+
+use std::path::Path;
+
+use engine::model::ModelConfig;
+use proto::v1;
+use tokenizers::Tokenizer;
+
+use super::template::{ChatTemplate, TemplateError};
+
+/// Tokenizer, chat template and the facts about the model that requests are checked against.
+pub struct TextModel {
+    /// The served name.
+    pub name: String,
+    /// Longest sequence in tokens.
+    pub max_context_tokens: usize,
+    /// Token ids are below it.
+    pub vocab_size: usize,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+/// A model folder that cannot be served, or text that cannot be rendered.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// A file is missing or unreadable: fetch or import the model again.
+    #[error("model {path}: {reason}")]
+    File {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Tokenizer and weights do not belong together.
+    #[error("tokenizer.json does not match the model: {0}")]
+    Mismatch(String),
+    /// The chat template refused or failed.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The tokenizer failed on this text.
+    #[error("the text cannot be tokenized: {0}")]
+    Tokenize(String),
+}
+
+impl TextModel {
+    /// Loads from a Hugging Face folder.
+    pub fn load(dir: &Path, name: &str) -> Result<Self, TextError> {
+        let at = |file: &str| dir.join(file).display().to_string();
+        let config = ModelConfig::load(dir)
+            .map_err(|e| TextError::File { path: dir.display().to_string(), reason: e.to_string() })?;
+        let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json"))
+            .map_err(|e| TextError::File { path: at("tokenizer.json"), reason: e.to_string() })?;
+        let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;
+        if largest >= config.vocab {
+            return Err(TextError::Mismatch(format!(
+                "it has token {largest}, the model's vocabulary ends at {}",
+                config.vocab - 1
+            )));
+        }
+        let template = ChatTemplate::load(dir)?;
+        Ok(Self {
+            name: name.to_owned(),
+            max_context_tokens: config.max_context,
+            vocab_size: config.vocab,
+            eos_token_ids: config.eos,
+            tokenizer,
+            template,
+        })
+    }
+
+    /// Whether chat messages can be rendered.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Text as it is → token ids.
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode(text, true)
+    }
+
+    /// A conversation → the rendered prompt and its token ids.
+    pub fn encode_chat(&self, messages: &[v1::ChatMessage]) -> Result<(String, Vec<u32>), TextError> {
+        let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
+        let rendered = template.render(messages)?;
+        // The template writes the special tokens itself.
+        let ids = self.encode(&rendered, false)?;
+        Ok((rendered, ids))
+    }
+
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
+        let encoding = self
+            .tokenizer
+            .encode_fast(text, add_special)
+            .map_err(|e| TextError::Tokenize(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Token ids → text, special tokens left out.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+}

@@ -1,0 +1,70 @@
+//! Where a request's time went. Each duration is measured on one clock.
+
+use std::time::{Duration, Instant};
+
+use proto::v1;
+
+/// Marks set as a request passes.
+#[derive(Debug)]
+pub struct Timeline {
+    received: Instant,
+    first_text: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    /// Durations and names that are known already.
+    pub known: v1::Timeline,
+    /// Gaps between tokens of one choice, ms.
+    gaps: Vec<f64>,
+}
+
+impl Timeline {
+    /// A request received at that instant.
+    pub fn new(received: Instant) -> Self {
+        Self {
+            received,
+            first_text: None,
+            first_token: None,
+            last_token: None,
+            known: v1::Timeline::default(),
+            gaps: Vec::new(),
+        }
+    }
+
+    /// A token arrived; `previous` is when the same choice's last one did.
+    pub fn token(&mut self, now: Instant, previous: Option<Instant>) {
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+        if let Some(previous) = previous {
+            self.gaps.push(millis(now - previous));
+        }
+    }
+
+    /// Text is about to be sent.
+    pub fn text(&mut self, now: Instant) {
+        self.first_text.get_or_insert(now);
+    }
+
+    /// Everything, at the end.
+    pub fn finish(mut self) -> v1::Timeline {
+        let now = Instant::now();
+        let since = |at: Option<Instant>| at.map_or(0.0, |at| millis(at - self.received));
+        let mut known = self.known;
+        known.ttft_ms = since(self.first_text.or(self.first_token));
+        known.decode_ms = match (self.first_token, self.last_token) {
+            (Some(first), Some(last)) => millis(last - first),
+            _ => 0.0,
+        };
+        known.total_ms = millis(now - self.received);
+        if !self.gaps.is_empty() {
+            self.gaps.sort_by(f64::total_cmp);
+            known.itl_mean_ms = self.gaps.iter().sum::<f64>() / self.gaps.len() as f64;
+            known.itl_p99_ms = self.gaps[(self.gaps.len() * 99 / 100).min(self.gaps.len() - 1)];
+        }
+        known
+    }
+}
+
+/// A duration in milliseconds.
+pub fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
