@@ -146,7 +146,14 @@ fn import(gguf: &Path, out: &Path) -> anyhow::Result<()> {
     };
     let report = engine::import::import_gguf(gguf, out, &mut progress)?;
     bar.finish_and_clear();
-    eprintln!("imported {} into {}", report, out.display());
+    eprintln!(
+        "imported {} ({}, {} tensors, {:.1} M parameters) into {}",
+        report.name,
+        report.architecture,
+        report.tensors,
+        report.parameters as f64 / 1e6,
+        out.display()
+    );
     Ok(())
 }
 

@@ -7,10 +7,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [_, gguf, out] = arguments.as_slice() else {
         return Err("usage: import_gguf FILE.gguf FOLDER".into());
     };
-    let report =
-        engine::import::import_gguf(Path::new(gguf), Path::new(out), &mut |done, total| {
-            print!("\r{:3} %", done * 100 / total.max(1));
-        })?;
+    let report = engine::import::import_gguf(Path::new(gguf), Path::new(out), &mut |done, total| {
+        print!("\r{:3} %", done * 100 / total.max(1));
+    })?;
     println!("\r{report:#?}");
     Ok(())
 }

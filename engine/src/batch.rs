@@ -79,32 +79,20 @@ impl Segment<'_> {
             return Err("no tokens".into());
         }
         let end = self.position.checked_add(self.tokens.len());
-        let end = end
-            .filter(|&end| end <= info.max_context_tokens)
-            .ok_or_else(|| {
-                format!(
-                    "{} tokens at {} pass the context of {}",
-                    self.tokens.len(),
-                    self.position,
-                    info.max_context_tokens
-                )
-            })?;
-        if let Some(token) = self
-            .tokens
-            .iter()
-            .find(|&&token| token as usize >= info.vocab_size)
-        {
-            return Err(format!(
-                "token {token}, the vocabulary has {}",
-                info.vocab_size
-            ));
+        let end = end.filter(|&end| end <= info.max_context_tokens).ok_or_else(|| {
+            format!(
+                "{} tokens at {} pass the context of {}",
+                self.tokens.len(),
+                self.position,
+                info.max_context_tokens
+            )
+        })?;
+        if let Some(token) = self.tokens.iter().find(|&&token| token as usize >= info.vocab_size) {
+            return Err(format!("token {token}, the vocabulary has {}", info.vocab_size));
         }
         let needed = layout.blocks_for(end);
         let table = self.blocks.get(..needed).ok_or_else(|| {
-            format!(
-                "{end} tokens need {needed} blocks, the table has {}",
-                self.blocks.len()
-            )
+            format!("{end} tokens need {needed} blocks, the table has {}", self.blocks.len())
         })?;
         match table.iter().find(|&&block| block as usize >= layout.blocks) {
             Some(block) => Err(format!("block {block}, the pool has {}", layout.blocks)),

@@ -28,9 +28,6 @@ pub enum EngineError {
 impl EngineError {
     /// The model at `path` is not usable, because.
     pub fn model(path: &std::path::Path, reason: impl Into<String>) -> Self {
-        Self::Model {
-            path: path.display().to_string(),
-            reason: reason.into(),
-        }
+        Self::Model { path: path.display().to_string(), reason: reason.into() }
     }
 }

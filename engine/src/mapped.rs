@@ -14,8 +14,7 @@ pub(crate) struct Mapped {
 
 impl Mapped {
     pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
-        let unreadable =
-            |e: std::io::Error| EngineError::model(path, format!("cannot be read: {e}"));
+        let unreadable = |e: std::io::Error| EngineError::model(path, format!("cannot be read: {e}"));
         let file = File::open(path).map_err(unreadable)?;
         // SAFETY: the map is read-only and private to this value. A file that someone else truncates while
         // it is mapped raises SIGBUS on access, like every memory-mapped model; model folders are written

@@ -10,11 +10,7 @@ fn load(config: &Value, generation: Option<Value>) -> Result<ModelConfig, String
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     if let Some(generation) = generation {
-        std::fs::write(
-            dir.path().join("generation_config.json"),
-            generation.to_string(),
-        )
-        .unwrap();
+        std::fs::write(dir.path().join("generation_config.json"), generation.to_string()).unwrap();
     }
     ModelConfig::load(dir.path()).map_err(|e| e.to_string())
 }
@@ -42,10 +38,7 @@ fn with(mut config: Value, changes: Value) -> Value {
 fn llama_3_1_8b() {
     let config = load(&llama(), None).unwrap();
     assert_eq!(config.architecture, Architecture::Llama);
-    assert_eq!(
-        (config.head_dim, config.group(), config.max_context),
-        (128, 4, 131_072)
-    );
+    assert_eq!((config.head_dim, config.group(), config.max_context), (128, 4, 131_072));
     assert_eq!(config.parameters(), 8_030_261_248);
     assert_eq!(config.eos, [128_001, 128_008, 128_009]);
     assert!(!config.qkv_bias && !config.qk_norm && !config.tie_embeddings);
@@ -86,10 +79,7 @@ fn qwen_and_mistral() {
     assert_eq!(config.max_context, 131_072);
     assert!((config.rope.attention_factor() - 1.138_629_4).abs() < 1e-6);
 
-    let windowed = with(
-        qwen2,
-        json!({"use_sliding_window": true, "max_window_layers": 30}),
-    );
+    let windowed = with(qwen2, json!({"use_sliding_window": true, "max_window_layers": 30}));
     let config = load(&windowed, None).unwrap();
     assert_eq!(config.windows.iter().flatten().count(), 2);
     assert_eq!(config.windows[31], Some(4096));
@@ -102,10 +92,7 @@ fn qwen_and_mistral() {
     );
     let config = load(&qwen3, None).unwrap();
     assert!(config.qk_norm && !config.qkv_bias);
-    assert_eq!(
-        (config.head_dim, config.heads * config.head_dim),
-        (64, 2048)
-    );
+    assert_eq!((config.head_dim, config.heads * config.head_dim), (64, 2048));
 
     let mistral = with(
         llama(),
@@ -113,53 +100,29 @@ fn qwen_and_mistral() {
             "architectures": ["MistralForCausalLM"], "sliding_window": 4096, "rope_scaling": null,
         }),
     );
-    assert!(
-        load(&mistral, None)
-            .unwrap()
-            .windows
-            .iter()
-            .all(|w| *w == Some(4096))
-    );
+    assert!(load(&mistral, None).unwrap().windows.iter().all(|w| *w == Some(4096)));
 }
 
 #[test]
 fn refusals_say_what_is_wrong() {
     for (change, words) in [
-        (
-            json!({"architectures": ["MixtralForCausalLM"]}),
-            "MixtralForCausalLM is not known",
-        ),
-        (
-            json!({"num_key_value_heads": 7}),
-            "32 heads do not divide among 7",
-        ),
+        (json!({"architectures": ["MixtralForCausalLM"]}), "MixtralForCausalLM is not known"),
+        (json!({"num_key_value_heads": 7}), "32 heads do not divide among 7"),
         (json!({"hidden_size": 4097}), "4097 does not divide"),
         (json!({"num_hidden_layers": 0}), "num_hidden_layers is 0"),
         (json!({"vocab_size": 4_000_000_000_000u64}), "vocab_size"),
         (json!({"head_dim": 127}), "odd"),
         (json!({"hidden_act": "gelu"}), "gelu"),
-        (
-            json!({"quantization_config": {"bits": 4}}),
-            "quantization_config",
-        ),
-        (
-            json!({"rope_scaling": {"rope_type": "longrope"}}),
-            "longrope is not known",
-        ),
-        (
-            json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}),
-            "low_freq_factor",
-        ),
+        (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
+        (json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope is not known"),
+        (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "low_freq_factor"),
         (json!({"rope_theta": -1.0}), "rope_theta"),
         (json!({"eos_token_id": 999_999}), "token 999999"),
         (json!({"rms_norm_eps": 0.0}), "rms_norm_eps"),
         (json!({"hidden_size": "big"}), "not understood"),
     ] {
         let reason = load(&with(llama(), change), None).unwrap_err();
-        assert!(
-            reason.contains(words) && reason.contains("config.json"),
-            "{reason}"
-        );
+        assert!(reason.contains(words) && reason.contains("config.json"), "{reason}");
     }
 }
 
@@ -179,10 +142,7 @@ fn compat_hash_sees_config_weights_and_suffix() {
     bytes[12] ^= 1;
     std::fs::write(&file, &bytes).unwrap();
     assert_ne!(first, config.compat_hash(dir.path(), "bf16").unwrap());
-    let other = ModelConfig {
-        rms_eps: 1e-6,
-        ..config
-    };
+    let other = ModelConfig { rms_eps: 1e-6, ..config };
     assert_ne!(first, other.compat_hash(dir.path(), "bf16").unwrap());
 }
 

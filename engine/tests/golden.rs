@@ -10,8 +10,10 @@ use engine::cpu::{CpuEngine, CpuOptions};
 use engine::{Batch, Engine, KvDtype, Segment};
 use serde::Deserialize;
 
-/// Two best logits closer than this may change places by rounding.
-const CLEAR: f32 = 0.02;
+/// Two best logits closer than this may change places. The reference holds the 4-bit weights exactly, the
+/// imported folder rounds them to bf16: that alone moves a logit by up to 0.06 (measured with a float32
+/// implementation on both sets of weights), so a gap by up to twice that, in practice under 0.05.
+const CLEAR: f32 = 0.1;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -42,11 +44,7 @@ fn golden() -> Golden {
 }
 
 fn options(kv_dtype: KvDtype) -> CpuOptions {
-    CpuOptions {
-        kv_blocks: 64,
-        kv_dtype,
-        ..CpuOptions::default()
-    }
+    CpuOptions { kv_blocks: 128, kv_dtype, ..CpuOptions::default() }
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -66,27 +64,16 @@ fn the_rebuilt_tokenizer_gives_the_same_ids() {
 #[test]
 fn greedy_tokens_equal_the_reference() {
     let Some(folder) = model() else { return };
-    for kv_dtype in [KvDtype::Bf16, KvDtype::F32] {
+    for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
         let mut engine = CpuEngine::load(&folder, options(kv_dtype)).unwrap();
         let (mut compared, mut worst) = (0, 0.0f32);
         for row in golden().rows {
-            let blocks: Vec<u32> = (0..64).collect();
+            let blocks: Vec<u32> = (0..128).collect();
             let mut tokens = row.prompt_ids.clone();
             let mut position = 0;
-            for (step, (&expected, &margin)) in row.output_ids.iter().zip(&row.margins).enumerate()
-            {
-                let segment = Segment {
-                    tokens: &tokens,
-                    position,
-                    blocks: &blocks,
-                    samples: &[],
-                };
-                let logits = engine
-                    .forward_logits(&Batch {
-                        segments: vec![segment],
-                    })
-                    .unwrap()
-                    .remove(0);
+            for (step, (&expected, &margin)) in row.output_ids.iter().zip(&row.margins).enumerate() {
+                let segment = Segment { tokens: &tokens, position, blocks: &blocks, samples: &[] };
+                let logits = engine.forward_logits(&Batch { segments: vec![segment] }).unwrap().remove(0);
                 if step == 0 {
                     for &(id, reference) in &row.first_top8 {
                         worst = worst.max((logits[id as usize] - reference).abs());
@@ -99,10 +86,7 @@ fn greedy_tokens_equal_the_reference() {
                         "{} step {step}: {token}, not {expected}; margin {margin}",
                         row.id
                     );
-                    println!(
-                        "{}: near tie at step {step} (margin {margin}), the rest not compared",
-                        row.id
-                    );
+                    println!("{}: near tie at step {step} (margin {margin}), the rest not compared", row.id);
                     break;
                 }
                 compared += 1;
@@ -110,11 +94,8 @@ fn greedy_tokens_equal_the_reference() {
                 tokens = vec![token];
             }
         }
-        println!(
-            "{} KV: {compared} tokens equal, first-step logits within {worst}",
-            kv_dtype.name()
-        );
-        assert!(worst < 0.15, "first-step logits are off by {worst}");
+        println!("{} KV: {compared} tokens equal, first-step logits within {worst}", kv_dtype.name());
+        assert!(worst < 0.12, "first-step logits are off by {worst}");
         assert!(compared > 100, "only {compared} tokens compared");
     }
 }

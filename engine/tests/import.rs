@@ -51,10 +51,7 @@ impl Writer {
     fn tensor(mut self, name: &str, shape: &[u64], first: f32) -> Self {
         Self::text(&mut self.infos, name);
         self.infos.extend((shape.len() as u32).to_le_bytes());
-        shape
-            .iter()
-            .rev()
-            .for_each(|d| self.infos.extend(d.to_le_bytes()));
+        shape.iter().rev().for_each(|d| self.infos.extend(d.to_le_bytes()));
         self.infos.extend(0u32.to_le_bytes());
         self.infos.extend((self.data.len() as u64).to_le_bytes());
         let count: u64 = shape.iter().product();
@@ -87,11 +84,7 @@ fn tiny() -> Writer {
         .number("llama.feed_forward_length", 4)
         .number("llama.attention.head_count", 2)
         .number("llama.attention.head_count_kv", 1)
-        .key(
-            "llama.attention.layer_norm_rms_epsilon",
-            6,
-            &1e-5f32.to_le_bytes(),
-        )
+        .key("llama.attention.layer_norm_rms_epsilon", 6, &1e-5f32.to_le_bytes())
         .key("llama.rope.freq_base", 6, &10_000f32.to_le_bytes())
         .string("tokenizer.ggml.model", "gpt2")
         .string("tokenizer.ggml.pre", "smollm")
@@ -127,22 +120,14 @@ fn a_tiny_file_becomes_a_folder() {
     std::fs::write(&gguf, tiny().bytes()).unwrap();
     let mut seen = Vec::new();
     let report = import_gguf(&gguf, &out, &mut |done, total| seen.push((done, total))).unwrap();
-    assert_eq!(
-        (report.tensors, report.vocab, report.architecture.as_str()),
-        (11, 4, "LlamaForCausalLM")
-    );
+    assert_eq!((report.tensors, report.vocab, report.architecture.as_str()), (11, 4, "LlamaForCausalLM"));
     assert!(seen.windows(2).all(|w| w[0].0 < w[1].0) && seen.last().unwrap().0 == seen[0].1);
 
     let config = ModelConfig::load(&out).unwrap();
-    assert_eq!(
-        (config.hidden, config.head_dim, config.rms_eps),
-        (8, 4, 1e-5)
-    );
+    assert_eq!((config.hidden, config.head_dim, config.rms_eps), (8, 4, 1e-5));
     assert!(config.tie_embeddings);
     let weights = Weights::open(&out).unwrap();
-    let k = weights
-        .matrix("model.layers.0.self_attn.k_proj.weight", 4, 8)
-        .unwrap();
+    let k = weights.matrix("model.layers.0.self_attn.k_proj.weight", 4, 8).unwrap();
     // One head of four rows: stored 0 2 1 3.
     let rows: Vec<f32> = k.numbers().chunks(8).map(|row| row[0].to_f32()).collect();
     assert_eq!(rows, [0.0, 16.0, 8.0, 24.0]);
@@ -152,11 +137,7 @@ fn a_tiny_file_becomes_a_folder() {
     assert_eq!(ids.get_ids(), [0, 3, 2, 1]);
     let again = import_gguf(&gguf, &out, &mut |_, _| {}).unwrap_err();
     assert!(again.to_string().contains("exists already"));
-    assert_eq!(
-        std::fs::read_dir(dir.path()).unwrap().count(),
-        2,
-        "staging folders left behind"
-    );
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "staging folders left behind");
 }
 
 #[test]
@@ -165,30 +146,14 @@ fn refusals_leave_nothing_behind() {
     let (gguf, out) = (dir.path().join("x.gguf"), dir.path().join("x"));
     for (bytes, words) in [
         (b"GGML....".to_vec(), "magic"),
-        (
-            Writer::default()
-                .string("general.architecture", "gpt-j")
-                .bytes(),
-            "gpt-j is not known",
-        ),
+        (Writer::default().string("general.architecture", "gpt-j").bytes(), "gpt-j is not known"),
         (Writer::default().bytes(), "general.architecture is missing"),
         (tiny().bytes()[..2000].to_vec(), "truncated"),
-        (
-            tiny().tensor("blk.0.mystery.weight", &[2, 2], 0.0).bytes(),
-            "mystery",
-        ),
-        (
-            tiny()
-                .string("tokenizer.chat_template", "x")
-                .string("general.name", "y")
-                .bytes(),
-            "twice",
-        ),
+        (tiny().tensor("blk.0.mystery.weight", &[2, 2], 0.0).bytes(), "mystery"),
+        (tiny().string("tokenizer.chat_template", "x").string("general.name", "y").bytes(), "twice"),
     ] {
         std::fs::write(&gguf, bytes).unwrap();
-        let reason = import_gguf(&gguf, &out, &mut |_, _| {})
-            .unwrap_err()
-            .to_string();
+        let reason = import_gguf(&gguf, &out, &mut |_, _| {}).unwrap_err().to_string();
         assert!(reason.contains(words), "{reason}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }

@@ -24,11 +24,7 @@ enum Op {
 }
 
 fn state() -> impl Strategy<Value = BlockState> {
-    prop_oneof![
-        Just(BlockState::Running),
-        Just(BlockState::Reserved),
-        Just(BlockState::Quarantined)
-    ]
+    prop_oneof![Just(BlockState::Running), Just(BlockState::Reserved), Just(BlockState::Quarantined)]
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -111,27 +107,19 @@ fn run(ops: Vec<Op>) -> Result<(), TestCaseError> {
             Op::Publish(i, name) if !hands.is_empty() => {
                 let block = &hands[i % hands.len()];
                 pool.publish(block, hash(name));
-                if !model.published.contains_key(&name)
-                    && !model.published.values().any(|&b| b == block.id())
+                if !model.published.contains_key(&name) && !model.published.values().any(|&b| b == block.id())
                 {
                     model.published.insert(name, block.id());
                 }
             }
             Op::Lookup(names) => {
-                let want: Vec<u32> = names
-                    .iter()
-                    .map_while(|n| model.published.get(n).copied())
-                    .collect();
+                let want: Vec<u32> = names.iter().map_while(|n| model.published.get(n).copied()).collect();
                 let hashes: Vec<BlockHash> = names.iter().map(|&n| hash(n)).collect();
                 prop_assert_eq!(pool.peek(&hashes), want.len());
                 model.ticks += 1;
                 let found = pool.lookup(&hashes);
-                prop_assert_eq!(
-                    found.iter().map(Block::id).collect::<Vec<_>>(),
-                    want.clone()
-                );
-                want.iter()
-                    .for_each(|&id| model.add(id, BlockState::Running));
+                prop_assert_eq!(found.iter().map(Block::id).collect::<Vec<_>>(), want.clone());
+                want.iter().for_each(|&id| model.add(id, BlockState::Running));
                 hands.extend(found);
             }
             Op::SetState(i, state) if !hands.is_empty() => {
@@ -166,45 +154,22 @@ fn alloc(
     match pool.alloc(n, state) {
         Err(refused) => {
             prop_assert!(n > available);
-            prop_assert_eq!(
-                refused,
-                OutOfBlocks {
-                    wanted: n,
-                    available
-                }
-            );
+            prop_assert_eq!(refused, OutOfBlocks { wanted: n, available });
         }
         Ok(blocks) => {
             prop_assert_eq!(blocks.len(), n);
             let taken: BTreeSet<u32> = blocks.iter().map(Block::id).collect();
             prop_assert_eq!(taken.len(), n, "a block twice");
-            prop_assert!(
-                taken.iter().all(|id| !model.owners.contains_key(id)),
-                "a live block handed out"
-            );
-            let evicted: Vec<u32> = taken
-                .iter()
-                .copied()
-                .filter(|id| model.cached.contains_key(id))
-                .collect();
+            prop_assert!(taken.iter().all(|id| !model.owners.contains_key(id)), "a live block handed out");
+            let evicted: Vec<u32> =
+                taken.iter().copied().filter(|id| model.cached.contains_key(id)).collect();
             if !evicted.is_empty() {
                 let free = available - model.cached.len();
-                prop_assert_eq!(
-                    n - evicted.len(),
-                    free,
-                    "evicted while free blocks were left"
-                );
+                prop_assert_eq!(n - evicted.len(), free, "evicted while free blocks were left");
                 let newest = evicted.iter().map(|id| model.cached[id]).max();
-                let kept = model
-                    .cached
-                    .iter()
-                    .filter(|(id, _)| !taken.contains(id))
-                    .map(|(_, &age)| age)
-                    .min();
-                prop_assert!(
-                    kept.is_none() || newest <= kept,
-                    "evicted a younger block than one it kept"
-                );
+                let kept =
+                    model.cached.iter().filter(|(id, _)| !taken.contains(id)).map(|(_, &age)| age).min();
+                prop_assert!(kept.is_none() || newest <= kept, "evicted a younger block than one it kept");
             }
             for id in taken {
                 model.published.retain(|_, &mut b| b != id);
@@ -225,10 +190,7 @@ fn agree(pool: &Arc<BlockPool>, hands: &[Block], model: &Model) -> Result<(), Te
     prop_assert_eq!(counts.reserved, model.count(BlockState::Reserved));
     prop_assert_eq!(counts.quarantined, model.count(BlockState::Quarantined));
     prop_assert_eq!(counts.cached, model.cached.len());
-    prop_assert_eq!(
-        counts.free + counts.cached,
-        BLOCKS as usize - model.owners.len()
-    );
+    prop_assert_eq!(counts.free + counts.cached, BLOCKS as usize - model.owners.len());
     for block in hands {
         prop_assert_eq!(block.owners() as usize, model.owners[&block.id()]);
     }
@@ -249,10 +211,7 @@ fn a_dropped_chain_is_evicted_from_its_end() {
     let blocks = pool.alloc(4, BlockState::Running).unwrap();
     let ids: Vec<u32> = blocks.iter().map(Block::id).collect();
     let hashes: Vec<BlockHash> = (0..4).map(hash).collect();
-    blocks
-        .iter()
-        .zip(&hashes)
-        .for_each(|(block, &h)| pool.publish(block, h));
+    blocks.iter().zip(&hashes).for_each(|(block, &h)| pool.publish(block, h));
     drop(blocks); // front to back, all in one tick
     assert_eq!(pool.counts().cached, 4);
     let one = pool.alloc(1, BlockState::Reserved).unwrap();

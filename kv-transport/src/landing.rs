@@ -394,11 +394,9 @@ impl LandingShared {
 
     /// Starts a write into claimed cells; nothing when the landing is over.
     pub(crate) fn begin(&self) -> Option<Write<'_>> {
-        self.inner
-            .lock()
-            .state
-            .write_begins()
-            .then_some(Write { landing: self })
+        // Not `then_some`: a guard made in vain would end a write that never began.
+        let may = self.inner.lock().state.write_begins();
+        may.then(|| Write { landing: self })
     }
 
     /// Place of a cell, from the receiver's grid.

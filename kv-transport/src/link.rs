@@ -1,5 +1,6 @@
 //! All connections to one peer, and the pushes that take turns on them.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::PushError;
+use crate::error::{PushError, Refusal};
 use crate::push::{Job, PushShared};
 use crate::stats::SenderCounters;
 
@@ -49,13 +50,19 @@ impl Link {
         self.inner.lock().pushes.len()
     }
 
-    /// Takes part from now on; false when the link is dead.
-    pub(crate) fn add(&self, push: &Arc<PushShared>) -> bool {
+    /// Takes part from now on, unless the link is dead or another push uses the same ticket.
+    pub(crate) fn add(&self, push: &Arc<PushShared>) -> Result<(), PushError> {
         let mut inner = self.inner.lock();
-        if !inner.dead {
-            inner.pushes.insert(push.ticket.transfer, push.clone());
+        if inner.dead {
+            return Err(PushError::PeerGone);
         }
-        !inner.dead
+        match inner.pushes.entry(push.ticket.transfer) {
+            Entry::Occupied(_) => Err(PushError::Refused(Refusal::Taken)),
+            Entry::Vacant(place) => {
+                place.insert(push.clone());
+                Ok(())
+            }
+        }
     }
 
     /// The push is over. What it still has to say (an abort) is said.

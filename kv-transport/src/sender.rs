@@ -142,14 +142,14 @@ impl Sender {
             ))
         };
         let mut push = new(link.clone());
-        if !link.add(&push) {
+        let mut added = link.add(&push);
+        if added == Err(PushError::PeerGone) {
             // The link died between two looks at it: once more, with a fresh one.
             link = shared.link(&ticket, deadline).await?;
             push = new(link.clone());
-            if !link.add(&push) {
-                return Err(PushError::PeerGone);
-            }
+            added = link.add(&push);
         }
+        added?;
         let push_handle = Push::new(push.clone());
         link.list(&push);
         push.wait(|state| (state.phase() != PushPhase::Opening).then_some(()))

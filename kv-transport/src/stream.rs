@@ -131,7 +131,8 @@ impl Stream {
         if self.attached.len() >= MAX_ATTACHED {
             self.attached.retain(|transfer| self.link.knows(*transfer));
         }
-        if self.attached.insert(transfer) {
+        // An attach that was asked for is always said: its answer tells whether the ticket still stands.
+        if self.attached.insert(transfer) || matches!(job, Job::Attach) {
             let mut body = Vec::with_capacity(crate::wire::ATTACH_BYTES);
             body.put_slice(&push.ticket.secret.0);
             body.put_u64_le(push.ticket.generation);

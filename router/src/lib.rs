@@ -87,11 +87,15 @@ pub async fn run(
     listener: TcpListener,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
+    let close = CancellationToken::new();
     let mut routes = RoutesBuilder::default();
     let picture = match deps.registry {
         Registry::Served(registry) => {
             let picture = registry.watch().await?;
-            routes.add_service(RegistryServer::new(registry_service::RegistryService { registry }));
+            routes.add_service(RegistryServer::new(registry_service::RegistryService {
+                registry,
+                close: close.clone(),
+            }));
             picture
         }
         Registry::Watched(registry) => registry.watch().await?,
@@ -113,7 +117,6 @@ pub async fn run(
     let (routes, health) = proto::server::with_health_and_reflection(routes)
         .await
         .map_err(|e| RunError::Serve(e.to_string()))?;
-    let close = CancellationToken::new();
     let server = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))

@@ -6,6 +6,7 @@ use cluster::{Load, Member, MemoryRegistry};
 use proto::v1;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status, Streaming};
 
 /// A member silent for this long is gone.
@@ -16,6 +17,8 @@ const MAX_JSON_BYTES: usize = 64 << 10;
 pub struct RegistryService {
     /// Where members are kept.
     pub registry: MemoryRegistry,
+    /// Ends every stream: the router stops.
+    pub close: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -41,11 +44,18 @@ impl v1::registry_server::Registry for RegistryService {
         let lease_ms = u32::try_from(LEASE.as_millis()).unwrap_or(u32::MAX);
         let _ = replies.try_send(Ok(v1::JoinReply { lease_ms }));
         let registry = self.registry.clone();
+        let close = self.close.clone();
         tokio::spawn(async move {
-            while let Ok(Ok(Some(beat))) = tokio::time::timeout(LEASE, beats.message()).await {
-                if let Ok(load) = parse("load_json", &beat.load_json) {
-                    registry.set_load(&member.worker, member.incarnation, load);
+            let listen = async {
+                while let Ok(Ok(Some(beat))) = tokio::time::timeout(LEASE, beats.message()).await {
+                    if let Ok(load) = parse("load_json", &beat.load_json) {
+                        registry.set_load(&member.worker, member.incarnation, load);
+                    }
                 }
+            };
+            tokio::select! {
+                () = listen => {}
+                () = close.cancelled() => return,
             }
             registry.remove(&member.worker, member.incarnation);
             drop(replies);

@@ -27,10 +27,7 @@ pub(super) struct Buffer {
 impl Buffer {
     fn new(rows: usize, width: usize) -> Result<Self, EngineError> {
         let stride = width.next_multiple_of(16) + 16;
-        Ok(Self {
-            region: Region::new(rows * stride * 4, "activations")?,
-            stride,
-        })
+        Ok(Self { region: Region::new(rows * stride * 4, "activations")?, stride })
     }
 
     fn at(&self) -> *mut f32 {
@@ -70,10 +67,7 @@ pub(super) struct Buffers {
 
 impl Buffers {
     pub(super) fn new(config: &ModelConfig, tokens: usize) -> Result<Self, EngineError> {
-        let (q, kv) = (
-            config.heads * config.head_dim,
-            config.kv_heads * config.head_dim,
-        );
+        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let mlp_rows = tokens.min(MLP_ROWS);
         Ok(Self {
             x: Buffer::new(tokens, config.hidden)?,
@@ -101,11 +95,7 @@ pub(super) struct Step<'a> {
 
 impl Step<'_> {
     /// Runs the plan; the logits of the wanted rows, `[wanted, vocab]`.
-    pub(super) fn run(
-        &mut self,
-        plan: &Plan<'_>,
-        on_layer: &mut dyn FnMut(usize),
-    ) -> Vec<Vec<f32>> {
+    pub(super) fn run(&mut self, plan: &Plan<'_>, on_layer: &mut dyn FnMut(usize)) -> Vec<Vec<f32>> {
         let network = self.network;
         self.embed(plan);
         for (index, layer) in network.layers.iter().enumerate() {
@@ -128,17 +118,8 @@ impl Step<'_> {
 
     /// Embeddings into `x`, angles into `cos` and `sin`.
     fn embed(&mut self, plan: &Plan<'_>) {
-        let (half, factor) = (
-            self.config.head_dim / 2,
-            self.config.rope.attention_factor(),
-        );
-        let Buffers {
-            x,
-            cos,
-            sin,
-            frequencies,
-            ..
-        } = &mut *self.buffers;
+        let (half, factor) = (self.config.head_dim / 2, self.config.rope.attention_factor());
+        let Buffers { x, cos, sin, frequencies, .. } = &mut *self.buffers;
         cos.clear();
         sin.clear();
         for (index, row) in plan.rows.iter().enumerate() {
@@ -159,14 +140,7 @@ impl Step<'_> {
         let Buffers { x, normed, .. } = &*self.buffers;
         by_rows(self.team, rows, &|row| {
             // SAFETY: each row is visited once; `x` is only read.
-            unsafe {
-                (kernels.norm)(&NormRow {
-                    x: x.row(row),
-                    weight,
-                    eps,
-                    out: normed.row(row),
-                })
-            };
+            unsafe { (kernels.norm)(&NormRow { x: x.row(row), weight, eps, out: normed.row(row) }) };
         });
     }
 
@@ -175,10 +149,7 @@ impl Step<'_> {
         let (config, kernels, kv) = (self.config, self.kernels, self.kv);
         let half = config.head_dim / 2;
         let Buffers { qkv, cos, sin, .. } = &*self.buffers;
-        let head_norms = layer
-            .head_norms
-            .as_ref()
-            .map(|(q, k)| (&q[..], &k[..], config.rms_eps));
+        let head_norms = layer.head_norms.as_ref().map(|(q, k)| (&q[..], &k[..], config.rms_eps));
         by_rows(self.team, plan.rows.len(), &|row| {
             let place = plan.rows[row];
             // SAFETY: each row is visited once. The block is one of the batch's, which the caller owns; no two
@@ -217,9 +188,7 @@ impl Step<'_> {
             ldo: attended.stride,
         };
         // SAFETY: tasks write disjoint heads of rows; the KV they read was written before this loop.
-        self.team.run(tasks.len(), &|task| unsafe {
-            (kernels.attention)(&layer, &tasks[task])
-        });
+        self.team.run(tasks.len(), &|task| unsafe { (kernels.attention)(&layer, &tasks[task]) });
         self.linear(o, Side::Attended, Side::Residual, rows);
     }
 
@@ -236,12 +205,7 @@ impl Step<'_> {
                 // SAFETY: each row is visited once; gate and up lie in the row.
                 unsafe {
                     let gate = gate_up.row(row);
-                    (kernels.swiglu)(&SwigluRow {
-                        gate,
-                        up: gate.add(up),
-                        out: gated.row(row),
-                        n: ffn,
-                    });
+                    (kernels.swiglu)(&SwigluRow { gate, up: gate.add(up), out: gated.row(row), n: ffn });
                 }
             });
             self.linear_from(&layer.down, Side::Gated, Side::Residual, count, first);
@@ -251,12 +215,7 @@ impl Step<'_> {
     /// The last layer's rest is computed for rows whose logits are wanted: they move to the front.
     fn keep_wanted(&mut self, plan: &Plan<'_>) {
         let (x, qkv) = (&self.buffers.x, &self.buffers.qkv);
-        for (to, &(from, _)) in plan
-            .wanted
-            .iter()
-            .enumerate()
-            .filter(|(to, wanted)| *to != wanted.0)
-        {
+        for (to, &(from, _)) in plan.wanted.iter().enumerate().filter(|(to, wanted)| *to != wanted.0) {
             // SAFETY: `to < from`, both rows of the buffers, different and so not overlapping.
             unsafe {
                 std::ptr::copy_nonoverlapping(x.row(from), x.row(to), x.stride);
@@ -343,9 +302,7 @@ impl Side {
 /// Spreads row work over the team.
 fn by_rows(team: &mut Team, rows: usize, body: &(dyn Fn(usize) + Sync)) {
     let tasks = rows.div_ceil(ROWS_PER_TASK);
-    team.run(tasks, &|task| {
-        (task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK)).for_each(body)
-    });
+    team.run(tasks, &|task| (task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK)).for_each(body));
 }
 
 /// Spreads a product over the team: row blocks × groups of panels.
@@ -353,9 +310,7 @@ fn product(team: &mut Team, kernels: &'static Kernels, job: &Gemm<'_>, rows: usi
     let weights: &Packed = job.weights;
     let row_blocks = rows.div_ceil(ROW_BLOCK);
     // Some tasks per thread, so that a thread that is held up does not hold up the others.
-    let groups = (8 * team.threads())
-        .div_ceil(row_blocks.max(1))
-        .clamp(1, weights.panels());
+    let groups = (8 * team.threads()).div_ceil(row_blocks.max(1)).clamp(1, weights.panels());
     team.run(row_blocks * groups, &|task| {
         let (block, group) = (task / groups, task % groups);
         let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;

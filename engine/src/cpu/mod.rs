@@ -71,11 +71,7 @@ impl CpuEngine {
     }
 
     /// A network of this shape with weights near N(0, 0.02): for measuring without files.
-    pub fn from_random(
-        config: ModelConfig,
-        seed: u64,
-        options: CpuOptions,
-    ) -> Result<Self, EngineError> {
+    pub fn from_random(config: ModelConfig, seed: u64, options: CpuOptions) -> Result<Self, EngineError> {
         network::check(&config, Path::new("(random)"))?;
         Self::build(config, &RandomWeights { seed }, options)
     }
@@ -102,8 +98,8 @@ impl CpuEngine {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads.min(256),
         };
-        let team = Team::new(threads)
-            .map_err(|e| EngineError::Device(format!("cannot start threads: {e}")))?;
+        let team =
+            Team::new(threads).map_err(|e| EngineError::Device(format!("cannot start threads: {e}")))?;
         let info = EngineInfo {
             backend: "cpu",
             device: format!("cpu ({}, {threads} threads)", kernels.name),
@@ -112,22 +108,9 @@ impl CpuEngine {
         };
         let buffers = Buffers::new(&config, options.max_batch_tokens)?;
         let network = Network::load(&config, source)?;
-        tracing::debug!(
-            device = info.device,
-            parameters = config.parameters(),
-            "engine ready"
-        );
+        tracing::debug!(device = info.device, parameters = config.parameters(), "engine ready");
         let max_batch_tokens = options.max_batch_tokens;
-        Ok(Self {
-            config,
-            network,
-            kv,
-            kernels,
-            team,
-            buffers,
-            info,
-            max_batch_tokens,
-        })
+        Ok(Self { config, network, kv, kernels, team, buffers, info, max_batch_tokens })
     }
 
     /// What the model is.
@@ -151,9 +134,7 @@ impl CpuEngine {
         let tokens = batch.tokens();
         if tokens > self.max_batch_tokens {
             let most = self.max_batch_tokens;
-            return Err(EngineError::BadBatch(format!(
-                "{tokens} tokens in a step of at most {most}"
-            )));
+            return Err(EngineError::BadBatch(format!("{tokens} tokens in a step of at most {most}")));
         }
         let plan = Plan::new(batch, self.kv.layout(), self.config.group(), all_logits);
         let mut step = Step {
@@ -165,12 +146,7 @@ impl CpuEngine {
             buffers: &mut self.buffers,
         };
         let logits = step.run(&plan, on_layer);
-        Ok(plan
-            .wanted
-            .iter()
-            .map(|wanted| wanted.1)
-            .zip(logits)
-            .collect())
+        Ok(plan.wanted.iter().map(|wanted| wanted.1).zip(logits).collect())
     }
 }
 
@@ -192,10 +168,7 @@ impl Engine for CpuEngine {
         for (index, mut logits) in self.run(batch, false, on_layer)? {
             sampled[index] = match batch.segments[index].samples {
                 [only] => vec![sample(&mut logits, only)],
-                several => several
-                    .iter()
-                    .map(|request| sample(&mut logits.clone(), request))
-                    .collect(),
+                several => several.iter().map(|request| sample(&mut logits.clone(), request)).collect(),
             };
         }
         Ok(sampled)
@@ -208,13 +181,8 @@ impl Engine for CpuEngine {
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), EngineError> {
         let blocks = self.kv.layout().blocks;
-        if let Some(pair) = pairs
-            .iter()
-            .find(|(from, to)| (*from).max(*to) as usize >= blocks)
-        {
-            return Err(EngineError::BadBatch(format!(
-                "copy of blocks {pair:?}, the pool has {blocks}"
-            )));
+        if let Some(pair) = pairs.iter().find(|(from, to)| (*from).max(*to) as usize >= blocks) {
+            return Err(EngineError::BadBatch(format!("copy of blocks {pair:?}, the pool has {blocks}")));
         }
         for &(from, to) in pairs {
             self.kv.copy(from, to);

@@ -42,10 +42,7 @@ pub(super) struct Network {
 }
 
 impl Network {
-    pub(super) fn load(
-        config: &ModelConfig,
-        source: &dyn WeightSource,
-    ) -> Result<Self, EngineError> {
+    pub(super) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self, EngineError> {
         let (vocab, hidden) = (config.vocab, config.hidden);
         let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
         let mut head = Packed::zeroed(vocab, hidden)?;
@@ -74,18 +71,13 @@ impl Network {
 
     /// Bytes that one decode step streams.
     pub(super) fn streamed_bytes(&self) -> usize {
-        let layer =
-            |l: &Layer| [&l.qkv, &l.o, &l.gate_up, &l.down].map(|linear| linear.weights.bytes());
+        let layer = |l: &Layer| [&l.qkv, &l.o, &l.gate_up, &l.down].map(|linear| linear.weights.bytes());
         self.head.bytes() + self.layers.iter().flat_map(layer).sum::<usize>()
     }
 }
 
 impl Layer {
-    fn load(
-        config: &ModelConfig,
-        source: &dyn WeightSource,
-        index: usize,
-    ) -> Result<Self, EngineError> {
+    fn load(config: &ModelConfig, source: &dyn WeightSource, index: usize) -> Result<Self, EngineError> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (hidden, ffn, dim) = (config.hidden, config.ffn, config.head_dim);
         let (q, kv) = (config.heads * dim, config.kv_heads * dim);
@@ -95,19 +87,12 @@ impl Layer {
         };
         let head_norms = || -> Result<_, EngineError> {
             let norm = |part: &str| source.vector(&name(part), dim);
-            Ok((
-                norm("self_attn.q_norm.weight")?,
-                norm("self_attn.k_norm.weight")?,
-            ))
+            Ok((norm("self_attn.q_norm.weight")?, norm("self_attn.k_norm.weight")?))
         };
         Ok(Self {
             attention_norm: source.vector(&name("input_layernorm.weight"), hidden)?,
             qkv: stack(
-                &[
-                    ("self_attn.q_proj", q),
-                    ("self_attn.k_proj", kv),
-                    ("self_attn.v_proj", kv),
-                ],
+                &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
                 hidden,
                 config.qkv_bias,
                 1,
@@ -115,12 +100,7 @@ impl Layer {
             head_norms: config.qk_norm.then(head_norms).transpose()?,
             o: stack(&[("self_attn.o_proj", hidden)], q, config.o_bias, 1)?,
             mlp_norm: source.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: stack(
-                &[("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)],
-                hidden,
-                false,
-                PANEL,
-            )?,
+            gate_up: stack(&[("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)], hidden, false, PANEL)?,
             down: stack(&[("mlp.down_proj", hidden)], ffn, false, 1)?,
         })
     }
@@ -135,40 +115,25 @@ impl Linear {
         bias: bool,
         align: usize,
     ) -> Result<Self, EngineError> {
-        let rows = parts
-            .iter()
-            .map(|part| part.1.next_multiple_of(align))
-            .sum();
+        let rows = parts.iter().map(|part| part.1.next_multiple_of(align)).sum();
         let mut weights = Packed::zeroed(rows, columns)?;
         let mut biases = bias.then(|| vec![0.0; rows.next_multiple_of(PANEL)]);
         let mut first = 0;
         for (name, rows) in parts {
-            weights.fill(
-                first,
-                source
-                    .matrix(&format!("{name}.weight"), rows, columns)?
-                    .numbers(),
-            );
+            weights.fill(first, source.matrix(&format!("{name}.weight"), rows, columns)?.numbers());
             if let Some(biases) = &mut biases {
-                biases[first..first + rows]
-                    .copy_from_slice(&source.vector(&format!("{name}.bias"), rows)?);
+                biases[first..first + rows].copy_from_slice(&source.vector(&format!("{name}.bias"), rows)?);
             }
             first += rows.next_multiple_of(align);
         }
-        Ok(Self {
-            weights,
-            bias: biases,
-        })
+        Ok(Self { weights, bias: biases })
     }
 }
 
 /// Refuses what the kernels cannot do, before anything is loaded.
 pub(super) fn check(config: &ModelConfig, dir: &Path) -> Result<(), EngineError> {
     // The packed form pairs inputs; an odd width does not occur in real networks.
-    for (name, width) in [
-        ("hidden_size", config.hidden),
-        ("intermediate_size", config.ffn),
-    ] {
+    for (name, width) in [("hidden_size", config.hidden), ("intermediate_size", config.ffn)] {
         if width % 2 != 0 {
             return Err(EngineError::model(dir, format!("{name} {width} is odd")));
         }

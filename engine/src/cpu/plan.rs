@@ -27,36 +27,15 @@ pub(super) struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     /// Lays out a validated batch. `all_logits` wants every segment's last row, sampled or not.
-    pub(super) fn new(
-        batch: &Batch<'a>,
-        layout: &KvLayout,
-        group: usize,
-        all_logits: bool,
-    ) -> Self {
-        let mut plan = Self {
-            rows: Vec::new(),
-            tasks: Vec::new(),
-            wanted: Vec::new(),
-            wanted_tasks: Vec::new(),
-        };
+    pub(super) fn new(batch: &Batch<'a>, layout: &KvLayout, group: usize, all_logits: bool) -> Self {
+        let mut plan =
+            Self { rows: Vec::new(), tasks: Vec::new(), wanted: Vec::new(), wanted_tasks: Vec::new() };
         for (index, segment) in batch.segments.iter().enumerate() {
             let first = plan.rows.len();
-            plan.rows
-                .extend(
-                    segment
-                        .tokens
-                        .iter()
-                        .zip(segment.position..)
-                        .map(|(&token, position)| {
-                            let block = segment.blocks[position / layout.block_tokens];
-                            TokenRow {
-                                token,
-                                position,
-                                block,
-                                slot: position % layout.block_tokens,
-                            }
-                        }),
-                );
+            plan.rows.extend(segment.tokens.iter().zip(segment.position..).map(|(&token, position)| {
+                let block = segment.blocks[position / layout.block_tokens];
+                TokenRow { token, position, block, slot: position % layout.block_tokens }
+            }));
             let count = segment.tokens.len();
             let task = |row, position, count, kv_head| AttentionTask {
                 row,
@@ -68,24 +47,17 @@ impl<'a> Plan<'a> {
             let step = queries_per_task(group);
             for start in (0..count).step_by(step) {
                 plan.tasks.extend((0..layout.kv_heads).map(|kv_head| {
-                    task(
-                        first + start,
-                        segment.position + start,
-                        step.min(count - start),
-                        kv_head,
-                    )
+                    task(first + start, segment.position + start, step.min(count - start), kv_head)
                 }));
             }
             if all_logits || !segment.samples.is_empty() {
                 let (row, last) = (plan.wanted.len(), segment.position + count - 1);
-                plan.wanted_tasks
-                    .extend((0..layout.kv_heads).map(|kv_head| task(row, last, 1, kv_head)));
+                plan.wanted_tasks.extend((0..layout.kv_heads).map(|kv_head| task(row, last, 1, kv_head)));
                 plan.wanted.push((first + count - 1, index));
             }
         }
         // The longest first, so that no thread is left alone with one at the end.
-        let length =
-            |task: &AttentionTask<'_>| std::cmp::Reverse(task.count * (task.position + task.count));
+        let length = |task: &AttentionTask<'_>| std::cmp::Reverse(task.count * (task.position + task.count));
         plan.tasks.sort_by_key(length);
         plan.wanted_tasks.sort_by_key(length);
         plan

@@ -20,8 +20,7 @@ impl Region {
             )));
         }
         let map = MmapOptions::new().len(bytes.max(1)).map_anon();
-        let map =
-            map.map_err(|e| EngineError::OutOfMemory(format!("{what}, {bytes} bytes: {e}")))?;
+        let map = map.map_err(|e| EngineError::OutOfMemory(format!("{what}, {bytes} bytes: {e}")))?;
         // Only speed depends on it.
         let _ = map.advise(Advice::HugePage);
         Ok(Self { map })
@@ -39,9 +38,7 @@ impl Region {
 /// `MemAvailable`; `None` where /proc does not say.
 fn available_bytes() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -58,27 +55,12 @@ pub(crate) struct KvRegion {
 
 impl KvRegion {
     pub(crate) fn new(layout: KvLayout) -> Result<Self, EngineError> {
-        let sizes = [
-            layout.layers,
-            layout.blocks,
-            layout.kv_heads,
-            layout.block_tokens,
-            layout.head_dim,
-        ];
-        let bytes = sizes
-            .iter()
-            .try_fold(2 * layout.dtype.bytes(), |n, &size| n.checked_mul(size));
-        let bytes = bytes
-            .filter(|&n| n > 0 && n <= isize::MAX as usize)
-            .ok_or_else(|| {
-                EngineError::OutOfMemory(format!(
-                    "a KV pool of {layout:?} is empty or larger than memory"
-                ))
-            })?;
-        Ok(Self {
-            layout,
-            region: Region::new(bytes, "the KV pool")?,
-        })
+        let sizes = [layout.layers, layout.blocks, layout.kv_heads, layout.block_tokens, layout.head_dim];
+        let bytes = sizes.iter().try_fold(2 * layout.dtype.bytes(), |n, &size| n.checked_mul(size));
+        let bytes = bytes.filter(|&n| n > 0 && n <= isize::MAX as usize).ok_or_else(|| {
+            EngineError::OutOfMemory(format!("a KV pool of {layout:?} is empty or larger than memory"))
+        })?;
+        Ok(Self { layout, region: Region::new(bytes, "the KV pool")? })
     }
 
     /// Start of a block of a layer: `block_bytes()` valid bytes.

@@ -66,10 +66,7 @@ impl Team {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let mut team = Self {
-            shared,
-            helpers: Vec::new(),
-        };
+        let mut team = Self { shared, helpers: Vec::new() };
         for index in 1..threads {
             let shared = Arc::clone(&team.shared);
             let builder = std::thread::Builder::new().name(format!("engine-{index}"));
@@ -93,9 +90,8 @@ impl Team {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. `run` does not return, nor unwind, before the loop is closed
         // and no helper is inside, so no helper uses `body` after this borrow.
-        let body = unsafe {
-            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(body)
-        };
+        let body =
+            unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(body) };
         // SAFETY: the loop is closed and nobody is inside (see `close`), so nobody reads the job now.
         unsafe { *shared.job.get() = Some(Job { body, count }) };
         shared.next.store(0, Ordering::Relaxed);
@@ -111,10 +107,7 @@ impl Team {
         if let Err(panic) = own {
             std::panic::resume_unwind(panic);
         }
-        assert!(
-            !shared.panicked.swap(false, Ordering::Relaxed),
-            "a helper thread panicked"
-        );
+        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a helper thread panicked");
     }
 }
 
@@ -149,11 +142,7 @@ impl Shared {
         let mut spins = 0u32;
         while self.state.load(Ordering::Acquire) & INSIDE != 0 {
             spins += 1;
-            if spins < SPINS_BEFORE_YIELD {
-                std::hint::spin_loop()
-            } else {
-                std::thread::yield_now()
-            }
+            if spins < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
     }
 
@@ -164,11 +153,7 @@ impl Shared {
                 return;
             };
             seen = state >> 32;
-            if self
-                .state
-                .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
-                .is_err()
-            {
+            if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 // Another helper came in, or the loop closed: look again, it may still be open.
                 seen -= 1;
                 continue;

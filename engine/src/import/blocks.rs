@@ -53,9 +53,7 @@ impl BlockType {
         let (numbers, bytes) = self.block();
         let row = shape.last().copied().unwrap_or(0);
         if row == 0 || row % numbers != 0 {
-            return Err(format!(
-                "rows of {row} do not fill blocks of {numbers} ({self:?})"
-            ));
+            return Err(format!("rows of {row} do not fill blocks of {numbers} ({self:?})"));
         }
         shape
             .iter()
@@ -111,10 +109,7 @@ mod tests {
             kind.unpack(data, &mut out);
             out
         };
-        let (half2, half3) = (
-            f16::from_f32(0.5).to_le_bytes(),
-            f16::from_f32(-3.0).to_le_bytes(),
-        );
+        let (half2, half3) = (f16::from_f32(0.5).to_le_bytes(), f16::from_f32(-3.0).to_le_bytes());
         let quants: Vec<u8> = (0..16).map(|i| i | (15 - i) << 4).collect();
         let q4_0 = unpack(BlockType::Q4_0, &[&half2[..], &quants].concat());
         let q4_1 = unpack(BlockType::Q4_1, &[&half2[..], &half3, &quants].concat());
@@ -129,10 +124,7 @@ mod tests {
         let q8_0 = unpack(BlockType::Q8_0, &[&half2[..], &bytes].concat());
         assert_eq!((q8_0[0], q8_0[31]), (-8.0, 7.5));
         assert_eq!(unpack(BlockType::F16, &half3), [-3.0]);
-        assert_eq!(
-            unpack(BlockType::Bf16, &bf16::from_f32(2.5).to_le_bytes()),
-            [2.5]
-        );
+        assert_eq!(unpack(BlockType::Bf16, &bf16::from_f32(2.5).to_le_bytes()), [2.5]);
         assert_eq!(unpack(BlockType::F32, &7.25f32.to_le_bytes()), [7.25]);
     }
 

@@ -54,11 +54,7 @@ pub struct Gguf<'a> {
 impl<'a> Gguf<'a> {
     /// Parses a whole file.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, String> {
-        let mut reader = Reader {
-            bytes,
-            at: 0,
-            values: 0,
-        };
+        let mut reader = Reader { bytes, at: 0, values: 0 };
         if reader.take(4)? != MAGIC {
             return Err("not a GGUF file (wrong magic)".into());
         }
@@ -180,13 +176,8 @@ struct TensorInfo<'a> {
 
 impl<'a> TensorInfo<'a> {
     fn locate(&self, data: &'a [u8]) -> Result<Tensor<'a>, String> {
-        let bytes = self
-            .kind
-            .bytes_of(&self.shape)
-            .map_err(|e| format!("tensor {}: {e}", self.name))?;
-        let range = usize::try_from(self.offset)
-            .ok()
-            .and_then(|at| Some(at..at.checked_add(bytes)?));
+        let bytes = self.kind.bytes_of(&self.shape).map_err(|e| format!("tensor {}: {e}", self.name))?;
+        let range = usize::try_from(self.offset).ok().and_then(|at| Some(at..at.checked_add(bytes)?));
         let data = range.and_then(|range| data.get(range)).ok_or_else(|| {
             format!(
                 "tensor {}: {bytes} bytes at {} expected, the file holds {} bytes of data: truncated?",
@@ -195,11 +186,7 @@ impl<'a> TensorInfo<'a> {
                 data.len()
             )
         })?;
-        Ok(Tensor {
-            shape: self.shape.clone(),
-            kind: self.kind,
-            data,
-        })
+        Ok(Tensor { shape: self.shape.clone(), kind: self.kind, data })
     }
 }
 
@@ -211,12 +198,8 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, n: usize) -> Result<&'a [u8], String> {
-        let end = self
-            .at
-            .checked_add(n)
-            .filter(|&end| end <= self.bytes.len());
-        let end =
-            end.ok_or_else(|| format!("the file ends at byte {}: truncated?", self.bytes.len()))?;
+        let end = self.at.checked_add(n).filter(|&end| end <= self.bytes.len());
+        let end = end.ok_or_else(|| format!("the file ends at byte {}: truncated?", self.bytes.len()))?;
         let taken = &self.bytes[self.at..end];
         self.at = end;
         Ok(taken)
@@ -237,10 +220,8 @@ impl<'a> Reader<'a> {
     }
 
     fn text(&mut self) -> Result<&'a str, String> {
-        let length =
-            usize::try_from(self.u64()?).map_err(|_| "a string longer than memory".to_owned())?;
-        std::str::from_utf8(self.take(length)?)
-            .map_err(|e| format!("a string that is not UTF-8: {e}"))
+        let length = usize::try_from(self.u64()?).map_err(|_| "a string longer than memory".to_owned())?;
+        std::str::from_utf8(self.take(length)?).map_err(|e| format!("a string that is not UTF-8: {e}"))
     }
 
     fn value(&mut self, kind: u32, depth: u32) -> Result<Value<'a>, String> {
@@ -272,9 +253,7 @@ impl<'a> Reader<'a> {
             11 => Value::Signed(i64::from_le_bytes(self.array()?)),
             12 => Value::Float(f64::from_le_bytes(self.array()?)),
             other => {
-                return Err(format!(
-                    "metadata type {other} is not known or nested too deep"
-                ));
+                return Err(format!("metadata type {other} is not known or nested too deep"));
             }
         })
     }
@@ -288,21 +267,13 @@ impl<'a> Reader<'a> {
         let mut shape = Vec::new();
         for _ in 0..dims {
             let size = self.u64()?;
-            shape.push(
-                usize::try_from(size)
-                    .map_err(|_| format!("tensor {name}: a dimension of {size}"))?,
-            );
+            shape.push(usize::try_from(size).map_err(|_| format!("tensor {name}: a dimension of {size}"))?);
         }
         shape.reverse();
         let kind = self.u32()?;
         let kind = BlockType::from_code(kind).ok_or_else(|| {
             format!("tensor {name} has type {kind}; F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are read")
         })?;
-        Ok(TensorInfo {
-            name,
-            shape,
-            kind,
-            offset: self.u64()?,
-        })
+        Ok(TensorInfo { name, shape, kind, offset: self.u64()? })
     }
 }

@@ -37,9 +37,7 @@ impl Model {
             "qwen2" => ("Qwen2ForCausalLM", "qwen2", false),
             "qwen3" => ("Qwen3ForCausalLM", "qwen3", false),
             other => {
-                return Err(format!(
-                    "architecture {other} is not known (llama, qwen2, qwen3 are)"
-                ));
+                return Err(format!("architecture {other} is not known (llama, qwen2, qwen3 are)"));
             }
         };
         let key = |name: &str| format!("{arch}.{name}");
@@ -52,28 +50,21 @@ impl Model {
             return Err("mixtures of experts are not known".into());
         }
         if gguf.tensor("rope_freqs.weight").is_some() {
-            return Err("rope_freqs.weight: import models with tabulated frequencies from their safetensors".into());
+            return Err(
+                "rope_freqs.weight: import models with tabulated frequencies from their safetensors".into()
+            );
         }
         let (hidden, heads) = (need("embedding_length")?, need("attention.head_count")?);
         let kv_heads = optional("attention.head_count_kv")?.unwrap_or(heads);
         if kv_heads == 0 || heads % kv_heads != 0 {
-            return Err(format!(
-                "{heads} heads do not divide among {kv_heads} key/value heads"
-            ));
+            return Err(format!("{heads} heads do not divide among {kv_heads} key/value heads"));
         }
-        let head_dim = optional("attention.key_length")?
-            .unwrap_or(hidden / heads)
-            .max(1);
+        let head_dim = optional("attention.key_length")?.unwrap_or(hidden / heads).max(1);
         if optional("rope.dimension_count")?.is_some_and(|dims| dims != head_dim) {
-            return Err(format!(
-                "{} is not the head size {head_dim}",
-                key("rope.dimension_count")
-            ));
+            return Err(format!("{} is not the head size {head_dim}", key("rope.dimension_count")));
         }
         let context = need("context_length")?;
-        let embedding = gguf
-            .tensor("token_embd.weight")
-            .ok_or("tensor token_embd.weight is missing")?;
+        let embedding = gguf.tensor("token_embd.weight").ok_or("tensor token_embd.weight is missing")?;
         Ok(Self {
             name: gguf.text("general.name").unwrap_or(arch).to_owned(),
             architecture,
@@ -88,10 +79,7 @@ impl Model {
             context,
             vocab: embedding.shape[0],
             // Written as f32; as a decimal it is what the original configuration said.
-            eps: decimal(
-                gguf.float(&key("attention.layer_norm_rms_epsilon"))?
-                    .unwrap_or(1e-5),
-            ),
+            eps: decimal(gguf.float(&key("attention.layer_norm_rms_epsilon"))?.unwrap_or(1e-5)),
             theta: decimal(gguf.float(&key("rope.freq_base"))?.unwrap_or(10_000.0)),
             scaling: scaling(gguf, arch, context)?,
             tied: gguf.tensor("output.weight").is_none(),
@@ -156,8 +144,6 @@ fn scaling(gguf: &Gguf<'_>, arch: &str, context: u64) -> Result<Json, String> {
             "factor": factor.unwrap_or(1.0),
             "original_max_position_embeddings": gguf.integer(&key("original_context_length"))?.unwrap_or(context),
         })),
-        other => Err(format!(
-            "rope scaling {other} is not known (none, linear, yarn are)"
-        )),
+        other => Err(format!("rope scaling {other} is not known (none, linear, yarn are)")),
     }
 }

@@ -41,16 +41,13 @@ pub fn import_gguf(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<ImportReport, EngineError> {
     if out_dir.exists() {
-        return Err(EngineError::model(
-            out_dir,
-            "exists already; remove it to import again",
-        ));
+        return Err(EngineError::model(out_dir, "exists already; remove it to import again"));
     }
     let file = Mapped::open(gguf)?;
     let parsed = Gguf::parse(file.bytes()).map_err(|reason| EngineError::model(gguf, reason))?;
     let staging = Staging::beside(out_dir)?;
-    let report = write_folder(&parsed, &staging.path, progress)
-        .map_err(|reason| EngineError::model(gguf, reason))?;
+    let report =
+        write_folder(&parsed, &staging.path, progress).map_err(|reason| EngineError::model(gguf, reason))?;
     staging.publish(out_dir)?;
     Ok(report)
 }
@@ -68,9 +65,7 @@ fn write_folder(
     write_json(dir, "tokenizer_config.json", &tokenizer.config_json(&model))?;
     let path = dir.join("model.safetensors");
     let written = tensors::write(gguf, &model, &path, progress)?;
-    let bytes = fs::metadata(&path)
-        .map_err(|e| format!("cannot read back {}: {e}", path.display()))?
-        .len();
+    let bytes = fs::metadata(&path).map_err(|e| format!("cannot read back {}: {e}", path.display()))?.len();
     Ok(ImportReport {
         name: model.name.clone(),
         architecture: model.architecture.to_owned(),
@@ -95,22 +90,13 @@ struct Staging {
 
 impl Staging {
     fn beside(out_dir: &Path) -> Result<Self, EngineError> {
-        let name = out_dir
-            .file_name()
-            .ok_or_else(|| EngineError::model(out_dir, "is not a folder's name"))?;
-        let name = format!(
-            ".{}.importing-{}",
-            name.to_string_lossy(),
-            std::process::id()
-        );
+        let name =
+            out_dir.file_name().ok_or_else(|| EngineError::model(out_dir, "is not a folder's name"))?;
+        let name = format!(".{}.importing-{}", name.to_string_lossy(), std::process::id());
         let path = out_dir.with_file_name(name);
         let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path)
-            .map_err(|e| EngineError::model(&path, format!("cannot be made: {e}")))?;
-        Ok(Self {
-            path,
-            published: false,
-        })
+        fs::create_dir_all(&path).map_err(|e| EngineError::model(&path, format!("cannot be made: {e}")))?;
+        Ok(Self { path, published: false })
     }
 
     fn publish(mut self, out_dir: &Path) -> Result<(), EngineError> {

@@ -30,9 +30,7 @@ pub(super) fn write(
         };
         let heads = match source.rsplit_once('.').map(|(stem, _)| stem) {
             Some(stem) if model.permuted && stem.ends_with("attn_q") => Some(model.heads as usize),
-            Some(stem) if model.permuted && stem.ends_with("attn_k") => {
-                Some(model.kv_heads as usize)
-            }
+            Some(stem) if model.permuted && stem.ends_with("attn_k") => Some(model.kv_heads as usize),
             _ => None,
         };
         if let Some(heads) = heads.filter(|&heads| tensor.shape[0] % (2 * heads) != 0) {
@@ -46,26 +44,11 @@ pub(super) fn write(
     let total = parts.iter().map(|part| part.1.data.len() as u64).sum();
     let written = Written {
         tensors: parts.len(),
-        parameters: parts
-            .iter()
-            .map(|part| part.1.shape.iter().product::<usize>() as u64)
-            .sum(),
+        parameters: parts.iter().map(|part| part.1.shape.iter().product::<usize>() as u64).sum(),
     };
-    let meter = RefCell::new(Meter {
-        done: 0,
-        total,
-        progress,
-    });
-    let views = parts.into_iter().map(|(name, tensor, heads)| {
-        (
-            name,
-            Converted {
-                tensor,
-                heads,
-                meter: &meter,
-            },
-        )
-    });
+    let meter = RefCell::new(Meter { done: 0, total, progress });
+    let views =
+        parts.into_iter().map(|(name, tensor, heads)| (name, Converted { tensor, heads, meter: &meter }));
     let note = Some([("format".to_owned(), "pt".to_owned())].into());
     safetensors::serialize_to_file(views, note, path)
         .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
@@ -88,10 +71,7 @@ fn rename(source: &str) -> Result<Option<String>, String> {
         return Ok(Some(name.to_owned()));
     }
     let unknown = || format!("tensor {source} is not part of a network we know");
-    let (layer, rest) = source
-        .strip_prefix("blk.")
-        .and_then(|s| s.split_once('.'))
-        .ok_or_else(unknown)?;
+    let (layer, rest) = source.strip_prefix("blk.").and_then(|s| s.split_once('.')).ok_or_else(unknown)?;
     layer.parse::<u32>().map_err(|_| unknown())?;
     let (part, kind) = rest.rsplit_once('.').ok_or_else(unknown)?;
     let part = match part {
@@ -130,11 +110,7 @@ struct Converted<'a> {
 
 impl View for Converted<'_> {
     fn dtype(&self) -> Dtype {
-        if self.tensor.shape.len() == 1 {
-            Dtype::F32
-        } else {
-            Dtype::BF16
-        }
+        if self.tensor.shape.len() == 1 { Dtype::F32 } else { Dtype::BF16 }
     }
 
     fn shape(&self) -> &[usize] {
@@ -149,10 +125,7 @@ impl View for Converted<'_> {
         }
         let bytes = match self.dtype() {
             Dtype::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            _ => numbers
-                .iter()
-                .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
-                .collect(),
+            _ => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         };
         let mut meter = self.meter.borrow_mut();
         meter.done += self.tensor.data.len() as u64;
@@ -191,18 +164,12 @@ mod tests {
     fn rows_return_to_halves() {
         // Two heads of four rows, one column: 0 2 1 3 | 4 6 5 7 was 0 1 2 3 | 4 5 6 7 interleaved.
         let rows: Vec<f32> = [0, 2, 1, 3, 4, 6, 5, 7].map(|x| x as f32).to_vec();
-        assert_eq!(
-            unpermute(&rows, 2, 8),
-            [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-        );
+        assert_eq!(unpermute(&rows, 2, 8), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     }
 
     #[test]
     fn names() {
-        assert_eq!(
-            rename("blk.7.attn_q.bias").unwrap().unwrap(),
-            "model.layers.7.self_attn.q_proj.bias"
-        );
+        assert_eq!(rename("blk.7.attn_q.bias").unwrap().unwrap(), "model.layers.7.self_attn.q_proj.bias");
         assert!(rename("blk.x.attn_q.weight").is_err());
         assert!(rename("blk.1.ffn_gate_exps.weight").is_err());
     }

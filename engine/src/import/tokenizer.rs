@@ -34,9 +34,7 @@ impl<'a> Tokenizer<'a> {
     pub(super) fn read(gguf: &Gguf<'a>, vocab: usize) -> Result<Self, String> {
         let kind = gguf.text("tokenizer.ggml.model")?;
         if kind != "gpt2" {
-            return Err(format!(
-                "tokenizer model {kind} is not known, only gpt2 (byte-level BPE) is"
-            ));
+            return Err(format!("tokenizer model {kind} is not known, only gpt2 (byte-level BPE) is"));
         }
         let split = match gguf.text("tokenizer.ggml.pre").unwrap_or("default") {
             "gpt-2" | "gpt2" => Split::Gpt2,
@@ -51,18 +49,11 @@ impl<'a> Tokenizer<'a> {
         };
         let tokens = texts(gguf, "tokenizer.ggml.tokens")?;
         if tokens.len() != vocab {
-            return Err(format!(
-                "{} tokens for an embedding of {vocab} rows",
-                tokens.len()
-            ));
+            return Err(format!("{} tokens for an embedding of {vocab} rows", tokens.len()));
         }
         let merges = texts(gguf, "tokenizer.ggml.merges")?
             .into_iter()
-            .map(|merge| {
-                merge
-                    .split_once(' ')
-                    .ok_or_else(|| format!("merge {merge:?} is not a pair"))
-            })
+            .map(|merge| merge.split_once(' ').ok_or_else(|| format!("merge {merge:?} is not a pair")))
             .collect::<Result<_, _>>()?;
         let kinds = gguf.array("tokenizer.ggml.token_type")?.unwrap_or_default();
         let kinds = kinds.iter().map(|kind| match kind {
@@ -70,27 +61,14 @@ impl<'a> Tokenizer<'a> {
             Value::Unsigned(kind) => *kind as i64,
             _ => 1,
         });
-        let add_bos = gguf
-            .boolean("tokenizer.ggml.add_bos_token")?
-            .unwrap_or(split == Split::Llama3);
+        let add_bos = gguf.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(split == Split::Llama3);
         let template = gguf.text("tokenizer.chat_template").ok();
-        Ok(Self {
-            tokens,
-            kinds: kinds.collect(),
-            merges,
-            split,
-            add_bos,
-            template,
-        })
+        Ok(Self { tokens, kinds: kinds.collect(), merges, split, add_bos, template })
     }
 
     pub(super) fn tokenizer_json(&self, model: &Model) -> Json {
-        let vocab: Map<String, Json> = self
-            .tokens
-            .iter()
-            .enumerate()
-            .map(|(id, token)| ((*token).to_owned(), json!(id)))
-            .collect();
+        let vocab: Map<String, Json> =
+            self.tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
         let added: Vec<Json> = self
             .added()
             .map(|(id, token, special)| {
@@ -149,17 +127,13 @@ impl<'a> Tokenizer<'a> {
     /// Puts the begin token first where the model wants one.
     fn post_processor(&self, model: &Model) -> Json {
         let bos = model.bos.filter(|_| self.add_bos);
-        let Some((id, token)) = bos.and_then(|id| Some((id, *self.tokens.get(id as usize)?)))
-        else {
+        let Some((id, token)) = bos.and_then(|id| Some((id, *self.tokens.get(id as usize)?))) else {
             return byte_level(true);
         };
         let special = json!({ "SpecialToken": { "id": token, "type_id": 0 } });
         let sequence = |id: &str, kind: u32| json!({ "Sequence": { "id": id, "type_id": kind } });
         let mut tokens = Map::new();
-        tokens.insert(
-            token.to_owned(),
-            json!({ "id": token, "ids": [id], "tokens": [token] }),
-        );
+        tokens.insert(token.to_owned(), json!({ "id": token, "ids": [id], "tokens": [token] }));
         let template = json!({
             "type": "TemplateProcessing",
             "single": [special, sequence("A", 0)],
@@ -170,13 +144,11 @@ impl<'a> Tokenizer<'a> {
     }
 
     fn added(&self) -> impl Iterator<Item = (usize, &'a str, bool)> + '_ {
-        self.tokens.iter().zip(&self.kinds).enumerate().filter_map(
-            |(id, (token, kind))| match *kind {
-                CONTROL => Some((id, *token, true)),
-                USER_DEFINED => Some((id, *token, false)),
-                _ => None,
-            },
-        )
+        self.tokens.iter().zip(&self.kinds).enumerate().filter_map(|(id, (token, kind))| match *kind {
+            CONTROL => Some((id, *token, true)),
+            USER_DEFINED => Some((id, *token, false)),
+            _ => None,
+        })
     }
 
     fn pre_tokenizer(&self) -> Json {
@@ -196,9 +168,7 @@ fn byte_level(use_regex: bool) -> Json {
 }
 
 fn texts<'a>(gguf: &Gguf<'a>, key: &str) -> Result<Vec<&'a str>, String> {
-    let values = gguf
-        .array(key)?
-        .ok_or_else(|| format!("metadata key {key} is missing"))?;
+    let values = gguf.array(key)?.ok_or_else(|| format!("metadata key {key} is missing"))?;
     values
         .iter()
         .map(|value| match value {

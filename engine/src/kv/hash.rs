@@ -98,10 +98,7 @@ mod tests {
         assert_eq!(hashes[1], hashes[0].next(&[3, 4]));
         // XXH3-128 of the empty input is 99aa06d3014798d86001c324468d497f.
         let empty = 0x99aa_06d3_0147_98d8_6001_c324_468d_497f_u128;
-        assert_eq!(
-            BlockHash::root(b""),
-            BlockHash::from_bytes(empty.to_le_bytes())
-        );
+        assert_eq!(BlockHash::root(b""), BlockHash::from_bytes(empty.to_le_bytes()));
     }
 
     proptest! {

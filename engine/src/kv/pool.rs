@@ -117,30 +117,18 @@ pub struct BlockPool {
 impl BlockPool {
     /// A pool of `blocks` free blocks, ids `0..blocks`.
     pub fn new(blocks: u32) -> Arc<Self> {
-        let slot = Slot {
-            state: State::Free,
-            owners: 0,
-            hash: None,
-            rank: 0,
-            released: 0,
-        };
+        let slot = Slot { state: State::Free, owners: 0, hash: None, rank: 0, released: 0 };
         let total = blocks as usize;
         let inner = Inner {
             slots: vec![slot; total],
             free: (0..blocks).rev().collect(),
             cached: BTreeSet::new(),
             published: HashMap::new(),
-            counts: BlockCounts {
-                free: total,
-                total,
-                ..BlockCounts::default()
-            },
+            counts: BlockCounts { free: total, total, ..BlockCounts::default() },
             clock: 0,
             next_rank: 0,
         };
-        Arc::new(Self {
-            inner: Mutex::new(inner),
-        })
+        Arc::new(Self { inner: Mutex::new(inner) })
     }
 
     /// Takes `n` blocks or none: free ones first, then cached ones, least recently used first.
@@ -148,16 +136,10 @@ impl BlockPool {
         let mut inner = self.inner.lock();
         let available = inner.free.len() + inner.cached.len();
         if n > available {
-            return Err(OutOfBlocks {
-                wanted: n,
-                available,
-            });
+            return Err(OutOfBlocks { wanted: n, available });
         }
         inner.clock += 1;
-        let blocks = (0..n)
-            .filter_map(|_| inner.take(state))
-            .map(|id| self.handle(id))
-            .collect();
+        let blocks = (0..n).filter_map(|_| inner.take(state)).map(|id| self.handle(id)).collect();
         inner.debug_check();
         Ok(blocks)
     }
@@ -167,11 +149,7 @@ impl BlockPool {
     pub fn lookup(self: &Arc<Self>, hashes: &[BlockHash]) -> Vec<Block> {
         let mut inner = self.inner.lock();
         inner.clock += 1;
-        let found = hashes
-            .iter()
-            .map_while(|hash| inner.reuse(hash))
-            .map(|id| self.handle(id))
-            .collect();
+        let found = hashes.iter().map_while(|hash| inner.reuse(hash)).map(|id| self.handle(id)).collect();
         inner.debug_check();
         found
     }
@@ -179,19 +157,13 @@ impl BlockPool {
     /// How many blocks `lookup` would return; takes nothing and refreshes nothing.
     pub fn peek(&self, hashes: &[BlockHash]) -> usize {
         let inner = self.inner.lock();
-        hashes
-            .iter()
-            .take_while(|hash| inner.published.contains_key(hash))
-            .count()
+        hashes.iter().take_while(|hash| inner.published.contains_key(hash)).count()
     }
 
     /// Makes a full block findable under its hash. Nothing happens when another block is published
     /// under this hash already, or this block under another one.
     pub fn publish(&self, block: &Block, hash: BlockHash) {
-        debug_assert!(
-            std::ptr::eq(self, Arc::as_ptr(&block.pool)),
-            "block of another pool"
-        );
+        debug_assert!(std::ptr::eq(self, Arc::as_ptr(&block.pool)), "block of another pool");
         let mut inner = self.inner.lock();
         let id = block.id;
         if inner.slots[id as usize].hash.is_some() || inner.published.contains_key(&hash) {
@@ -236,19 +208,13 @@ impl BlockPool {
     }
 
     fn handle(self: &Arc<Self>, id: u32) -> Block {
-        Block {
-            id,
-            pool: Arc::clone(self),
-        }
+        Block { id, pool: Arc::clone(self) }
     }
 }
 
 impl Inner {
     fn take(&mut self, state: BlockState) -> Option<u32> {
-        let id = self
-            .free
-            .pop()
-            .or_else(|| self.cached.pop_first().map(|(_, _, id)| id))?;
+        let id = self.free.pop().or_else(|| self.cached.pop_first().map(|(_, _, id)| id))?;
         if let Some(hash) = self.slots[id as usize].hash.take() {
             self.published.remove(&hash);
         }
@@ -307,66 +273,39 @@ impl Inner {
     }
 
     fn debug_check(&self) {
-        debug_assert!(
-            self.counts.balanced(),
-            "block counts out of balance: {:?}",
-            self.counts
-        );
+        debug_assert!(self.counts.balanced(), "block counts out of balance: {:?}", self.counts);
         debug_assert_eq!(self.counts.free, self.free.len());
         debug_assert_eq!(self.counts.cached, self.cached.len());
     }
 
     fn check(&self) -> Result<(), String> {
-        let mut counted = BlockCounts {
-            total: self.slots.len(),
-            ..BlockCounts::default()
-        };
+        let mut counted = BlockCounts { total: self.slots.len(), ..BlockCounts::default() };
         for (id, slot) in self.slots.iter().enumerate() {
             *counted.of(slot.state) += 1;
             let id = id as u32;
             let live = matches!(slot.state, State::Live(_));
             if live != (slot.owners > 0) {
-                return Err(format!(
-                    "block {id} is {:?} with {} owners",
-                    slot.state, slot.owners
-                ));
+                return Err(format!("block {id} is {:?} with {} owners", slot.state, slot.owners));
             }
-            if slot
-                .hash
-                .is_some_and(|hash| self.published.get(&hash) != Some(&id))
-            {
-                return Err(format!(
-                    "block {id} carries a hash that does not lead to it"
-                ));
+            if slot.hash.is_some_and(|hash| self.published.get(&hash) != Some(&id)) {
+                return Err(format!("block {id} carries a hash that does not lead to it"));
             }
             if (slot.state == State::Cached) != self.cached.contains(&self.eviction_key(id)) {
-                return Err(format!(
-                    "block {id} is {:?}, the eviction order disagrees",
-                    slot.state
-                ));
+                return Err(format!("block {id} is {:?}, the eviction order disagrees", slot.state));
             }
         }
         let free: BTreeSet<u32> = self.free.iter().copied().collect();
         if free.len() != self.free.len()
-            || free
-                .iter()
-                .any(|&id| self.slots[id as usize].state != State::Free)
+            || free.iter().any(|&id| self.slots[id as usize].state != State::Free)
         {
             return Err("the free list holds a block twice or one that is not free".into());
         }
         let published = self.slots.iter().filter(|slot| slot.hash.is_some()).count();
         if published != self.published.len() {
-            return Err(format!(
-                "{} hashes published, {published} blocks carry one",
-                self.published.len()
-            ));
+            return Err(format!("{} hashes published, {published} blocks carry one", self.published.len()));
         }
         if counted != self.counts || !counted.balanced() || counted.free != free.len() {
-            return Err(format!(
-                "counted {counted:?}, kept {:?}, free list {}",
-                self.counts,
-                free.len()
-            ));
+            return Err(format!("counted {counted:?}, kept {:?}, free list {}", self.counts, free.len()));
         }
         Ok(())
     }
@@ -400,10 +339,7 @@ impl Block {
 impl Clone for Block {
     fn clone(&self) -> Self {
         self.pool.inner.lock().slots[self.id as usize].owners += 1;
-        Self {
-            id: self.id,
-            pool: Arc::clone(&self.pool),
-        }
+        Self { id: self.id, pool: Arc::clone(&self.pool) }
     }
 }
 

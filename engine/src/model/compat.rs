@@ -37,9 +37,7 @@ fn hash_file(path: &Path, hasher: &mut Xxh3) -> std::io::Result<()> {
     let mut length = [0u8; 8];
     file.read_exact_at(&mut length, 0)?;
     // A hostile length is bounded by the file, and by what safetensors itself allows.
-    let header = u64::from_le_bytes(length)
-        .min(size.saturating_sub(8))
-        .min(100 << 20);
+    let header = u64::from_le_bytes(length).min(size.saturating_sub(8)).min(100 << 20);
     let mut bytes = vec![0u8; header as usize];
     file.read_exact_at(&mut bytes, 8)?;
     hasher.update(&bytes);

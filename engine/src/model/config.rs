@@ -66,11 +66,7 @@ impl ModelConfig {
         let path = dir.join("config.json");
         let raw: RawConfig = read_json(&path)?;
         let generation = dir.join("generation_config.json");
-        let generation = if generation.exists() {
-            read_json(&generation)?
-        } else {
-            RawGeneration::default()
-        };
+        let generation = if generation.exists() { read_json(&generation)? } else { RawGeneration::default() };
         Self::resolve(raw, generation).map_err(|reason| EngineError::model(&path, reason))
     }
 
@@ -90,9 +86,7 @@ impl ModelConfig {
     fn resolve(raw: RawConfig, generation: RawGeneration) -> Result<Self, String> {
         let architecture = architecture(&raw)?;
         if raw.quantization_config.is_some() {
-            return Err(
-                "quantization_config: quantised checkpoints are not read; use the bf16 one".into(),
-            );
+            return Err("quantization_config: quantised checkpoints are not read; use the bf16 one".into());
         }
         if let Some(act) = raw.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(format!("hidden_act is {act}, only silu is known"));
@@ -105,31 +99,20 @@ impl ModelConfig {
         let kv_heads = size("num_key_value_heads", kv_heads, 1 << 10)?;
         let hidden = size("hidden_size", raw.hidden_size, 1 << 17)?;
         if heads % kv_heads != 0 {
-            return Err(format!(
-                "{heads} heads do not divide among {kv_heads} key/value heads"
-            ));
+            return Err(format!("{heads} heads do not divide among {kv_heads} key/value heads"));
         }
         if raw.head_dim.is_none() && hidden % heads != 0 {
             return Err(format!(
                 "hidden_size {hidden} does not divide among {heads} heads and head_dim is not given"
             ));
         }
-        let head_dim = size(
-            "head_dim",
-            raw.head_dim.unwrap_or((hidden / heads) as u64),
-            1 << 10,
-        )?;
+        let head_dim = size("head_dim", raw.head_dim.unwrap_or((hidden / heads) as u64), 1 << 10)?;
         if head_dim % 2 != 0 {
-            return Err(format!(
-                "head_dim {head_dim} is odd, rotary positions need pairs"
-            ));
+            return Err(format!("head_dim {head_dim} is odd, rotary positions need pairs"));
         }
         let layers = size("num_hidden_layers", raw.num_hidden_layers, 1 << 10)?;
-        let positions = size(
-            "max_position_embeddings",
-            raw.max_position_embeddings.unwrap_or(2048),
-            1 << 24,
-        )?;
+        let positions =
+            size("max_position_embeddings", raw.max_position_embeddings.unwrap_or(2048), 1 << 24)?;
         let rms_eps = raw.rms_norm_eps.unwrap_or(1e-6);
         if !(rms_eps > 0.0 && rms_eps < 1.0) {
             return Err(format!("rms_norm_eps is {rms_eps}"));
@@ -139,17 +122,10 @@ impl ModelConfig {
         let rope = rope(&raw, positions)?;
         let windows = windows(architecture, &raw, layers)?;
         // Hugging Face's generate() believes generation_config.json first.
-        let eos = generation
-            .eos_token_id
-            .or(raw.eos_token_id)
-            .map_or_else(Vec::new, Ids::into_vec);
-        let bos = raw
-            .bos_token_id
-            .and_then(|ids| ids.into_vec().first().copied());
+        let eos = generation.eos_token_id.or(raw.eos_token_id).map_or_else(Vec::new, Ids::into_vec);
+        let bos = raw.bos_token_id.and_then(|ids| ids.into_vec().first().copied());
         if let Some(id) = eos.iter().chain(&bos).find(|&&id| id as usize >= vocab) {
-            return Err(format!(
-                "token {id} begins or ends a sequence, the vocabulary has {vocab}"
-            ));
+            return Err(format!("token {id} begins or ends a sequence, the vocabulary has {vocab}"));
         }
         Ok(Self {
             architecture,
@@ -199,22 +175,15 @@ fn size(field: &str, value: u64, most: u64) -> Result<usize, String> {
 
 fn rope(raw: &RawConfig, positions: usize) -> Result<Rope, String> {
     let given = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-    let partial = raw
-        .partial_rotary_factor
-        .or(given.and_then(|g| g.partial_rotary_factor));
+    let partial = raw.partial_rotary_factor.or(given.and_then(|g| g.partial_rotary_factor));
     if partial.is_some_and(|share| share != 1.0) {
         return Err("partial_rotary_factor: only full rotation is known".into());
     }
-    let theta = given
-        .and_then(|g| g.rope_theta)
-        .or(raw.rope_theta)
-        .unwrap_or(10_000.0);
+    let theta = given.and_then(|g| g.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0);
     if !(theta > 1.0 && theta.is_finite()) {
         return Err(format!("rope_theta is {theta}"));
     }
-    let scaling = given.map_or(Ok(RopeScaling::None), |given| {
-        scaling(given, positions as f64)
-    })?;
+    let scaling = given.map_or(Ok(RopeScaling::None), |given| scaling(given, positions as f64))?;
     Ok(Rope { theta, scaling })
 }
 
@@ -229,9 +198,7 @@ fn scaling(given: &RawRope, positions: f64) -> Result<RopeScaling, String> {
     need("original_max_position_embeddings", Some(original))?;
     match kind {
         "default" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear {
-            factor: need("factor", given.factor)?,
-        }),
+        "linear" => Ok(RopeScaling::Linear { factor: need("factor", given.factor)? }),
         "llama3" => {
             let low_freq_factor = need("low_freq_factor", given.low_freq_factor)?;
             let high_freq_factor = need("high_freq_factor", given.high_freq_factor)?;
@@ -241,30 +208,18 @@ fn scaling(given: &RawRope, positions: f64) -> Result<RopeScaling, String> {
                 ));
             }
             let factor = need("factor", given.factor)?;
-            Ok(RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original,
-            })
+            Ok(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original })
         }
         "yarn" => {
             let factor = need("factor", given.factor.or(Some(positions / original)))?;
             let sharpen = |scale: f64| {
-                if factor <= 1.0 {
-                    1.0
-                } else {
-                    0.1 * scale * factor.ln() + 1.0
-                }
+                if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
             };
-            let attention_factor =
-                match (given.attention_factor, given.mscale, given.mscale_all_dim) {
-                    (Some(given), _, _) => given,
-                    (None, Some(part), Some(all)) if part != 0.0 && all != 0.0 => {
-                        sharpen(part) / sharpen(all)
-                    }
-                    _ => sharpen(1.0),
-                };
+            let attention_factor = match (given.attention_factor, given.mscale, given.mscale_all_dim) {
+                (Some(given), _, _) => given,
+                (None, Some(part), Some(all)) if part != 0.0 && all != 0.0 => sharpen(part) / sharpen(all),
+                _ => sharpen(1.0),
+            };
             Ok(RopeScaling::Yarn {
                 factor,
                 beta_fast: need("beta_fast", Some(given.beta_fast.unwrap_or(32.0)))?,
@@ -274,31 +229,20 @@ fn scaling(given: &RawRope, positions: f64) -> Result<RopeScaling, String> {
                 truncate: given.truncate.unwrap_or(true),
             })
         }
-        other => Err(format!(
-            "rope scaling {other} is not known (default, linear, llama3, yarn are)"
-        )),
+        other => Err(format!("rope scaling {other} is not known (default, linear, llama3, yarn are)")),
     }
 }
 
 /// YaRN stretches the context it was declared for, whether or not max_position_embeddings says so.
 fn context(rope: &Rope, positions: usize) -> usize {
     match rope.scaling {
-        RopeScaling::Yarn {
-            factor, original, ..
-        } => positions.max((original * factor).min(1e8) as usize),
+        RopeScaling::Yarn { factor, original, .. } => positions.max((original * factor).min(1e8) as usize),
         _ => positions,
     }
 }
 
-fn windows(
-    architecture: Architecture,
-    raw: &RawConfig,
-    layers: usize,
-) -> Result<Vec<Option<usize>>, String> {
-    let width = raw
-        .sliding_window
-        .map(|w| size("sliding_window", w, 1 << 32))
-        .transpose()?;
+fn windows(architecture: Architecture, raw: &RawConfig, layers: usize) -> Result<Vec<Option<usize>>, String> {
+    let width = raw.sliding_window.map(|w| size("sliding_window", w, 1 << 32)).transpose()?;
     let on = match architecture {
         Architecture::Mistral => true,
         Architecture::Qwen2 | Architecture::Qwen3 => raw.use_sliding_window == Some(true),
@@ -309,10 +253,7 @@ fn windows(
     };
     if let Some(types) = &raw.layer_types {
         if types.len() != layers {
-            return Err(format!(
-                "layer_types has {} entries for {layers} layers",
-                types.len()
-            ));
+            return Err(format!("layer_types has {} entries for {layers} layers", types.len()));
         }
         return types
             .iter()
@@ -327,7 +268,5 @@ fn windows(
         Architecture::Mistral => 0,
         _ => raw.max_window_layers.unwrap_or(28),
     };
-    Ok((0..layers)
-        .map(|layer| (layer as u64 >= first).then_some(width))
-        .collect())
+    Ok((0..layers).map(|layer| (layer as u64 >= first).then_some(width)).collect())
 }

@@ -24,10 +24,7 @@ impl WeightSource for RandomWeights {
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, EngineError> {
-        Ok(vec![
-            if name.ends_with(".bias") { 0.0 } else { 1.0 };
-            length
-        ])
+        Ok(vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; length])
     }
 
     fn has(&self, _name: &str) -> bool {

@@ -81,17 +81,11 @@ pub(super) struct RawGeneration {
 }
 
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, EngineError> {
-    let size = std::fs::metadata(path)
-        .map_err(|e| EngineError::model(path, format!("cannot be read: {e}")))?
-        .len();
+    let size =
+        std::fs::metadata(path).map_err(|e| EngineError::model(path, format!("cannot be read: {e}")))?.len();
     if size > MAX_JSON_BYTES {
-        return Err(EngineError::model(
-            path,
-            format!("{size} bytes, more than {MAX_JSON_BYTES}"),
-        ));
+        return Err(EngineError::model(path, format!("{size} bytes, more than {MAX_JSON_BYTES}")));
     }
-    let text = std::fs::read(path)
-        .map_err(|e| EngineError::model(path, format!("cannot be read: {e}")))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| EngineError::model(path, format!("not understood: {e}")))
+    let text = std::fs::read(path).map_err(|e| EngineError::model(path, format!("cannot be read: {e}")))?;
+    serde_json::from_slice(&text).map_err(|e| EngineError::model(path, format!("not understood: {e}")))
 }

@@ -65,9 +65,7 @@ impl Rope {
     /// What cos and sin are multiplied with.
     pub fn attention_factor(&self) -> f32 {
         match self.scaling {
-            RopeScaling::Yarn {
-                attention_factor, ..
-            } => attention_factor as f32,
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
             _ => 1.0,
         }
     }
@@ -76,25 +74,12 @@ impl Rope {
         match self.scaling {
             RopeScaling::None => base,
             RopeScaling::Linear { factor } => base / factor,
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original,
-            } => {
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
                 let wavelength = 2.0 * std::f64::consts::PI / base;
-                let kept = (original / wavelength - low_freq_factor)
-                    / (high_freq_factor - low_freq_factor);
+                let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                 blend(base, factor, kept)
             }
-            RopeScaling::Yarn {
-                factor,
-                beta_fast,
-                beta_slow,
-                original,
-                truncate,
-                ..
-            } => {
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original, truncate, .. } => {
                 // The dimension that makes `rotations` turns over the original context.
                 let dimension = |rotations: f64| {
                     head_dim * (original / (rotations * 2.0 * std::f64::consts::PI)).ln()

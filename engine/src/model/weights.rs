@@ -69,11 +69,7 @@ pub struct Weights {
 impl Weights {
     /// Maps the folder's files and reads their headers.
     pub fn open(dir: &Path) -> Result<Self, EngineError> {
-        let mut weights = Self {
-            dir: dir.to_owned(),
-            files: Vec::new(),
-            entries: HashMap::new(),
-        };
+        let mut weights = Self { dir: dir.to_owned(), files: Vec::new(), entries: HashMap::new() };
         for path in weight_files(dir)? {
             weights.add(path)?;
         }
@@ -83,21 +79,13 @@ impl Weights {
     fn add(&mut self, path: PathBuf) -> Result<(), EngineError> {
         let map = Mapped::open(&path)?;
         let (header, metadata) = SafeTensors::read_metadata(map.bytes()).map_err(|e| {
-            let reason = format!(
-                "not a whole safetensors file of {} bytes: {e}",
-                map.bytes().len()
-            );
+            let reason = format!("not a whole safetensors file of {} bytes: {e}", map.bytes().len());
             EngineError::model(&path, reason)
         })?;
         let start = 8 + header;
         for (name, info) in metadata.tensors() {
             let range = start + info.data_offsets.0..start + info.data_offsets.1;
-            let entry = Entry {
-                file: self.files.len(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                range,
-            };
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), range };
             if let Some(other) = self.entries.insert(name.clone(), entry) {
                 let first = self.files.get(other.file).map_or(&path, |file| &file.0);
                 return Err(EngineError::model(
@@ -110,11 +98,7 @@ impl Weights {
         Ok(())
     }
 
-    fn find(
-        &self,
-        name: &str,
-        shape: &[usize],
-    ) -> Result<(&Entry, &(PathBuf, Arc<Mapped>)), EngineError> {
+    fn find(&self, name: &str, shape: &[usize]) -> Result<(&Entry, &(PathBuf, Arc<Mapped>)), EngineError> {
         let entry = self.entries.get(name).ok_or_else(|| {
             let reason = format!(
                 "tensor {name} is missing ({shape:?} expected, {} tensors found)",
@@ -124,10 +108,7 @@ impl Weights {
         })?;
         let file = &self.files[entry.file];
         if entry.shape != shape {
-            let reason = format!(
-                "tensor {name}: shape {shape:?} expected, {:?} found",
-                entry.shape
-            );
+            let reason = format!("tensor {name}: shape {shape:?} expected, {:?} found", entry.shape);
             return Err(EngineError::model(&file.0, reason));
         }
         Ok((entry, file))
@@ -139,25 +120,15 @@ impl WeightSource for Weights {
         let (entry, (path, map)) = self.find(name, &[rows, columns])?;
         let bytes = &map.bytes()[entry.range.clone()];
         if entry.dtype == Dtype::BF16 && bytemuck::try_cast_slice::<u8, bf16>(bytes).is_ok() {
-            return Ok(Matrix(Storage::Mapped(
-                Arc::clone(map),
-                entry.range.clone(),
-            )));
+            return Ok(Matrix(Storage::Mapped(Arc::clone(map), entry.range.clone())));
         }
         let numbers = convert(bytes, entry.dtype, |x| x, bf16::from_f32);
-        numbers
-            .map(Matrix::from)
-            .ok_or_else(|| dtype_error(path, name, entry.dtype))
+        numbers.map(Matrix::from).ok_or_else(|| dtype_error(path, name, entry.dtype))
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, EngineError> {
         let (entry, (path, map)) = self.find(name, &[length])?;
-        let numbers = convert(
-            &map.bytes()[entry.range.clone()],
-            entry.dtype,
-            bf16::to_f32,
-            |x| x,
-        );
+        let numbers = convert(&map.bytes()[entry.range.clone()], entry.dtype, bf16::to_f32, |x| x);
         numbers.ok_or_else(|| dtype_error(path, name, entry.dtype))
     }
 
@@ -166,34 +137,21 @@ impl WeightSource for Weights {
     }
 }
 
-fn convert<T>(
-    bytes: &[u8],
-    dtype: Dtype,
-    brain: fn(bf16) -> T,
-    single: fn(f32) -> T,
-) -> Option<Vec<T>> {
+fn convert<T>(bytes: &[u8], dtype: Dtype, brain: fn(bf16) -> T, single: fn(f32) -> T) -> Option<Vec<T>> {
     Some(match dtype {
-        Dtype::BF16 => bytes
-            .chunks_exact(2)
-            .map(|b| brain(bf16::from_le_bytes([b[0], b[1]])))
-            .collect(),
-        Dtype::F16 => bytes
-            .chunks_exact(2)
-            .map(|b| single(f16::from_le_bytes([b[0], b[1]]).to_f32()))
-            .collect(),
-        Dtype::F32 => bytes
-            .chunks_exact(4)
-            .map(|b| single(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
-            .collect(),
+        Dtype::BF16 => bytes.chunks_exact(2).map(|b| brain(bf16::from_le_bytes([b[0], b[1]]))).collect(),
+        Dtype::F16 => {
+            bytes.chunks_exact(2).map(|b| single(f16::from_le_bytes([b[0], b[1]]).to_f32())).collect()
+        }
+        Dtype::F32 => {
+            bytes.chunks_exact(4).map(|b| single(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
+        }
         _ => return None,
     })
 }
 
 fn dtype_error(path: &Path, name: &str, found: Dtype) -> EngineError {
-    EngineError::model(
-        path,
-        format!("tensor {name}: BF16, F16 or F32 expected, {found:?} found"),
-    )
+    EngineError::model(path, format!("tensor {name}: BF16, F16 or F32 expected, {found:?} found"))
 }
 
 #[derive(serde::Deserialize)]
@@ -205,14 +163,8 @@ struct Index {
 pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, EngineError> {
     let index = dir.join("model.safetensors.index.json");
     if index.exists() {
-        let names: BTreeSet<String> = read_json::<Index>(&index)?
-            .weight_map
-            .into_values()
-            .collect();
-        if let Some(name) = names
-            .iter()
-            .find(|name| Path::new(name).file_name() != Some(name.as_ref()))
-        {
+        let names: BTreeSet<String> = read_json::<Index>(&index)?.weight_map.into_values().collect();
+        if let Some(name) = names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref())) {
             return Err(EngineError::model(
                 &index,
                 format!("names {name}, which is not a file of this folder"),

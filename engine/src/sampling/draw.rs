@@ -7,10 +7,7 @@ use crate::batch::SamplingParams;
 /// `unit` is uniform in `[0, 1)`.
 pub(super) fn draw(logits: &[f32], params: &SamplingParams, unit: f64) -> u32 {
     let best = argmax(logits);
-    let max = logits
-        .get(best as usize)
-        .copied()
-        .unwrap_or(f32::NEG_INFINITY);
+    let max = logits.get(best as usize).copied().unwrap_or(f32::NEG_INFINITY);
     if max == f32::NEG_INFINITY {
         return best;
     }
@@ -41,8 +38,5 @@ pub(super) fn draw(logits: &[f32], params: &SamplingParams, unit: f64) -> u32 {
         .collect();
     let at = unit * cumulative;
     let index = weights.partition_point(|&(_, sum)| sum <= at);
-    weights
-        .get(index)
-        .or(weights.last())
-        .map_or(best, |&(id, _)| id)
+    weights.get(index).or(weights.last()).map_or(best, |&(id, _)| id)
 }

@@ -15,10 +15,7 @@ pub(super) fn top(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
 
 /// Every token with a logit of at least `floor`, by id; tokens at minus infinity only if `floor` is.
 pub(super) fn candidates(logits: &[f32], floor: f32) -> Vec<(u32, f32)> {
-    (0u32..)
-        .zip(logits.iter().copied())
-        .filter(|&(_, logit)| logit >= floor)
-        .collect()
+    (0u32..).zip(logits.iter().copied()).filter(|&(_, logit)| logit >= floor).collect()
 }
 
 /// Cuts to the `count` best, in no order.
@@ -31,12 +28,7 @@ pub(super) fn keep_best(tokens: &mut Vec<(u32, f32)>, count: usize) {
 
 /// The smallest set of best tokens whose weight reaches `share` of `total`, best first. Sorts only as much
 /// as it takes: 64 candidates, then eight times as many, and so on.
-pub(super) fn nucleus(
-    tokens: &mut Vec<(u32, f32)>,
-    total: f64,
-    share: f64,
-    weight: impl Fn(f32) -> f64,
-) {
+pub(super) fn nucleus(tokens: &mut Vec<(u32, f32)>, total: f64, share: f64, weight: impl Fn(f32) -> f64) {
     let (mut done, mut sum) = (0, 0.0);
     let mut step = 64;
     while done < tokens.len() {

@@ -24,9 +24,7 @@ pub const GREEDY_BELOW: f32 = 1e-5;
 pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> Sampled {
     sanitise(logits);
     let params = request.params;
-    let raw = params
-        .logprobs
-        .map(|count| Logprobs::of(logits, count as usize));
+    let raw = params.logprobs.map(|count| Logprobs::of(logits, count as usize));
     let kept = raw.is_some().then(|| logits.to_vec());
 
     penalty::apply(logits, request);
@@ -38,16 +36,10 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> Sampled {
     };
 
     let logprob = match (&raw, &kept) {
-        (Some(raw), Some(kept)) => kept
-            .get(token as usize)
-            .map_or(f32::NAN, |&l| raw.of_logit(l)),
+        (Some(raw), Some(kept)) => kept.get(token as usize).map_or(f32::NAN, |&l| raw.of_logit(l)),
         _ => f32::NAN,
     };
-    Sampled {
-        token,
-        logprob,
-        top: raw.map(|raw| raw.top).unwrap_or_default(),
-    }
+    Sampled { token, logprob, top: raw.map(|raw| raw.top).unwrap_or_default() }
 }
 
 /// The token with the largest logit, the lowest id among equals.
@@ -87,10 +79,7 @@ impl Logprobs {
     fn of(logits: &[f32], count: usize) -> Self {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-        let mut raw = Self {
-            log_sum: f64::from(max) + sum.ln(),
-            top: Vec::new(),
-        };
+        let mut raw = Self { log_sum: f64::from(max) + sum.ln(), top: Vec::new() };
         let mut top = filter::top(logits, count.min(logits.len()));
         for entry in &mut top {
             entry.1 = raw.of_logit(entry.1);

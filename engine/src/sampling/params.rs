@@ -27,15 +27,11 @@ impl SamplingParams {
         within("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
         within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
         if let Some(count) = self.logprobs.filter(|&count| count > MAX_LOGPROBS) {
-            return Err(format!(
-                "logprobs is {count}, at most {MAX_LOGPROBS} allowed"
-            ));
+            return Err(format!("logprobs is {count}, at most {MAX_LOGPROBS} allowed"));
         }
         for &(token, bias) in &self.logit_bias {
             if token as usize >= vocab {
-                return Err(format!(
-                    "logit_bias names token {token}, the vocabulary has {vocab}"
-                ));
+                return Err(format!("logit_bias names token {token}, the vocabulary has {vocab}"));
             }
             within(&format!("logit_bias of token {token}"), bias, -100.0, 100.0)?;
         }
@@ -47,9 +43,7 @@ fn within(field: &str, value: f32, low: f32, high: f32) -> Result<(), String> {
     if (low..=high).contains(&value) {
         Ok(())
     } else {
-        Err(format!(
-            "{field} is {value}, must be between {low} and {high}"
-        ))
+        Err(format!("{field} is {value}, must be between {low} and {high}"))
     }
 }
 
@@ -57,8 +51,6 @@ fn above_zero(field: &str, value: f32, high: f32) -> Result<(), String> {
     if value > 0.0 && value <= high {
         Ok(())
     } else {
-        Err(format!(
-            "{field} is {value}, must be above 0 and at most {high}"
-        ))
+        Err(format!("{field} is {value}, must be above 0 and at most {high}"))
     }
 }

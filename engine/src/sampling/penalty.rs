@@ -13,12 +13,7 @@ pub(super) fn apply(logits: &mut [f32], request: &SampleRequest<'_>) {
         repetition(logits, request, params.repetition_penalty);
     }
     if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
-        occurrence(
-            logits,
-            request.output,
-            params.presence_penalty,
-            params.frequency_penalty,
-        );
+        occurrence(logits, request.output, params.presence_penalty, params.frequency_penalty);
     }
     for &token in request.banned {
         if let Some(logit) = logits.get_mut(token as usize) {
@@ -37,11 +32,7 @@ fn repetition(logits: &mut [f32], request: &SampleRequest<'_>, penalty: f32) {
         let (word, bit) = (token as usize / 64, 1u64 << (token % 64));
         if seen[word] & bit == 0 {
             seen[word] |= bit;
-            *logit = if *logit > 0.0 {
-                *logit / penalty
-            } else {
-                *logit * penalty
-            };
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
         }
     }
 }

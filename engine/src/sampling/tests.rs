@@ -5,20 +5,11 @@ use crate::batch::SamplingParams;
 use proptest::prelude::*;
 
 fn request(params: &SamplingParams) -> SampleRequest<'_> {
-    SampleRequest {
-        params,
-        prompt: &[],
-        output: &[],
-        banned: &[],
-        choice: 0,
-    }
+    SampleRequest { params, prompt: &[], output: &[], banned: &[], choice: 0 }
 }
 
 fn params() -> SamplingParams {
-    SamplingParams {
-        temperature: 1.0,
-        ..SamplingParams::default()
-    }
+    SamplingParams { temperature: 1.0, ..SamplingParams::default() }
 }
 
 #[test]
@@ -36,50 +27,24 @@ fn greedy_takes_the_lowest_id_on_ties_and_survives_nan() {
 #[test]
 fn penalties_bias_and_bans() {
     let run = |params: SamplingParams, prompt: &[u32], output: &[u32], banned: &[u32]| {
-        let request = SampleRequest {
-            params: &params,
-            prompt,
-            output,
-            banned,
-            choice: 0,
-        };
+        let request = SampleRequest { params: &params, prompt, output, banned, choice: 0 };
         let mut logits = vec![2.0, 1.8, -1.0, 1.7];
         penalty::apply(&mut logits, &request);
         logits
     };
     let base = SamplingParams::default();
-    let repeated = SamplingParams {
-        repetition_penalty: 2.0,
-        ..base.clone()
-    };
-    assert_eq!(
-        run(repeated, &[0, 2, 0], &[2, 0], &[]),
-        [1.0, 1.8, -2.0, 1.7]
-    );
-    let counted = SamplingParams {
-        presence_penalty: 0.5,
-        frequency_penalty: 0.25,
-        ..base.clone()
-    };
+    let repeated = SamplingParams { repetition_penalty: 2.0, ..base.clone() };
+    assert_eq!(run(repeated, &[0, 2, 0], &[2, 0], &[]), [1.0, 1.8, -2.0, 1.7]);
+    let counted = SamplingParams { presence_penalty: 0.5, frequency_penalty: 0.25, ..base.clone() };
     assert_eq!(run(counted, &[3], &[0, 2, 0], &[]), [1.0, 1.8, -1.75, 1.7]);
-    let biased = SamplingParams {
-        logit_bias: vec![(2, 10.0), (9, 1.0)],
-        ..base.clone()
-    };
+    let biased = SamplingParams { logit_bias: vec![(2, 10.0), (9, 1.0)], ..base.clone() };
     assert_eq!(run(biased, &[], &[], &[]), [2.0, 1.8, 9.0, 1.7]);
-    assert_eq!(
-        run(base, &[], &[], &[0, 77]),
-        [f32::NEG_INFINITY, 1.8, -1.0, 1.7]
-    );
+    assert_eq!(run(base, &[], &[], &[0, 77]), [f32::NEG_INFINITY, 1.8, -1.0, 1.7]);
 }
 
 #[test]
 fn logprobs_are_of_the_raw_logits() {
-    let params = SamplingParams {
-        logprobs: Some(2),
-        logit_bias: vec![(2, 100.0)],
-        ..params()
-    };
+    let params = SamplingParams { logprobs: Some(2), logit_bias: vec![(2, 100.0)], ..params() };
     let sampled = sample(&mut [1.0, 2.0, 0.0], &request(&params));
     let sum = (1f64.exp() + 2f64.exp() + 1.0).ln();
     assert_eq!(sampled.token, 2);
@@ -92,24 +57,14 @@ fn logprobs_are_of_the_raw_logits() {
 
 #[test]
 fn frequencies_follow_the_softmax() {
-    let params = SamplingParams {
-        temperature: 0.7,
-        seed: 5,
-        ..params()
-    };
+    let params = SamplingParams { temperature: 0.7, seed: 5, ..params() };
     let logits = [1.0f32, 0.3, -0.5, 2.0];
-    let weights: Vec<f64> = logits
-        .iter()
-        .map(|&l| (f64::from(l) / 0.7f64).exp())
-        .collect();
+    let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / 0.7f64).exp()).collect();
     let total: f64 = weights.iter().sum();
     let mut counts = [0usize; 4];
     let draws = 20_000;
     for choice in 0..draws {
-        let request = SampleRequest {
-            choice,
-            ..request(&params)
-        };
+        let request = SampleRequest { choice, ..request(&params) };
         counts[sample(&mut logits.to_vec(), &request).token as usize] += 1;
     }
     for (count, weight) in counts.iter().zip(&weights) {

@@ -69,15 +69,16 @@ thread_local! {
 /// those or the task's part of `out` now; the instructions of `L`.
 #[inline(always)]
 pub(super) unsafe fn run<L: Lanes>(layer: &AttentionLayer<'_>, task: &AttentionTask<'_>) {
-    SCRATCH.with_borrow_mut(|scratch| {
-        let sizes = Sizes::of(layer, task);
-        let lines = sizes.total().div_ceil(LANES);
-        if scratch.len() < lines {
-            scratch.resize(lines, Line([0.0; LANES]));
-        }
-        // SAFETY: the caller's.
-        unsafe { Work::<L>::new(layer, task, sizes, bytemuck::cast_slice_mut(scratch)).run() }
-    });
+    // Taken out and put back: a closure would be compiled without the instructions of `L`.
+    let mut scratch = SCRATCH.take();
+    let sizes = Sizes::of(layer, task);
+    let lines = sizes.total().div_ceil(LANES);
+    if scratch.len() < lines {
+        scratch.resize(lines, Line([0.0; LANES]));
+    }
+    // SAFETY: the caller's.
+    unsafe { Work::<L>::new(layer, task, sizes, bytemuck::cast_slice_mut(&mut scratch)).run() };
+    SCRATCH.set(scratch);
 }
 
 #[derive(Clone, Copy)]
@@ -91,11 +92,7 @@ struct Sizes {
 impl Sizes {
     fn of(layer: &AttentionLayer<'_>, task: &AttentionTask<'_>) -> Self {
         let dim = layer.layout.head_dim;
-        Self {
-            rows: task.count * layer.group,
-            dim,
-            padded: dim.next_multiple_of(LANES),
-        }
+        Self { rows: task.count * layer.group, dim, padded: dim.next_multiple_of(LANES) }
     }
 
     fn total(self) -> usize {
@@ -190,9 +187,7 @@ impl<'a, L: Lanes> Work<'a, L> {
 
     #[inline(always)]
     fn first_visible(&self, position: usize) -> usize {
-        self.layer
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window))
+        self.layer.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
     /// # Safety
@@ -203,11 +198,7 @@ impl<'a, L: Lanes> Work<'a, L> {
         for row in 0..self.sizes.rows {
             let (query, head) = (row / group, self.task.kv_head * group + row % group);
             // SAFETY: a head of a query row.
-            let from = unsafe {
-                self.layer
-                    .q
-                    .add((self.task.row + query) * self.layer.ldq + head * dim)
-            };
+            let from = unsafe { self.layer.q.add((self.task.row + query) * self.layer.ldq + head * dim) };
             // SAFETY: `dim` numbers on both sides.
             unsafe { std::ptr::copy_nonoverlapping(from, self.q[row * dim..].as_mut_ptr(), dim) };
         }
@@ -240,15 +231,9 @@ impl<'a, L: Lanes> Work<'a, L> {
         // SAFETY: rows of `words` words; buffers of `dim · TILE`.
         unsafe {
             for key in (0..count).step_by(8) {
-                let rows: [*const u32; 8] = std::array::from_fn(|i| {
-                    self.kv_row(start + (key + i).min(count - 1), 0).cast()
-                });
-                let to: *mut u32 = if bf16 {
-                    self.pairs.as_mut_ptr()
-                } else {
-                    self.keys.as_mut_ptr()
-                }
-                .cast();
+                let rows: [*const u32; 8] =
+                    std::array::from_fn(|i| self.kv_row(start + (key + i).min(count - 1), 0).cast());
+                let to: *mut u32 = if bf16 { self.pairs.as_mut_ptr() } else { self.keys.as_mut_ptr() }.cast();
                 let to = to.add(key);
                 let whole = words / 8 * 8;
                 for word in (0..whole).step_by(8) {
@@ -406,10 +391,7 @@ impl<'a, L: Lanes> Work<'a, L> {
             // SAFETY: a row of LANES; then a head of an output row, which is this task's.
             unsafe {
                 let total = L::load(self.totals.as_ptr().add(row * LANES)).sum();
-                let to = self
-                    .layer
-                    .out
-                    .add((self.task.row + query) * self.layer.ldo + head * dim);
+                let to = self.layer.out.add((self.task.row + query) * self.layer.ldo + head * dim);
                 for i in 0..dim {
                     *to.add(i) = self.sums[row * padded + i] / total;
                 }

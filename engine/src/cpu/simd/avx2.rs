@@ -19,12 +19,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_loadu_ps(from),
-                x86::_mm256_loadu_ps(from.add(8)),
-            )
-        }
+        unsafe { Self(x86::_mm256_loadu_ps(from), x86::_mm256_loadu_ps(from.add(8))) }
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -50,10 +45,7 @@ impl Lanes for Avx2 {
         // SAFETY: see the trait.
         unsafe {
             let mask = x86::_mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let (a, b) = (
-                x86::_mm256_loadu_si256(from.cast()),
-                x86::_mm256_loadu_si256(from.add(8).cast()),
-            );
+            let (a, b) = (x86::_mm256_loadu_si256(from.cast()), x86::_mm256_loadu_si256(from.add(8).cast()));
             let low = |x| x86::_mm256_castsi256_ps(x86::_mm256_slli_epi32::<16>(x));
             let high = |x| x86::_mm256_castsi256_ps(x86::_mm256_and_si256(x, mask));
             (Self(low(a), low(b)), Self(high(a), high(b)))
@@ -62,62 +54,32 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_add_ps(self.0, b.0),
-                x86::_mm256_add_ps(self.1, b.1),
-            )
-        }
+        unsafe { Self(x86::_mm256_add_ps(self.0, b.0), x86::_mm256_add_ps(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn sub(self, b: Self) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_sub_ps(self.0, b.0),
-                x86::_mm256_sub_ps(self.1, b.1),
-            )
-        }
+        unsafe { Self(x86::_mm256_sub_ps(self.0, b.0), x86::_mm256_sub_ps(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn mul(self, b: Self) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_mul_ps(self.0, b.0),
-                x86::_mm256_mul_ps(self.1, b.1),
-            )
-        }
+        unsafe { Self(x86::_mm256_mul_ps(self.0, b.0), x86::_mm256_mul_ps(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn div(self, b: Self) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_div_ps(self.0, b.0),
-                x86::_mm256_div_ps(self.1, b.1),
-            )
-        }
+        unsafe { Self(x86::_mm256_div_ps(self.0, b.0), x86::_mm256_div_ps(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn fma(self, b: Self, c: Self) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_fmadd_ps(self.0, b.0, c.0),
-                x86::_mm256_fmadd_ps(self.1, b.1, c.1),
-            )
-        }
+        unsafe { Self(x86::_mm256_fmadd_ps(self.0, b.0, c.0), x86::_mm256_fmadd_ps(self.1, b.1, c.1)) }
     }
     #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         // SAFETY: see the trait.
-        unsafe {
-            Self(
-                x86::_mm256_max_ps(self.0, b.0),
-                x86::_mm256_max_ps(self.1, b.1),
-            )
-        }
+        unsafe { Self(x86::_mm256_max_ps(self.0, b.0), x86::_mm256_max_ps(self.1, b.1)) }
     }
     #[inline(always)]
     unsafe fn scale(self, n: Self) -> Self {
@@ -125,10 +87,7 @@ impl Lanes for Avx2 {
         unsafe {
             let scaled = |p, n| {
                 let exponent = x86::_mm256_slli_epi32::<23>(x86::_mm256_castps_si256(n));
-                x86::_mm256_castsi256_ps(x86::_mm256_add_epi32(
-                    x86::_mm256_castps_si256(p),
-                    exponent,
-                ))
+                x86::_mm256_castsi256_ps(x86::_mm256_add_epi32(x86::_mm256_castps_si256(p), exponent))
             };
             Self(scaled(self.0, n.0), scaled(self.1, n.1))
         }
@@ -140,10 +99,7 @@ impl Lanes for Avx2 {
             let kept = |x, limit, value| {
                 x86::_mm256_andnot_ps(x86::_mm256_cmp_ps::<{ x86::_CMP_LT_OQ }>(x, limit), value)
             };
-            Self(
-                kept(self.0, limit.0, value.0),
-                kept(self.1, limit.1, value.1),
-            )
+            Self(kept(self.0, limit.0, value.0), kept(self.1, limit.1, value.1))
         }
     }
     #[inline(always)]
@@ -156,10 +112,8 @@ impl Lanes for Avx2 {
         // SAFETY: see the trait.
         unsafe {
             let eight = x86::_mm256_max_ps(self.0, self.1);
-            let four = x86::_mm_max_ps(
-                x86::_mm256_castps256_ps128(eight),
-                x86::_mm256_extractf128_ps::<1>(eight),
-            );
+            let four =
+                x86::_mm_max_ps(x86::_mm256_castps256_ps128(eight), x86::_mm256_extractf128_ps::<1>(eight));
             let two = x86::_mm_max_ps(four, x86::_mm_movehl_ps(four, four));
             x86::_mm_cvtss_f32(x86::_mm_max_ss(two, x86::_mm_shuffle_ps::<1>(two, two)))
         }
@@ -179,10 +133,8 @@ impl Lanes for Avx2 {
 pub(super) unsafe fn tree_sum(eight: x86::__m256) -> f32 {
     // SAFETY: AVX is there.
     unsafe {
-        let four = x86::_mm_add_ps(
-            x86::_mm256_castps256_ps128(eight),
-            x86::_mm256_extractf128_ps::<1>(eight),
-        );
+        let four =
+            x86::_mm_add_ps(x86::_mm256_castps256_ps128(eight), x86::_mm256_extractf128_ps::<1>(eight));
         let two = x86::_mm_add_ps(four, x86::_mm_movehl_ps(four, four));
         x86::_mm_cvtss_f32(x86::_mm_add_ss(two, x86::_mm_shuffle_ps::<1>(two, two)))
     }
@@ -196,47 +148,23 @@ pub(super) unsafe fn tree_sum(eight: x86::__m256) -> f32 {
 pub(super) unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
     // SAFETY: AVX is there, eight words are readable at each row and writable at each of eight strides.
     unsafe {
-        let r = rows.map(|row| x86::_mm256_loadu_ps(row.cast()));
+        let mut r = [x86::_mm256_setzero_ps(); 8];
+        for (r, row) in r.iter_mut().zip(rows) {
+            *r = x86::_mm256_loadu_ps(row.cast());
+        }
         // Words of row pairs interleaved, then pairs of pairs, then 128-bit halves.
-        let (a0, a1) = (
-            x86::_mm256_unpacklo_ps(r[0], r[1]),
-            x86::_mm256_unpackhi_ps(r[0], r[1]),
-        );
-        let (a2, a3) = (
-            x86::_mm256_unpacklo_ps(r[2], r[3]),
-            x86::_mm256_unpackhi_ps(r[2], r[3]),
-        );
-        let (a4, a5) = (
-            x86::_mm256_unpacklo_ps(r[4], r[5]),
-            x86::_mm256_unpackhi_ps(r[4], r[5]),
-        );
-        let (a6, a7) = (
-            x86::_mm256_unpacklo_ps(r[6], r[7]),
-            x86::_mm256_unpackhi_ps(r[6], r[7]),
-        );
+        let (a0, a1) = (x86::_mm256_unpacklo_ps(r[0], r[1]), x86::_mm256_unpackhi_ps(r[0], r[1]));
+        let (a2, a3) = (x86::_mm256_unpacklo_ps(r[2], r[3]), x86::_mm256_unpackhi_ps(r[2], r[3]));
+        let (a4, a5) = (x86::_mm256_unpacklo_ps(r[4], r[5]), x86::_mm256_unpackhi_ps(r[4], r[5]));
+        let (a6, a7) = (x86::_mm256_unpacklo_ps(r[6], r[7]), x86::_mm256_unpackhi_ps(r[6], r[7]));
         let b = [
-            (
-                x86::_mm256_shuffle_ps::<0x44>(a0, a2),
-                x86::_mm256_shuffle_ps::<0x44>(a4, a6),
-            ),
-            (
-                x86::_mm256_shuffle_ps::<0xee>(a0, a2),
-                x86::_mm256_shuffle_ps::<0xee>(a4, a6),
-            ),
-            (
-                x86::_mm256_shuffle_ps::<0x44>(a1, a3),
-                x86::_mm256_shuffle_ps::<0x44>(a5, a7),
-            ),
-            (
-                x86::_mm256_shuffle_ps::<0xee>(a1, a3),
-                x86::_mm256_shuffle_ps::<0xee>(a5, a7),
-            ),
+            (x86::_mm256_shuffle_ps::<0x44>(a0, a2), x86::_mm256_shuffle_ps::<0x44>(a4, a6)),
+            (x86::_mm256_shuffle_ps::<0xee>(a0, a2), x86::_mm256_shuffle_ps::<0xee>(a4, a6)),
+            (x86::_mm256_shuffle_ps::<0x44>(a1, a3), x86::_mm256_shuffle_ps::<0x44>(a5, a7)),
+            (x86::_mm256_shuffle_ps::<0xee>(a1, a3), x86::_mm256_shuffle_ps::<0xee>(a5, a7)),
         ];
         for (i, (low, high)) in b.into_iter().enumerate() {
-            x86::_mm256_storeu_ps(
-                to.add(i * stride).cast(),
-                x86::_mm256_permute2f128_ps::<0x20>(low, high),
-            );
+            x86::_mm256_storeu_ps(to.add(i * stride).cast(), x86::_mm256_permute2f128_ps::<0x20>(low, high));
             x86::_mm256_storeu_ps(
                 to.add((i + 4) * stride).cast(),
                 x86::_mm256_permute2f128_ps::<0x31>(low, high),

@@ -42,10 +42,7 @@ impl Lanes for Avx512 {
             let pairs = x86::_mm512_loadu_si512(from.cast());
             let high = x86::_mm512_and_si512(pairs, x86::_mm512_set1_epi32(0xffff_0000_u32 as i32));
             let low = x86::_mm512_slli_epi32::<16>(pairs);
-            (
-                Self(x86::_mm512_castsi512_ps(low)),
-                Self(x86::_mm512_castsi512_ps(high)),
-            )
+            (Self(x86::_mm512_castsi512_ps(low)), Self(x86::_mm512_castsi512_ps(high)))
         }
     }
     #[inline(always)]
@@ -92,24 +89,15 @@ impl Lanes for Avx512 {
         // SAFETY: see the trait.
         unsafe {
             let below = x86::_mm512_cmp_ps_mask::<{ x86::_CMP_LT_OQ }>(self.0, limit.0);
-            Self(x86::_mm512_mask_mov_ps(
-                value.0,
-                below,
-                x86::_mm512_setzero_ps(),
-            ))
+            Self(x86::_mm512_mask_mov_ps(value.0, below, x86::_mm512_setzero_ps()))
         }
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         // SAFETY: see the trait.
         unsafe {
-            let high = x86::_mm256_castpd_ps(x86::_mm512_extractf64x4_pd::<1>(
-                x86::_mm512_castps_pd(self.0),
-            ));
-            tree_sum(x86::_mm256_add_ps(
-                x86::_mm512_castps512_ps256(self.0),
-                high,
-            ))
+            let high = x86::_mm256_castpd_ps(x86::_mm512_extractf64x4_pd::<1>(x86::_mm512_castps_pd(self.0)));
+            tree_sum(x86::_mm256_add_ps(x86::_mm512_castps512_ps256(self.0), high))
         }
     }
     #[inline(always)]

@@ -27,11 +27,7 @@ impl Packed {
     /// Room for `[n, k]`, all zero.
     pub(crate) fn zeroed(n: usize, k: usize) -> Result<Self, EngineError> {
         let words = n.div_ceil(PANEL) * PANEL * k.div_ceil(2);
-        Ok(Self {
-            region: Region::new(words * 4, "a weight matrix")?,
-            n,
-            k,
-        })
+        Ok(Self { region: Region::new(words * 4, "a weight matrix")?, n, k })
     }
 
     /// Writes rows of the matrix, row-major `[rows, k]`, at output columns `first..`.
@@ -49,11 +45,7 @@ impl Packed {
                 for i in 0..count {
                     let at = (row + i) * k + 2 * pair;
                     let low = u32::from(numbers[at].to_bits());
-                    let high = if 2 * pair + 1 < k {
-                        u32::from(numbers[at + 1].to_bits())
-                    } else {
-                        0
-                    };
+                    let high = if 2 * pair + 1 < k { u32::from(numbers[at + 1].to_bits()) } else { 0 };
                     line[column + i] = low | high << 16;
                 }
             }
@@ -77,13 +69,7 @@ impl Packed {
     /// `panel` below `panels()`.
     unsafe fn panel(&self, panel: usize) -> *const u32 {
         // SAFETY: the region holds `panels()` panels.
-        unsafe {
-            self.region
-                .as_ptr()
-                .cast::<u32>()
-                .add(panel * self.panel_words())
-                .cast_const()
-        }
+        unsafe { self.region.as_ptr().cast::<u32>().add(panel * self.panel_words()).cast_const() }
     }
 }
 
@@ -159,20 +145,12 @@ unsafe fn panel_tile<L: Lanes, const MR: usize, const NV: usize>(
                 let column = column + v * LANES;
                 let out = job.out.add((row + m) * job.ldo + column);
                 if column + LANES <= weights.n {
-                    let sum = if job.add {
-                        L::load(out).add(*sum)
-                    } else {
-                        *sum
-                    };
+                    let sum = if job.add { L::load(out).add(*sum) } else { *sum };
                     sum.store(out);
                 } else {
                     let mut buffer = [0.0f32; LANES];
                     sum.store(buffer.as_mut_ptr());
-                    for (i, &sum) in buffer
-                        .iter()
-                        .enumerate()
-                        .take(weights.n.saturating_sub(column))
-                    {
+                    for (i, &sum) in buffer.iter().enumerate().take(weights.n.saturating_sub(column)) {
                         *out.add(i) = if job.add { *out.add(i) + sum } else { sum };
                     }
                 }

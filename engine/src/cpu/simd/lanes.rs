@@ -58,16 +58,11 @@ impl Lanes for Scalar {
     }
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: see the trait.
-        Self(std::array::from_fn(|i| unsafe {
-            from.add(i).read_unaligned()
-        }))
+        Self(std::array::from_fn(|i| unsafe { from.add(i).read_unaligned() }))
     }
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: see the trait.
-        self.0
-            .iter()
-            .enumerate()
-            .for_each(|(i, &x)| unsafe { to.add(i).write_unaligned(x) });
+        self.0.iter().enumerate().for_each(|(i, &x)| unsafe { to.add(i).write_unaligned(x) });
     }
     unsafe fn load_bf16(from: *const u16) -> Self {
         // SAFETY: see the trait.
@@ -77,10 +72,7 @@ impl Lanes for Scalar {
     unsafe fn load_pairs(from: *const u32) -> (Self, Self) {
         // SAFETY: see the trait.
         let pairs: [u32; LANES] = std::array::from_fn(|i| unsafe { from.add(i).read_unaligned() });
-        (
-            Self(pairs.map(|p| f32::from_bits(p << 16))),
-            Self(pairs.map(|p| f32::from_bits(p & 0xffff_0000))),
-        )
+        (Self(pairs.map(|p| f32::from_bits(p << 16))), Self(pairs.map(|p| f32::from_bits(p & 0xffff_0000))))
     }
     unsafe fn add(self, b: Self) -> Self {
         self.zip(b, |a, b| a + b)
@@ -101,18 +93,10 @@ impl Lanes for Scalar {
         self.zip(b, |a, b| if a > b { a } else { b })
     }
     unsafe fn scale(self, n: Self) -> Self {
-        self.zip(n, |p, n| {
-            f32::from_bits(p.to_bits().wrapping_add(n.to_bits() << 23))
-        })
+        self.zip(n, |p, n| f32::from_bits(p.to_bits().wrapping_add(n.to_bits() << 23)))
     }
     unsafe fn zero_below(self, limit: Self, value: Self) -> Self {
-        Self(std::array::from_fn(|i| {
-            if self.0[i] < limit.0[i] {
-                0.0
-            } else {
-                value.0[i]
-            }
-        }))
+        Self(std::array::from_fn(|i| if self.0[i] < limit.0[i] { 0.0 } else { value.0[i] }))
     }
     unsafe fn sum(self) -> f32 {
         let mut lanes = self.0;
@@ -124,18 +108,13 @@ impl Lanes for Scalar {
         lanes[0]
     }
     unsafe fn largest(self) -> f32 {
-        self.0
-            .into_iter()
-            .fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+        self.0.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
     unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
         for (i, &row) in rows.iter().enumerate() {
             for column in 0..8 {
                 // SAFETY: see the trait.
-                unsafe {
-                    to.add(column * stride + i)
-                        .write(row.add(column).read_unaligned())
-                };
+                unsafe { to.add(column * stride + i).write(row.add(column).read_unaligned()) };
             }
         }
     }

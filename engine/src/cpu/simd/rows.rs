@@ -73,18 +73,11 @@ pub(super) unsafe fn qkv<L: Lanes>(row: &QkvRow<'_>) {
             let x = row.qkv.add(head * dim);
             let query = head < row.heads;
             if let Some((q, k, eps)) = row.head_norms {
-                norm::<L>(&NormRow {
-                    x,
-                    weight: if query { q } else { k },
-                    eps,
-                    out: x,
-                });
+                norm::<L>(&NormRow { x, weight: if query { q } else { k }, eps, out: x });
             }
             let scale = if query { row.query_scale } else { 1.0 };
-            let (low, high) = (
-                std::slice::from_raw_parts_mut(x, half),
-                std::slice::from_raw_parts_mut(x.add(half), half),
-            );
+            let (low, high) =
+                (std::slice::from_raw_parts_mut(x, half), std::slice::from_raw_parts_mut(x.add(half), half));
             for i in 0..half {
                 let (a, b) = (low[i], high[i]);
                 low[i] = (a * row.cos[i] - b * row.sin[i]) * scale;
@@ -97,11 +90,7 @@ pub(super) unsafe fn qkv<L: Lanes>(row: &QkvRow<'_>) {
             let at = (part * row.block_tokens + row.slot) * dim;
             match row.dtype {
                 KvDtype::F32 => {
-                    std::ptr::copy_nonoverlapping(
-                        from.as_ptr(),
-                        row.block.cast::<f32>().add(at),
-                        dim,
-                    );
+                    std::ptr::copy_nonoverlapping(from.as_ptr(), row.block.cast::<f32>().add(at), dim);
                 }
                 KvDtype::Bf16 => {
                     let to = std::slice::from_raw_parts_mut(row.block.cast::<u16>().add(at), dim);
@@ -119,11 +108,7 @@ pub(super) unsafe fn qkv<L: Lanes>(row: &QkvRow<'_>) {
 fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
-    if x.is_nan() {
-        bf16::NAN.to_bits()
-    } else {
-        rounded
-    }
+    if x.is_nan() { bf16::NAN.to_bits() } else { rounded }
 }
 
 /// `out = silu(gate) · up`.
@@ -188,15 +173,7 @@ pub(super) unsafe fn exp<L: Lanes>(x: L) -> L {
         let r = n.fma(L::splat(2.121_944_4e-4), r);
         // Taylor to r⁷, |r| ≤ ln 2 / 2: below 1e-8.
         let mut p = L::splat(1.0 / 5040.0);
-        for coefficient in [
-            1.0 / 720.0,
-            1.0 / 120.0,
-            1.0 / 24.0,
-            1.0 / 6.0,
-            0.5,
-            1.0,
-            1.0,
-        ] {
+        for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = p.fma(r, L::splat(coefficient));
         }
         x.zero_below(low, p.scale(shifted))

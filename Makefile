@@ -1,0 +1,33 @@
+# Two commands do everything: `make demo` runs the real job, `make test` passes all tests.
+SHELL := /bin/bash
+MODEL := smollm2-135m-instruct
+CACHE ?= $(HOME)/.cache/tandem
+MODEL_DIR := $(CACHE)/models/$(MODEL)
+TANDEM := target/release/tandem
+
+.PHONY: demo test setup build model lint fmt
+
+demo: build model ## a question through a disaggregated cluster, answered on the terminal
+	@echo
+	@echo '$$ tandem generate --prefill-on remote "What is the capital of France?"'
+	@$(TANDEM) generate --cache-dir $(CACHE) --prefill-on remote "What is the capital of France?"
+
+test: setup model ## everything: unit, property, model-golden and whole-cluster tests
+	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
+	cargo test --doc --workspace -q
+
+setup: ## what builds and tests need from the system
+	@tools/setup.sh
+
+build: setup
+	cargo build --release --bin tandem
+
+model: build
+	@$(TANDEM) model fetch --cache-dir $(CACHE) $(MODEL)
+
+lint: setup ## formatting and lints, warnings denied
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt:
+	cargo fmt --all
