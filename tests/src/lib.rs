@@ -1,1 +1,8 @@
-//! Whole-cluster tests.
+//! Whole clusters in one hand: a tiny real model, every real part, and the engine alone as the oracle.
+
+pub mod cluster;
+pub mod model;
+pub mod oracle;
+pub mod process;
+
+pub use cluster::{Cluster, Spec};
