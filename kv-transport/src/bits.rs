@@ -9,16 +9,11 @@ pub(crate) struct Bits {
 
 impl Bits {
     pub(crate) fn new(len: usize) -> Self {
-        Self {
-            words: vec![0; len.div_ceil(64)],
-            len,
-        }
+        Self { words: vec![0; len.div_ceil(64)], len }
     }
 
     pub(crate) fn has(&self, at: usize) -> bool {
-        self.words
-            .get(at / 64)
-            .is_some_and(|word| word >> (at % 64) & 1 == 1)
+        self.words.get(at / 64).is_some_and(|word| word >> (at % 64) & 1 == 1)
     }
 
     /// Adds; false when it was in already or lies outside.

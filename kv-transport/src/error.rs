@@ -192,9 +192,7 @@ pub enum PushError {
         missing: u64,
     },
     /// A cell outside the ticket or the local grid, or queued twice: a bug in the caller.
-    #[error(
-        "cell (plane {plane}, index {index}) is outside the ticket or the grid, or queued twice"
-    )]
+    #[error("cell (plane {plane}, index {index}) is outside the ticket or the grid, or queued twice")]
     BadCell {
         /// Its plane.
         plane: u32,

@@ -28,17 +28,12 @@ impl Grid {
         (1..=MAX_PLANES).contains(&self.planes)
             && (1..=MAX_CELL_BYTES).contains(&self.cell_bytes)
             && self.plane_stride >= u64::from(self.cell_bytes)
-            && self
-                .plane_stride
-                .checked_mul(u64::from(self.planes))
-                .is_some()
+            && self.plane_stride.checked_mul(u64::from(self.planes)).is_some()
     }
 
     /// Slots that fit into one plane.
     pub fn slots(&self) -> u64 {
-        self.plane_stride
-            .checked_div(u64::from(self.cell_bytes))
-            .unwrap_or(0)
+        self.plane_stride.checked_div(u64::from(self.cell_bytes)).unwrap_or(0)
     }
 
     /// Byte range of a cell, or nothing when plane or slot lies outside the grid.
@@ -68,11 +63,7 @@ impl Grid {
     /// Cells of a transfer of `slots` slots, or nothing when that is more than a transfer may move.
     pub fn cells_of(&self, slots: usize) -> Option<usize> {
         let cells = u64::from(self.planes).checked_mul(u64::try_from(slots).ok()?)?;
-        if cells > MAX_CELLS {
-            None
-        } else {
-            usize::try_from(cells).ok()
-        }
+        if cells > MAX_CELLS { None } else { usize::try_from(cells).ok() }
     }
 }
 
@@ -82,11 +73,7 @@ mod tests {
 
     #[test]
     fn cells_lie_where_the_formula_says_and_nowhere_else() {
-        let grid = Grid {
-            planes: 3,
-            plane_stride: 100,
-            cell_bytes: 30,
-        };
+        let grid = Grid { planes: 3, plane_stride: 100, cell_bytes: 30 };
         assert!(grid.is_sane());
         assert_eq!(grid.slots(), 3);
         assert_eq!(grid.cell(2, 2), Some(260..290));
@@ -99,27 +86,12 @@ mod tests {
 
     #[test]
     fn absurd_grids_are_not_sane() {
-        for (planes, plane_stride, cell_bytes) in [
-            (0, 8, 8),
-            (1, 8, 0),
-            (1, 7, 8),
-            (u32::MAX, 8, 8),
-            (2, u64::MAX, 8),
-        ] {
-            assert!(
-                !Grid {
-                    planes,
-                    plane_stride,
-                    cell_bytes
-                }
-                .is_sane()
-            );
+        for (planes, plane_stride, cell_bytes) in
+            [(0, 8, 8), (1, 8, 0), (1, 7, 8), (u32::MAX, 8, 8), (2, u64::MAX, 8)]
+        {
+            assert!(!Grid { planes, plane_stride, cell_bytes }.is_sane());
         }
-        let zero = Grid {
-            planes: 1,
-            plane_stride: 8,
-            cell_bytes: 0,
-        };
+        let zero = Grid { planes: 1, plane_stride: 8, cell_bytes: 0 };
         assert_eq!(zero.cell(0, 0), None);
     }
 }

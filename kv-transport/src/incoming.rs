@@ -52,11 +52,7 @@ impl Connection {
     pub(crate) async fn write_frame(&mut self, header: Header) -> Result<(), Close> {
         let (count, body_bytes) = (usize::from(header.count), header.body_bytes as usize);
         let limit = self.receiver.config.progress_timeout;
-        let body = self
-            .need(body_bytes, limit)
-            .await?
-            .get(..body_bytes)
-            .unwrap_or_default();
+        let body = self.need(body_bytes, limit).await?.get(..body_bytes).unwrap_or_default();
         let intact = crc32c::crc32c(body) == header.body_crc;
         let descriptors: Vec<_> = CellDescriptor::parse_all(body).collect();
         self.inbox.consume(body_bytes);
@@ -64,9 +60,7 @@ impl Connection {
         let (Some(landing), true) = (landing, intact) else {
             self.discard(header.payload_bytes as usize).await?;
             match self.refusal(header.transfer) {
-                Some(refusal) => {
-                    self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64)
-                }
+                Some(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
                 None => self.reply(Kind::Ack, header.transfer, header.seq, all(count)),
             }
             return Ok(());
@@ -96,16 +90,13 @@ impl Connection {
         if header.payload_bytes as usize != descriptors.len() * cell_bytes {
             return Err(Close::Protocol("payload is not whole cells"));
         }
-        let placed: Option<Vec<_>> = descriptors
-            .iter()
-            .map(|d| landing.place(&self.receiver, d.plane, d.index))
-            .collect();
+        let placed: Option<Vec<_>> =
+            descriptors.iter().map(|d| landing.place(&self.receiver, d.plane, d.index)).collect();
         let placed = placed.ok_or(Close::Protocol("a cell outside the ticket"))?;
         let (mut bad, mut duplicates) = (0, 0);
         let cells = landing.claim(|state| {
             let mut cells = Vec::with_capacity(placed.len());
-            for (at, ((cell, place), descriptor)) in placed.into_iter().zip(descriptors).enumerate()
-            {
+            for (at, ((cell, place), descriptor)) in placed.into_iter().zip(descriptors).enumerate() {
                 let claim = state.claim(cell);
                 duplicates += u64::from(claim == Claim::Duplicate);
                 bad |= u64::from(claim == Claim::Busy) << at;
@@ -119,12 +110,7 @@ impl Connection {
             cells
         });
         self.receiver.counters.duplicate_cells.add(duplicates);
-        Ok(Plan {
-            landing,
-            cells,
-            cell_bytes,
-            bad,
-        })
+        Ok(Plan { landing, cells, cell_bytes, bad })
     }
 
     /// Reads the payload of a frame, each cell into its place or away.
@@ -134,10 +120,7 @@ impl Connection {
         while let Some(arriving) = plan.cells.get(cursor.at) {
             if !arriving.take {
                 self.discard(plan.cell_bytes - cursor.done).await?;
-                cursor = Cursor {
-                    at: cursor.at + 1,
-                    ..Cursor::default()
-                };
+                cursor = Cursor { at: cursor.at + 1, ..Cursor::default() };
                 continue;
             }
             match self.place_some(plan, &mut cursor)? {
@@ -197,10 +180,7 @@ impl Connection {
                 break;
             }
             checked.push((cursor.at, cell.cell, cursor.sum == cell.checksum));
-            *cursor = Cursor {
-                at: cursor.at + 1,
-                ..Cursor::default()
-            };
+            *cursor = Cursor { at: cursor.at + 1, ..Cursor::default() };
         }
         let mut failures = 0;
         write.finish(got, &checked, |at, settled| match settled {
@@ -230,10 +210,7 @@ impl Connection {
                 self.discard = vec![0; DISCARD_BYTES].into_boxed_slice();
             }
             let most = left.min(self.discard.len());
-            match self
-                .stream
-                .try_read(self.discard.get_mut(..most).unwrap_or_default())
-            {
+            match self.stream.try_read(self.discard.get_mut(..most).unwrap_or_default()) {
                 Ok(0) => return Err(Close::End),
                 Ok(n) => {
                     left -= n;
@@ -272,11 +249,7 @@ impl Plan {
             if !cell.take || bytes >= READ_BYTES {
                 break;
             }
-            let start = if i == 0 {
-                cell.place.start + cursor.done
-            } else {
-                cell.place.start
-            };
+            let start = if i == 0 { cell.place.start + cursor.done } else { cell.place.start };
             let end = cell.place.end.min(start + (READ_BYTES - bytes));
             run.push(start..end);
             bytes += end - start;

@@ -43,11 +43,7 @@ pub struct Landing<H> {
 
 impl<H: Send + 'static> Landing<H> {
     pub(crate) fn new(shared: Arc<LandingShared>, ticket: Bytes) -> Self {
-        Self {
-            shared,
-            ticket,
-            hold: PhantomData,
-        }
+        Self { shared, ticket, hold: PhantomData }
     }
 
     /// The right to write, as bytes for the sender.
@@ -63,10 +59,7 @@ impl<H: Send + 'static> Landing<H> {
                 Poll::Pending(until) => until,
                 Poll::Failed(error) => return Err(error),
                 Poll::Done(parts) => {
-                    let hold = parts
-                        .hold
-                        .downcast::<H>()
-                        .map_err(|_| LandingError::Revoked)?;
+                    let hold = parts.hold.downcast::<H>().map_err(|_| LandingError::Revoked)?;
                     let (cells, refetched) = (self.shared.cells as u64, parts.refetched);
                     let bytes = cells * self.shared.cell_bytes as u64;
                     let payload = parts.payload;
@@ -87,9 +80,7 @@ impl<H: Send + 'static> Landing<H> {
 
     /// Ends the landing; late writes are thrown away and the sender is told.
     pub fn revoke(self) -> Revoking {
-        Revoking {
-            shared: self.shared.clone(),
-        }
+        Revoking { shared: self.shared.clone() }
     }
 }
 
@@ -187,16 +178,8 @@ impl LandingShared {
         hold: Box<dyn Any + Send>,
         receiver: Weak<ReceiverShared>,
     ) -> Self {
-        let LandingFacts {
-            transfer,
-            secret,
-            generation,
-            attempt,
-            slots,
-            cells,
-            cell_bytes,
-            deadline,
-        } = facts;
+        let LandingFacts { transfer, secret, generation, attempt, slots, cells, cell_bytes, deadline } =
+            facts;
         let inner = Inner {
             state: LandingState::new(cells),
             hold: Some(hold),
@@ -232,29 +215,16 @@ impl LandingShared {
         if before == after {
             return result;
         }
-        let over = inner
-            .state
-            .end()
-            .filter(|_| matches!(before, LandingPhase::Reserved | LandingPhase::Receiving));
-        let told = if over.is_some() {
-            std::mem::take(&mut inner.connections)
-        } else {
-            Vec::new()
-        };
-        let hold = if after == LandingPhase::Void {
-            inner.hold.take()
-        } else {
-            None
-        };
+        let over =
+            inner.state.end().filter(|_| matches!(before, LandingPhase::Reserved | LandingPhase::Receiving));
+        let told = if over.is_some() { std::mem::take(&mut inner.connections) } else { Vec::new() };
+        let hold = if after == LandingPhase::Void { inner.hold.take() } else { None };
         let end = inner.state.end();
         drop(inner);
         for connection in told {
             if let Some(end) = over {
                 // A full or closed queue: the sender learns at its next frame.
-                let _ = connection.try_send(Notice {
-                    transfer: self.transfer,
-                    refusal: end.refusal(),
-                });
+                let _ = connection.try_send(Notice { transfer: self.transfer, refusal: end.refusal() });
             }
         }
         if let Some(receiver) = self.receiver.upgrade()
@@ -296,29 +266,18 @@ impl LandingShared {
             LandingPhase::Committed => match inner.hold.take() {
                 Some(hold) => {
                     let payload = inner.payload.take().unwrap_or_default();
-                    Poll::Done(Parts {
-                        hold,
-                        payload,
-                        refetched: inner.state.refetched(),
-                    })
+                    Poll::Done(Parts { hold, payload, refetched: inner.state.refetched() })
                 }
                 None => Poll::Failed(LandingError::Revoked),
             },
-            LandingPhase::Revoking | LandingPhase::Void => Poll::Failed(
-                inner
-                    .state
-                    .end()
-                    .map_or(LandingError::Revoked, |end| end.error(&inner.reason)),
-            ),
+            LandingPhase::Revoking | LandingPhase::Void => {
+                Poll::Failed(inner.state.end().map_or(LandingError::Revoked, |end| end.error(&inner.reason)))
+            }
         }
     }
 
     fn progress_timeout(&self) -> std::time::Duration {
-        self.receiver
-            .upgrade()
-            .map_or(std::time::Duration::ZERO, |receiver| {
-                receiver.config.progress_timeout
-            })
+        self.receiver.upgrade().map_or(std::time::Duration::ZERO, |receiver| receiver.config.progress_timeout)
     }
 
     /// Ends the landing when its deadline passed or no byte arrived for too long.
@@ -327,9 +286,7 @@ impl LandingShared {
         self.update(|inner| {
             if now >= self.deadline {
                 inner.state.revoke(LandingEnd::Expired);
-            } else if inner.state.phase() == LandingPhase::Receiving
-                && now >= inner.progress + timeout
-            {
+            } else if inner.state.phase() == LandingPhase::Receiving && now >= inner.progress + timeout {
                 inner.state.revoke(LandingEnd::Stalled);
             }
         });
@@ -354,11 +311,7 @@ impl LandingShared {
     }
 
     /// A connection showed the right secret.
-    pub(crate) fn attach(
-        &self,
-        sender: &Identity,
-        connection: mpsc::Sender<Notice>,
-    ) -> Result<(), Refusal> {
+    pub(crate) fn attach(&self, sender: &Identity, connection: mpsc::Sender<Notice>) -> Result<(), Refusal> {
         self.check_time(Instant::now());
         let mut inner = self.inner.lock();
         if let Some(end) = inner.state.end() {

@@ -95,9 +95,7 @@ impl LandingEnd {
             Self::Expired => LandingError::Expired,
             Self::Stalled => LandingError::Stalled,
             Self::PeerGone => LandingError::PeerGone,
-            Self::Aborted => LandingError::Aborted {
-                reason: reason.to_owned(),
-            },
+            Self::Aborted => LandingError::Aborted { reason: reason.to_owned() },
             Self::Corrupt => LandingError::Corrupt,
             Self::Shutdown => LandingError::Shutdown,
             Self::Revoked => LandingError::Revoked,
@@ -195,11 +193,7 @@ impl LandingState {
         if cell >= self.cells {
             Claim::Outside
         } else if !self.is_open() {
-            if self.phase == LandingPhase::Committed {
-                Claim::Duplicate
-            } else {
-                Claim::Over
-            }
+            if self.phase == LandingPhase::Committed { Claim::Duplicate } else { Claim::Over }
         } else if self.verified.has(cell) {
             Claim::Duplicate
         } else if self.claimed.add(cell) {

@@ -131,10 +131,7 @@ fn a_cell_is_refetched_three_times_and_no_more() {
         assert_eq!(land(&mut state, 0, false), Settled::Refetch);
     }
     assert_eq!(land(&mut state, 0, false), Settled::GaveUp);
-    assert_eq!(
-        (state.phase(), state.end()),
-        (LandingPhase::Void, Some(LandingEnd::Corrupt))
-    );
+    assert_eq!((state.phase(), state.end()), (LandingPhase::Void, Some(LandingEnd::Corrupt)));
 }
 
 #[test]

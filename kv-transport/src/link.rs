@@ -34,12 +34,7 @@ struct Inner {
 
 impl Link {
     pub(crate) fn new(counters: Arc<SenderCounters>) -> Self {
-        Self {
-            counters,
-            work: Notify::new(),
-            stop: CancellationToken::new(),
-            inner: Mutex::default(),
-        }
+        Self { counters, work: Notify::new(), stop: CancellationToken::new(), inner: Mutex::default() }
     }
 
     pub(crate) fn is_dead(&self) -> bool {
@@ -68,15 +63,8 @@ impl Link {
     /// The push is over. What it still has to say (an abort) is said.
     pub(crate) fn remove(&self, push: &Arc<PushShared>) {
         let mut inner = self.inner.lock();
-        let known = inner
-            .pushes
-            .get(&push.ticket.transfer)
-            .is_some_and(|known| Arc::ptr_eq(known, push));
-        let removed = if known {
-            inner.pushes.remove(&push.ticket.transfer)
-        } else {
-            None
-        };
+        let known = inner.pushes.get(&push.ticket.transfer).is_some_and(|known| Arc::ptr_eq(known, push));
+        let removed = if known { inner.pushes.remove(&push.ticket.transfer) } else { None };
         drop(inner);
         drop(removed);
     }

@@ -26,11 +26,7 @@ pub struct MuxConfig {
 
 impl Default for MuxConfig {
     fn default() -> Self {
-        Self {
-            first_byte_timeout: Duration::from_secs(10),
-            max_pending: 512,
-            backlog: 128,
-        }
+        Self { first_byte_timeout: Duration::from_secs(10), max_pending: 512, backlog: 128 }
     }
 }
 
@@ -67,14 +63,7 @@ pub fn split(listener: TcpListener, config: MuxConfig) -> (KvIncoming, RpcIncomi
     let (kv, kv_streams) = mpsc::channel(config.backlog.max(1));
     let (rpc, rpc_streams) = mpsc::channel(config.backlog.max(1));
     tokio::spawn(accept(listener, config, Sides { kv, rpc }));
-    (
-        KvIncoming {
-            streams: kv_streams,
-        },
-        RpcIncoming {
-            streams: rpc_streams,
-        },
-    )
+    (KvIncoming { streams: kv_streams }, RpcIncoming { streams: rpc_streams })
 }
 
 #[derive(Clone)]
@@ -126,11 +115,7 @@ async fn assign(stream: TcpStream, sides: Sides) -> io::Result<()> {
     if stream.peek(&mut first).await? == 0 {
         return Ok(());
     }
-    let side = if MAGIC.starts_with(&first) {
-        &sides.kv
-    } else {
-        &sides.rpc
-    };
+    let side = if MAGIC.starts_with(&first) { &sides.kv } else { &sides.rpc };
     // A closed side drops the connection, which tells the peer.
     let _ = side.send(stream).await;
     Ok(())

@@ -89,10 +89,7 @@ impl Push {
     pub async fn cells(&self, plane: u32, cells: &[Cell]) -> Result<(), PushError> {
         let mut rest = cells;
         while !rest.is_empty() {
-            let room = self
-                .shared
-                .wait(|state| (state.room() > 0).then(|| state.room()))
-                .await?;
+            let room = self.shared.wait(|state| (state.room() > 0).then(|| state.room())).await?;
             let (now, later) = rest.split_at(room.min(rest.len()));
             self.shared.queue(plane, now)?;
             rest = later;
@@ -102,9 +99,7 @@ impl Push {
 
     /// A handle that queues without waiting, for threads outside the runtime.
     pub fn queue(&self) -> CellQueue {
-        CellQueue {
-            shared: self.shared.clone(),
-        }
+        CellQueue { shared: self.shared.clone() }
     }
 
     /// Waits until the push has failed, or the ticket's time ran out: then computing further is in vain.
@@ -120,35 +115,23 @@ impl Push {
     pub async fn commit(self, payload: Bytes) -> Result<PushReport, PushError> {
         let shared = &self.shared;
         if payload.len() > MAX_COMMIT_BYTES {
-            return Err(PushError::PayloadTooLarge {
-                bytes: payload.len(),
-            });
+            return Err(PushError::PayloadTooLarge { bytes: payload.len() });
         }
         shared.inner.lock().payload = payload;
         shared.update(|inner| inner.state.commit())?;
-        let committed = |state: &mut PushState| {
-            (state.phase() == PushPhase::Committed).then(|| state.refetched())
-        };
+        let committed =
+            |state: &mut PushState| (state.phase() == PushPhase::Committed).then(|| state.refetched());
         let refetched = shared.wait(committed).await?;
         let cells = u64::from(shared.grid.planes) * self.slots() as u64;
         let bytes = cells * u64::from(shared.grid.cell_bytes);
         let commit_ack = shared.inner.lock().commit_ack.unwrap_or_else(Instant::now);
-        Ok(PushReport {
-            bytes,
-            cells,
-            transport: TRANSPORT,
-            refetched,
-            commit_ack,
-        })
+        Ok(PushReport { bytes, cells, transport: TRANSPORT, refetched, commit_ack })
     }
 
     /// Gives up and tells the receiver why.
     pub fn abort(self, reason: &str) {
         let end = reason.floor_char_boundary(MAX_REASON_BYTES);
-        reason
-            .get(..end)
-            .unwrap_or_default()
-            .clone_into(&mut self.shared.inner.lock().reason);
+        reason.get(..end).unwrap_or_default().clone_into(&mut self.shared.inner.lock().reason);
     }
 }
 
@@ -173,9 +156,7 @@ pub(crate) struct PushShared {
 
 impl std::fmt::Debug for PushShared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Push")
-            .field("transfer", &self.ticket.transfer)
-            .finish_non_exhaustive()
+        f.debug_struct("Push").field("transfer", &self.ticket.transfer).finish_non_exhaustive()
     }
 }
 
@@ -205,24 +186,9 @@ impl PushShared {
         hold: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         let reason = "the sender dropped the push".to_owned();
-        let inner = Inner {
-            state,
-            hold: Some(hold),
-            payload: Bytes::new(),
-            reason,
-            commit_ack: None,
-        };
+        let inner = Inner { state, hold: Some(hold), payload: Bytes::new(), reason, commit_ack: None };
         let (inner, changed) = (Mutex::new(inner), Notify::new());
-        Self {
-            ticket,
-            grid,
-            region,
-            link,
-            listed: AtomicBool::new(false),
-            deadline,
-            inner,
-            changed,
-        }
+        Self { ticket, grid, region, link, listed: AtomicBool::new(false), deadline, inner, changed }
     }
 
     /// Applies an event to the state and does what follows from it, outside the lock.
@@ -239,11 +205,7 @@ impl PushShared {
             inner.commit_ack = Some(Instant::now());
             self.link.counters.committed.add(1);
         }
-        let hold = if after == PushPhase::Closed {
-            inner.hold.take()
-        } else {
-            None
-        };
+        let hold = if after == PushPhase::Closed { inner.hold.take() } else { None };
         drop(inner);
         drop(hold);
         if more {
@@ -259,34 +221,17 @@ impl PushShared {
 
     fn queue(self: &Arc<Self>, plane: u32, cells: &[Cell]) -> Result<(), PushError> {
         let queued = |cell: &Cell| {
-            self.place(plane, cell.src_slot).ok_or(PushError::BadCell {
-                plane,
-                index: cell.index,
-            })?;
-            let Cell {
-                index,
-                src_slot,
-                checksum,
-            } = *cell;
-            Ok(QueuedCell {
-                plane,
-                index,
-                src_slot,
-                checksum,
-            })
+            self.place(plane, cell.src_slot).ok_or(PushError::BadCell { plane, index: cell.index })?;
+            let Cell { index, src_slot, checksum } = *cell;
+            Ok(QueuedCell { plane, index, src_slot, checksum })
         };
-        let cells = cells
-            .iter()
-            .map(queued)
-            .collect::<Result<Vec<_>, PushError>>()?;
+        let cells = cells.iter().map(queued).collect::<Result<Vec<_>, PushError>>()?;
         self.update(|inner| inner.state.queue(&cells))
     }
 
     /// Where a cell lies in the source.
     pub(crate) fn place(&self, plane: u32, slot: u32) -> Option<Range<usize>> {
-        self.grid
-            .cell(plane, slot)
-            .filter(|place| place.end <= self.region.len())
+        self.grid.cell(plane, slot).filter(|place| place.end <= self.region.len())
     }
 
     /// Waits until `look` finds what it wants, the push is over, or the ticket's time is.

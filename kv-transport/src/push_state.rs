@@ -159,10 +159,7 @@ impl PushState {
 
     /// Whether the push goes on.
     pub fn is_open(&self) -> bool {
-        matches!(
-            self.phase,
-            PushPhase::Opening | PushPhase::Pushing | PushPhase::Committing
-        )
+        matches!(self.phase, PushPhase::Opening | PushPhase::Pushing | PushPhase::Committing)
     }
 
     fn id(&self, plane: u32, index: u32) -> Option<usize> {
@@ -177,18 +174,11 @@ impl PushState {
             return Err(self.end.clone().unwrap_or(PushError::Closed));
         }
         for (at, cell) in cells.iter().enumerate() {
-            if !self
-                .id(cell.plane, cell.index)
-                .is_some_and(|id| self.queued.add(id))
-            {
+            if !self.id(cell.plane, cell.index).is_some_and(|id| self.queued.add(id)) {
                 for cell in cells.iter().take(at) {
-                    self.id(cell.plane, cell.index)
-                        .map(|id| self.queued.remove(id));
+                    self.id(cell.plane, cell.index).map(|id| self.queued.remove(id));
                 }
-                return Err(PushError::BadCell {
-                    plane: cell.plane,
-                    index: cell.index,
-                });
+                return Err(PushError::BadCell { plane: cell.plane, index: cell.index });
             }
         }
         self.queued_count += cells.len();
@@ -211,9 +201,9 @@ impl PushState {
                 self.commit_due = true;
                 Ok(())
             }
-            PushPhase::Pushing => Err(PushError::Incomplete {
-                missing: (self.total - self.queued_count) as u64,
-            }),
+            PushPhase::Pushing => {
+                Err(PushError::Incomplete { missing: (self.total - self.queued_count) as u64 })
+            }
             _ => Err(self.end.clone().unwrap_or(PushError::Closed)),
         }
     }
@@ -239,10 +229,7 @@ impl PushState {
     }
 
     /// Takes what a connection shall send now.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "it is no iterator: nothing now does not mean the end"
-    )]
+    #[expect(clippy::should_implement_trait, reason = "it is no iterator: nothing now does not mean the end")]
     pub fn next(&mut self) -> Next {
         if !self.has_next() {
             return Next::Nothing;
@@ -265,14 +252,9 @@ impl PushState {
     }
 
     fn next_write(&mut self) -> Next {
-        let window = self
-            .bounds
-            .window_bytes
-            .saturating_sub(self.sent_cells.saturating_mul(self.cell_bytes));
+        let window = self.bounds.window_bytes.saturating_sub(self.sent_cells.saturating_mul(self.cell_bytes));
         let by_bytes = self.bounds.bytes.min(window) / self.cell_bytes.max(1);
-        let count = by_bytes
-            .clamp(1, self.bounds.cells.max(1))
-            .min(self.pending.len());
+        let count = by_bytes.clamp(1, self.bounds.cells.max(1)).min(self.pending.len());
         let cells: Vec<_> = self.pending.drain(..count).collect();
         let seq = self.next_seq;
         self.next_seq = self.next_seq.wrapping_add(1);
@@ -302,11 +284,7 @@ impl PushState {
             return;
         };
         self.sent_cells -= cells.len();
-        for (at, cell) in cells
-            .into_iter()
-            .enumerate()
-            .filter(|(at, _)| *at < 64 && bad >> at & 1 == 1)
-        {
+        for (at, cell) in cells.into_iter().enumerate().filter(|(at, _)| *at < 64 && bad >> at & 1 == 1) {
             debug_assert!(at < 64);
             let Some(id) = self.id(cell.plane, cell.index) else {
                 continue;
@@ -334,8 +312,7 @@ impl PushState {
             return;
         }
         if self.phase != PushPhase::Committed {
-            self.abort_due =
-                !matches!(why, PushError::Refused(refusal) if refusal != Refusal::Busy);
+            self.abort_due = !matches!(why, PushError::Refused(refusal) if refusal != Refusal::Busy);
             self.end = Some(why);
         }
         self.phase = PushPhase::Closing;

@@ -9,23 +9,14 @@ use super::*;
 const PLANES: u32 = 2;
 const SLOTS: u32 = 3;
 const TOTAL: usize = 6;
-const BOUNDS: FrameBounds = FrameBounds {
-    cells: 2,
-    bytes: 300,
-    window_bytes: 450,
-};
+const BOUNDS: FrameBounds = FrameBounds { cells: 2, bytes: 300, window_bytes: 450 };
 
 fn push() -> PushState {
     PushState::new(PLANES as usize, SLOTS as usize, 100, BOUNDS)
 }
 
 fn cell(id: u32) -> QueuedCell {
-    QueuedCell {
-        plane: id / SLOTS,
-        index: id % SLOTS,
-        src_slot: id,
-        checksum: id,
-    }
+    QueuedCell { plane: id / SLOTS, index: id % SLOTS, src_slot: id, checksum: id }
 }
 
 #[derive(Debug, Clone)]
@@ -173,9 +164,7 @@ fn a_cell_refused_four_times_is_corrupt() {
     state.attached();
     state.queue(&[cell(0)]).unwrap();
     for round in 0..4 {
-        let Next::Write { seq, .. } = state.next() else {
-            panic!("round {round}")
-        };
+        let Next::Write { seq, .. } = state.next() else { panic!("round {round}") };
         state.acked(seq, 1);
     }
     assert_eq!(state.end(), Some(&PushError::Corrupt));

@@ -116,9 +116,7 @@ impl Receiver {
             generation: AtomicU64::new(1),
             table: Mutex::default(),
         };
-        Self {
-            shared: Arc::new(shared),
-        }
+        Self { shared: Arc::new(shared) }
     }
 
     /// Who it is.
@@ -127,20 +125,10 @@ impl Receiver {
     }
 
     /// Reserves slots and issues the ticket to write them. On an error the hold is dropped.
-    pub fn reserve<H: Send + 'static>(
-        &self,
-        reserve: Reserve<H>,
-    ) -> Result<Landing<H>, ReserveError> {
-        let Reserve {
-            slots,
-            meta,
-            attempt,
-            deadline,
-            hold,
-        } = reserve;
+    pub fn reserve<H: Send + 'static>(&self, reserve: Reserve<H>) -> Result<Landing<H>, ReserveError> {
+        let Reserve { slots, meta, attempt, deadline, hold } = reserve;
         let shared = &self.shared;
-        let time_to_live =
-            deadline.saturating_duration_since(tokio::time::Instant::now().into_std());
+        let time_to_live = deadline.saturating_duration_since(tokio::time::Instant::now().into_std());
         if time_to_live.is_zero() {
             return Err(ReserveError::Expired);
         }
@@ -168,11 +156,7 @@ impl Receiver {
             cell_bytes: shared.grid.cell_bytes as usize,
             deadline: tokio::time::Instant::from_std(deadline),
         };
-        let landing = Arc::new(LandingShared::new(
-            facts,
-            Box::new(hold),
-            Arc::downgrade(shared),
-        ));
+        let landing = Arc::new(LandingShared::new(facts, Box::new(hold), Arc::downgrade(shared)));
         shared.insert(landing.clone())?;
         Ok(Landing::new(landing, bytes))
     }
@@ -247,16 +231,11 @@ impl ReceiverShared {
     fn check_slots(&self, slots: &[u32]) -> Result<usize, ReserveError> {
         let mut seen = HashSet::with_capacity(slots.len());
         for &slot in slots {
-            if !seen.insert(slot)
-                || !self.grid.is_sane()
-                || !self.grid.covers(&[slot], self.region.len())
-            {
+            if !seen.insert(slot) || !self.grid.is_sane() || !self.grid.covers(&[slot], self.region.len()) {
                 return Err(ReserveError::BadSlot { slot });
             }
         }
-        self.grid
-            .cells_of(slots.len())
-            .ok_or(ReserveError::Ticket(TicketError::TooLarge))
+        self.grid.cells_of(slots.len()).ok_or(ReserveError::Ticket(TicketError::TooLarge))
     }
 
     fn insert(&self, landing: Arc<LandingShared>) -> Result<(), ReserveError> {
@@ -266,9 +245,7 @@ impl ReceiverShared {
             return Err(ReserveError::Shutdown);
         }
         if table.live.len() >= self.config.max_transfers {
-            return Err(ReserveError::Full {
-                max: self.config.max_transfers,
-            });
+            return Err(ReserveError::Full { max: self.config.max_transfers });
         }
         table.live.insert(landing.transfer, landing);
         Ok(())

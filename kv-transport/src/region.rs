@@ -30,9 +30,7 @@ unsafe impl Sync for Region {}
 
 impl std::fmt::Debug for Region {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Region")
-            .field("len", &self.len)
-            .finish_non_exhaustive()
+        f.debug_struct("Region").field("len", &self.len).finish_non_exhaustive()
     }
 }
 
@@ -60,17 +58,9 @@ impl Region {
     /// The bytes must be valid for reads and writes, unmoved, from any thread, for as long as `keepalive`
     /// lives. While a landing owns a cell, or a push reads one, nobody else may write it or hold a reference
     /// to it; other bytes of the region are the owner's business.
-    pub unsafe fn from_raw(
-        base: *mut u8,
-        len: usize,
-        keepalive: Arc<dyn Any + Send + Sync>,
-    ) -> Self {
+    pub unsafe fn from_raw(base: *mut u8, len: usize, keepalive: Arc<dyn Any + Send + Sync>) -> Self {
         let (base, len) = NonNull::new(base).map_or((NonNull::dangling(), 0), |base| (base, len));
-        Self {
-            base,
-            len,
-            _keepalive: keepalive,
-        }
+        Self { base, len, _keepalive: keepalive }
     }
 
     /// Allocates page-aligned zeroed memory and registers it.
@@ -78,15 +68,9 @@ impl Region {
         let layout = Layout::from_size_align(len.max(1), 4096).unwrap_or(Layout::new::<u8>());
         // SAFETY: the layout's size is not zero.
         let raw = unsafe { alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(raw) else {
-            handle_alloc_error(layout)
-        };
+        let Some(base) = NonNull::new(raw) else { handle_alloc_error(layout) };
         let len = len.min(layout.size());
-        Self {
-            base,
-            len,
-            _keepalive: Arc::new(Pages { base, layout }),
-        }
+        Self { base, len, _keepalive: Arc::new(Pages { base, layout }) }
     }
 
     /// Length in bytes.
@@ -102,10 +86,7 @@ impl Region {
     /// The address of a range after checking that it lies inside.
     fn at(&self, range: &Range<usize>) -> io::Result<*mut u8> {
         if range.start > range.end || range.end > self.len {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "range outside the region",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "range outside the region"));
         }
         // SAFETY: start ≤ end ≤ len, so the result stays inside the region or one past its end.
         Ok(unsafe { self.base.as_ptr().add(range.start) })
@@ -115,9 +96,7 @@ impl Region {
     pub fn checksum(&self, before: u32, range: Range<usize>) -> io::Result<u32> {
         let at = self.at(&range)?;
         // SAFETY: in bounds and alive; by `from_raw`'s contract and the claim on the cell nobody writes it now.
-        Ok(crc32c::crc32c_append(before, unsafe {
-            std::slice::from_raw_parts(at, range.len())
-        }))
+        Ok(crc32c::crc32c_append(before, unsafe { std::slice::from_raw_parts(at, range.len()) }))
     }
 
     /// Copies `bytes` to `offset`.
@@ -170,13 +149,7 @@ impl Region {
         message.msg_iov = pieces.list.as_mut_ptr();
         message.msg_iovlen = pieces.used as _;
         // SAFETY: the pieces are only read by the call, in bounds and alive during it.
-        let n = unsafe {
-            libc::sendmsg(
-                fd.as_raw_fd(),
-                &message,
-                libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-            )
-        };
+        let n = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 }
@@ -189,13 +162,7 @@ struct Pieces {
 
 impl Pieces {
     fn new() -> Self {
-        Self {
-            list: [libc::iovec {
-                iov_base: std::ptr::null_mut(),
-                iov_len: 0,
-            }; MAX_PIECES],
-            used: 0,
-        }
+        Self { list: [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES], used: 0 }
     }
 
     /// Appends a piece, or grows the last one when this one follows it in memory.
@@ -210,10 +177,7 @@ impl Pieces {
             return;
         }
         if let Some(slot) = self.list.get_mut(self.used) {
-            *slot = libc::iovec {
-                iov_base: base.cast(),
-                iov_len: len,
-            };
+            *slot = libc::iovec { iov_base: base.cast(), iov_len: len };
             self.used += 1;
         }
     }

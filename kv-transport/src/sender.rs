@@ -81,11 +81,7 @@ struct Peer {
 
 impl Peer {
     fn now(&self) -> Option<Arc<Link>> {
-        self.link
-            .try_lock()
-            .ok()?
-            .clone()
-            .filter(|link| !link.is_dead())
+        self.link.try_lock().ok()?.clone().filter(|link| !link.is_dead())
     }
 }
 
@@ -94,24 +90,13 @@ impl Sender {
     pub fn new(identity: Identity, region: Region, grid: Grid, config: SenderConfig) -> Self {
         let counters = Arc::default();
         Self {
-            shared: Arc::new(Shared {
-                identity,
-                region,
-                grid,
-                config,
-                counters,
-                peers: Mutex::default(),
-            }),
+            shared: Arc::new(Shared { identity, region, grid, config, counters, peers: Mutex::default() }),
         }
     }
 
     /// Opens a ticket: reaches its receiver, on warm connections if there are any, and shows it the ticket.
     /// `hold` keeps the source memory until nothing reads it.
-    pub async fn open(
-        &self,
-        ticket: Bytes,
-        hold: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Push, PushError> {
+    pub async fn open(&self, ticket: Bytes, hold: Arc<dyn Any + Send + Sync>) -> Result<Push, PushError> {
         let shared = &self.shared;
         let ticket = Ticket::decode(&ticket)?;
         let deadline = Instant::now() + Duration::from_millis(ticket.time_to_live_ms).min(FAR);
@@ -131,16 +116,8 @@ impl Sender {
                 bounds,
             )
         };
-        let new = |link| {
-            Arc::new(PushShared::new(
-                ticket.clone(),
-                deadline,
-                state(),
-                memory(),
-                link,
-                hold.clone(),
-            ))
-        };
+        let new =
+            |link| Arc::new(PushShared::new(ticket.clone(), deadline, state(), memory(), link, hold.clone()));
         let mut push = new(link.clone());
         let mut added = link.add(&push);
         if added == Err(PushError::PeerGone) {
@@ -152,20 +129,13 @@ impl Sender {
         added?;
         let push_handle = Push::new(push.clone());
         link.list(&push);
-        push.wait(|state| (state.phase() != PushPhase::Opening).then_some(()))
-            .await?;
+        push.wait(|state| (state.phase() != PushPhase::Opening).then_some(())).await?;
         Ok(push_handle)
     }
 
     /// Counters and gauges.
     pub fn stats(&self) -> SenderStats {
-        let links: Vec<_> = self
-            .shared
-            .peers
-            .lock()
-            .values()
-            .filter_map(|peer| peer.now())
-            .collect();
+        let links: Vec<_> = self.shared.peers.lock().values().filter_map(|peer| peer.now()).collect();
         let counters = &self.shared.counters;
         SenderStats {
             pushes: links.iter().map(|link| link.pushes()).sum(),
@@ -195,8 +165,7 @@ const FAR: Duration = Duration::from_secs(24 * 3600);
 
 impl Shared {
     fn check_layout(&self, ticket: &Ticket) -> Result<(), PushError> {
-        if (ticket.grid.planes, ticket.grid.cell_bytes) == (self.grid.planes, self.grid.cell_bytes)
-        {
+        if (ticket.grid.planes, ticket.grid.cell_bytes) == (self.grid.planes, self.grid.cell_bytes) {
             return Ok(());
         }
         Err(PushError::Layout {
@@ -210,9 +179,7 @@ impl Shared {
     /// A live link to the ticket's receiver, old or new.
     async fn link(&self, ticket: &Ticket, deadline: Instant) -> Result<Arc<Link>, PushError> {
         let peer = self.peer(&ticket.receiver)?;
-        let mut slot = timeout_at(deadline, peer.link.lock())
-            .await
-            .map_err(|_| PushError::Expired)?;
+        let mut slot = timeout_at(deadline, peer.link.lock()).await.map_err(|_| PushError::Expired)?;
         if let Some(link) = slot.as_ref().filter(|link| !link.is_dead()) {
             return Ok(link.clone());
         }
@@ -234,10 +201,7 @@ impl Shared {
             let idle = |peer: &Arc<Peer>| {
                 Arc::strong_count(peer) == 1 && peer.now().is_none_or(|link| link.close_if_idle())
             };
-            let victim = peers
-                .iter()
-                .find(|(_, peer)| idle(peer))
-                .map(|(identity, _)| identity.clone());
+            let victim = peers.iter().find(|(_, peer)| idle(peer)).map(|(identity, _)| identity.clone());
             peers.remove(&victim.ok_or(PushError::Busy { max })?);
         }
         let peer = Arc::<Peer>::default();
@@ -249,8 +213,8 @@ impl Shared {
         let mut reason = "the ticket names no endpoint".to_owned();
         for endpoint in &ticket.endpoints {
             let until = deadline.min(Instant::now() + self.config.connect_timeout);
-            let connects = (0..self.config.streams.max(1))
-                .map(|_| self.connect_one(endpoint, &ticket.receiver));
+            let connects =
+                (0..self.config.streams.max(1)).map(|_| self.connect_one(endpoint, &ticket.receiver));
             match timeout_at(until, futures::future::try_join_all(connects)).await {
                 Ok(Ok(sockets)) => return Ok(self.start(sockets)),
                 Ok(Err(Unreached::Refused(refusal))) => return Err(PushError::Refused(refusal)),
@@ -258,18 +222,12 @@ impl Shared {
                 Err(_) => reason = format!("{endpoint}: no answer in time"),
             }
         }
-        Err(PushError::Connect {
-            endpoints: ticket.endpoints.join(", "),
-            reason,
-        })
+        Err(PushError::Connect { endpoints: ticket.endpoints.join(", "), reason })
     }
 
     fn start(&self, sockets: Vec<TcpStream>) -> Arc<Link> {
         let link = Arc::new(Link::new(self.counters.clone()));
-        let limits = Limits {
-            progress: self.config.progress_timeout,
-            idle: self.config.idle_timeout,
-        };
+        let limits = Limits { progress: self.config.progress_timeout, idle: self.config.idle_timeout };
         for socket in sockets {
             self.counters.connects.add(1);
             tokio::spawn(Stream::new(link.clone(), socket, limits).run());
@@ -280,17 +238,8 @@ impl Shared {
     async fn connect_one(&self, endpoint: &str, peer: &Identity) -> Result<TcpStream, Unreached> {
         let mut socket = TcpStream::connect(endpoint).await?;
         crate::socket::tune(&socket)?;
-        let hello = Hello {
-            from: self.identity.clone(),
-            to: peer.clone(),
-        };
-        socket
-            .write_all(
-                &hello
-                    .encode()
-                    .ok_or(Unreached::Refused(Refusal::Protocol))?,
-            )
-            .await?;
+        let hello = Hello { from: self.identity.clone(), to: peer.clone() };
+        socket.write_all(&hello.encode().ok_or(Unreached::Refused(Refusal::Protocol))?).await?;
         let mut ack = vec![0; 2];
         socket.read_exact(&mut ack).await?;
         let len = usize::from(ack.as_slice().get_u16_le());
@@ -298,21 +247,13 @@ impl Shared {
             return Err(Unreached::Refused(Refusal::Protocol));
         }
         ack.resize(2 + len + 4, 0);
-        socket
-            .read_exact(ack.get_mut(2..).unwrap_or_default())
-            .await?;
+        socket.read_exact(ack.get_mut(2..).unwrap_or_default()).await?;
         let (guarded, mut crc) = ack.split_at(2 + len);
         let intact = crc.get_u32_le() == crc32c::crc32c(guarded);
-        let parsed = guarded
-            .get(2..)
-            .and_then(HelloAck::parse)
-            .filter(|_| intact);
+        let parsed = guarded.get(2..).and_then(HelloAck::parse).filter(|_| intact);
         match parsed {
             None => Err(Unreached::Refused(Refusal::Protocol)),
-            Some(HelloAck {
-                refused: Some(refusal),
-                ..
-            }) => Err(Unreached::Refused(refusal)),
+            Some(HelloAck { refused: Some(refusal), .. }) => Err(Unreached::Refused(refusal)),
             Some(ack) if ack.from != *peer => Err(Unreached::Refused(Refusal::Stale)),
             Some(_) => Ok(socket),
         }

@@ -88,10 +88,7 @@ pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: TcpStream) {
         attached: Attached::new(),
         fairness: Fairness::default(),
         discard: Box::default(),
-        peer: Identity {
-            worker: String::new(),
-            incarnation: 0,
-        },
+        peer: Identity { worker: String::new(), incarnation: 0 },
         notices,
         notify,
     };
@@ -115,15 +112,10 @@ impl Connection {
                 self.outbox.flush(&self.stream)?;
             }
             if self.outbox.len() >= MAX_OUTBOX_BYTES {
-                self.readable(Instant::now() + self.receiver.config.progress_timeout)
-                    .await?;
+                self.readable(Instant::now() + self.receiver.config.progress_timeout).await?;
             }
             let idle = self.receiver.config.idle_timeout;
-            let header = match self
-                .need(HEADER_BYTES, idle)
-                .await?
-                .first_chunk::<HEADER_BYTES>()
-            {
+            let header = match self.need(HEADER_BYTES, idle).await?.first_chunk::<HEADER_BYTES>() {
                 Some(bytes) => Header::parse(bytes).ok_or(Close::Protocol("damaged header"))?,
                 None => return Err(Close::End),
             };
@@ -159,8 +151,8 @@ impl Connection {
         if crc.get_u32_le() != crc32c::crc32c(guarded) {
             return Err(Close::Protocol("damaged hello"));
         }
-        let hello = Hello::parse(guarded.get(2..).unwrap_or_default())
-            .ok_or(Close::Protocol("not a hello"))?;
+        let hello =
+            Hello::parse(guarded.get(2..).unwrap_or_default()).ok_or(Close::Protocol("not a hello"))?;
         self.inbox.consume(prefix + len + 4);
         let refused = match &hello {
             (_, None) => Some(Refusal::Protocol),
@@ -171,15 +163,8 @@ impl Connection {
             _ if busy => Some(Refusal::Busy),
             _ => None,
         };
-        let answer = HelloAck {
-            from: self.receiver.identity.clone(),
-            refused,
-        };
-        self.outbox.bytes.extend(
-            answer
-                .encode()
-                .ok_or(Close::Protocol("this receiver's name is too long"))?,
-        );
+        let answer = HelloAck { from: self.receiver.identity.clone(), refused };
+        self.outbox.bytes.extend(answer.encode().ok_or(Close::Protocol("this receiver's name is too long"))?);
         self.outbox.flush(&self.stream)?;
         match (hello, refused) {
             ((_, Some(hello)), None) => {
@@ -191,14 +176,8 @@ impl Connection {
     }
 
     async fn attach_frame(&mut self, header: Header) -> Result<(), Close> {
-        let body = self
-            .need(wire::ATTACH_BYTES, self.receiver.config.progress_timeout)
-            .await?;
-        let mut body = body
-            .first_chunk::<{ wire::ATTACH_BYTES }>()
-            .copied()
-            .ok_or(Close::End)?
-            .to_vec();
+        let body = self.need(wire::ATTACH_BYTES, self.receiver.config.progress_timeout).await?;
+        let mut body = body.first_chunk::<{ wire::ATTACH_BYTES }>().copied().ok_or(Close::End)?.to_vec();
         self.inbox.consume(wire::ATTACH_BYTES);
         if crc32c::crc32c(&body) != header.body_crc {
             return Err(Close::Protocol("damaged attach"));
@@ -249,8 +228,7 @@ impl Connection {
             return landing.refusal().map_or(Ok(()), Err);
         }
         if self.attached.len() >= self.receiver.config.max_attached {
-            self.attached
-                .retain(|_, landing| landing.strong_count() > 0);
+            self.attached.retain(|_, landing| landing.strong_count() > 0);
             if self.attached.len() >= self.receiver.config.max_attached {
                 return Err(Refusal::Busy);
             }
@@ -266,10 +244,7 @@ impl Connection {
         let committed = match &known {
             Some(Some(landing)) => landing.commit(payload),
             // Ended and let go of. A stale answer means it was committed: the acknowledgement may be repeated.
-            Some(None) => matches!(
-                self.receiver.known(header.transfer),
-                Known::Ended(Refusal::Stale)
-            ),
+            Some(None) => matches!(self.receiver.known(header.transfer), Known::Ended(Refusal::Stale)),
             None => false,
         };
         if committed {

@@ -18,9 +18,8 @@ pub(crate) const INBOX_BYTES: usize = 4096;
 pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
-    let alive = socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(15))
-        .with_interval(Duration::from_secs(5));
+    let alive =
+        socket2::TcpKeepalive::new().with_time(Duration::from_secs(15)).with_interval(Duration::from_secs(5));
     for result in [
         socket.set_send_buffer_size(SOCKET_BUFFER_BYTES),
         socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES),
@@ -43,11 +42,7 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     pub(crate) fn new() -> Self {
-        Self {
-            buffer: vec![0; INBOX_BYTES].into_boxed_slice(),
-            start: 0,
-            end: 0,
-        }
+        Self { buffer: vec![0; INBOX_BYTES].into_boxed_slice(), start: 0, end: 0 }
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {

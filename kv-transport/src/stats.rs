@@ -76,10 +76,7 @@ pub struct ReceiverStats {
 impl ReceiverStats {
     /// Transfers that ended for this reason.
     pub fn voided(&self, end: LandingEnd) -> u64 {
-        self.voided_total
-            .iter()
-            .find(|(e, _)| *e == end)
-            .map_or(0, |(_, n)| *n)
+        self.voided_total.iter().find(|(e, _)| *e == end).map_or(0, |(_, n)| *n)
     }
 }
 

@@ -116,10 +116,7 @@ impl Stream {
         };
         frame.sent += n;
         if frame.sent == frame.total {
-            self.link
-                .counters
-                .bytes
-                .add(frame.places.iter().map(|place| place.len() as u64).sum());
+            self.link.counters.bytes.add(frame.places.iter().map(|place| place.len() as u64).sum());
             self.current = None;
         }
         Ok(n)
@@ -146,39 +143,26 @@ impl Stream {
                 let mut body = Vec::with_capacity(cells.len() * CELL_BYTES);
                 for cell in &cells {
                     let place = push.place(cell.plane, cell.src_slot)?;
-                    CellDescriptor {
-                        plane: cell.plane,
-                        index: cell.index,
-                        checksum: cell.checksum,
-                    }
-                    .put(&mut body);
+                    CellDescriptor { plane: cell.plane, index: cell.index, checksum: cell.checksum }
+                        .put(&mut body);
                     places.push(place);
                 }
                 let mut header = Header::bare(Kind::Write, transfer, seq, 0);
                 header.count = u16::try_from(cells.len()).ok()?;
-                header.payload_bytes =
-                    u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
+                header.payload_bytes = u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
                 header.put_with_body(&body, &mut head);
                 self.unanswered += 1;
             }
             Job::Commit(payload) => {
-                Header::bare(Kind::Commit, transfer, SEQ_COMMIT, 0)
-                    .put_with_body(&payload, &mut head);
+                Header::bare(Kind::Commit, transfer, SEQ_COMMIT, 0).put_with_body(&payload, &mut head);
                 self.unanswered += 1;
             }
             Job::Abort(reason) => {
-                Header::bare(Kind::Abort, transfer, 0, 0)
-                    .put_with_body(reason.as_bytes(), &mut head);
+                Header::bare(Kind::Abort, transfer, 0, 0).put_with_body(reason.as_bytes(), &mut head);
             }
         }
         let total = head.len() + places.iter().map(Range::len).sum::<usize>();
-        Some(Outgoing {
-            push,
-            head,
-            places,
-            sent: 0,
-            total,
-        })
+        Some(Outgoing { push, head, places, sent: 0, total })
     }
 
     /// Reads and handles the replies that are there.
@@ -218,10 +202,7 @@ impl Stream {
             Kind::Ack => push.update(|inner| {
                 let before = inner.state.refetched();
                 inner.state.acked(header.seq, header.arg);
-                self.link
-                    .counters
-                    .refetched_cells
-                    .add(inner.state.refetched() - before);
+                self.link.counters.refetched_cells.add(inner.state.refetched() - before);
             }),
             Kind::CommitAck => push.update(|inner| inner.state.commit_acked()),
             Kind::Refused => push.fail(match Refusal::from_code(header.arg) {
@@ -236,17 +217,10 @@ impl Stream {
     /// Waits for something to do; true when the link ends.
     async fn wait(&mut self) -> Result<bool, Lost> {
         let sending = self.current.is_some();
-        let interest = if sending {
-            Interest::READABLE | Interest::WRITABLE
-        } else {
-            Interest::READABLE
-        };
+        let interest = if sending { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
         let busy = sending || self.unanswered > 0;
-        let until = if busy {
-            self.progress + self.limits.progress
-        } else {
-            Instant::now() + self.limits.idle
-        };
+        let until =
+            if busy { self.progress + self.limits.progress } else { Instant::now() + self.limits.idle };
         tokio::select! {
             biased;
             () = self.link.stop.cancelled() => Ok(true),
@@ -265,14 +239,9 @@ impl Stream {
 impl Outgoing {
     /// Sends what the socket takes in one call; nothing when it takes none.
     fn send(&self, socket: &TcpStream) -> Result<Option<usize>, Lost> {
-        let head = self
-            .head
-            .get(self.sent.min(self.head.len())..)
-            .unwrap_or_default();
+        let head = self.head.get(self.sent.min(self.head.len())..).unwrap_or_default();
         let source = |region: &crate::Region| {
-            attempt(socket, Interest::WRITABLE, |fd| {
-                region.write_to(fd, head, self.rest())
-            })
+            attempt(socket, Interest::WRITABLE, |fd| region.write_to(fd, head, self.rest()))
         };
         let sent = match self.push.reading(source) {
             Some(sent) => sent,
@@ -280,9 +249,7 @@ impl Outgoing {
                 self.push.region.write_to(fd, head, std::iter::empty())
             }),
             None => {
-                let filler = FILLER
-                    .get(..(self.total - self.sent).min(FILLER.len()))
-                    .unwrap_or_default();
+                let filler = FILLER.get(..(self.total - self.sent).min(FILLER.len())).unwrap_or_default();
                 attempt(socket, Interest::WRITABLE, |fd| {
                     self.push.region.write_to(fd, filler, std::iter::empty())
                 })

@@ -32,11 +32,7 @@ impl Secret {
 
     /// Compares without telling by time where the first difference is.
     pub(crate) fn matches(&self, other: &[u8; 16]) -> bool {
-        let difference = self
-            .0
-            .iter()
-            .zip(other)
-            .fold(0_u8, |sum, (a, b)| sum | (a ^ b));
+        let difference = self.0.iter().zip(other).fold(0_u8, |sum, (a, b)| sum | (a ^ b));
         std::hint::black_box(difference) == 0
     }
 }
@@ -119,11 +115,7 @@ impl Ticket {
         out.put_u32_le(u32::try_from(self.meta.len()).map_err(|_| TicketError::TooLarge)?);
         out.put_slice(&self.meta);
         out.put_u32_le(crc32c::crc32c(&out));
-        if out.len() > MAX_TICKET_BYTES {
-            Err(TicketError::TooLarge)
-        } else {
-            Ok(out.into())
-        }
+        if out.len() > MAX_TICKET_BYTES { Err(TicketError::TooLarge) } else { Ok(out.into()) }
     }
 
     /// Reads a ticket; bounded in time and memory whatever the bytes are.
@@ -131,9 +123,8 @@ impl Ticket {
         if bytes.len() > MAX_TICKET_BYTES {
             return Err(TicketError::TooLarge);
         }
-        let (guarded, mut crc) = bytes
-            .split_at_checked(bytes.len().saturating_sub(4))
-            .ok_or(TicketError::Malformed)?;
+        let (guarded, mut crc) =
+            bytes.split_at_checked(bytes.len().saturating_sub(4)).ok_or(TicketError::Malformed)?;
         let mut rest = guarded.strip_prefix(&MAGIC).ok_or(TicketError::Malformed)?;
         match rest.try_get_u16_le() {
             Ok(VERSION) => {}
@@ -144,21 +135,14 @@ impl Ticket {
             return Err(TicketError::Malformed);
         }
         let ticket = Self::take(&mut rest).ok_or(TicketError::Malformed)?;
-        if rest.is_empty() {
-            Ok(ticket)
-        } else {
-            Err(TicketError::Malformed)
-        }
+        if rest.is_empty() { Ok(ticket) } else { Err(TicketError::Malformed) }
     }
 
     fn take(from: &mut &[u8]) -> Option<Self> {
         let transfer = from.try_get_u128_le().ok()?;
         let mut secret = Secret([0; 16]);
         from.try_copy_to_slice(&mut secret.0).ok()?;
-        let receiver = Identity {
-            worker: take_name(from)?,
-            incarnation: from.try_get_u64_le().ok()?,
-        };
+        let receiver = Identity { worker: take_name(from)?, incarnation: from.try_get_u64_le().ok()? };
         let generation = from.try_get_u64_le().ok()?;
         let attempt = from.try_get_u32_le().ok()?;
         let time_to_live_ms = from.try_get_u64_le().ok()?;
@@ -171,14 +155,10 @@ impl Ticket {
         if !grid.is_sane() || endpoints > MAX_ENDPOINTS {
             return None;
         }
-        let endpoints = (0..endpoints)
-            .map(|_| take_name(from))
-            .collect::<Option<Vec<_>>>()?;
+        let endpoints = (0..endpoints).map(|_| take_name(from)).collect::<Option<Vec<_>>>()?;
         let slots = take_slots(from, &grid)?;
         let meta = usize::try_from(from.try_get_u32_le().ok()?).ok()?;
-        let (meta, rest) = from
-            .split_at_checked(meta)
-            .filter(|_| meta <= MAX_META_BYTES)?;
+        let (meta, rest) = from.split_at_checked(meta).filter(|_| meta <= MAX_META_BYTES)?;
         *from = rest;
         let meta = Bytes::copy_from_slice(meta);
         Some(Self {
@@ -204,9 +184,7 @@ fn take_slots(from: &mut &[u8], grid: &Grid) -> Option<Vec<u32>> {
         let len = from.try_get_u32_le().ok()?;
         let total = slots.len().checked_add(usize::try_from(len).ok()?)?;
         let end = start.checked_add(len)?;
-        let cells = u64::try_from(total)
-            .ok()?
-            .checked_mul(u64::from(grid.planes))?;
+        let cells = u64::try_from(total).ok()?.checked_mul(u64::from(grid.planes))?;
         if len == 0 || total > MAX_SLOTS || cells > MAX_CELLS || u64::from(end) > grid.slots() {
             return None;
         }
@@ -225,18 +203,11 @@ mod tests {
         Ticket {
             transfer: 7,
             secret: Secret([0xAB; 16]),
-            receiver: Identity {
-                worker: "decode-0".into(),
-                incarnation: 3,
-            },
+            receiver: Identity { worker: "decode-0".into(), incarnation: 3 },
             generation: 9,
             attempt: 1,
             endpoints: vec!["127.0.0.1:1".into(), "[::1]:2".into()],
-            grid: Grid {
-                planes: 4,
-                plane_stride: 1 << 20,
-                cell_bytes: 1 << 10,
-            },
+            grid: Grid { planes: 4, plane_stride: 1 << 20, cell_bytes: 1 << 10 },
             slots,
             meta: meta.into(),
             time_to_live_ms: 1000,
@@ -247,9 +218,7 @@ mod tests {
     fn the_secret_is_never_printed() {
         let text = format!("{:?}", ticket(vec![1], vec![]));
         assert!(
-            text.contains("Secret(..)")
-                && !text.contains("171")
-                && !text.to_lowercase().contains("abab")
+            text.contains("Secret(..)") && !text.contains("171") && !text.to_lowercase().contains("abab")
         );
     }
 
@@ -264,10 +233,7 @@ mod tests {
     fn another_version_is_named() {
         let mut bytes = ticket(vec![], vec![]).encode().unwrap().to_vec();
         bytes[4] = 9;
-        assert!(matches!(
-            Ticket::decode(&bytes),
-            Err(TicketError::Version(9))
-        ));
+        assert!(matches!(Ticket::decode(&bytes), Err(TicketError::Version(9))));
     }
 
     proptest! {

@@ -95,16 +95,7 @@ pub struct Header {
 impl Header {
     /// A header without body.
     pub fn bare(kind: Kind, transfer: u128, seq: u32, arg: u64) -> Self {
-        Self {
-            kind,
-            count: 0,
-            body_bytes: 0,
-            payload_bytes: 0,
-            body_crc: 0,
-            transfer,
-            arg,
-            seq,
-        }
+        Self { kind, count: 0, body_bytes: 0, payload_bytes: 0, body_crc: 0, transfer, arg, seq }
     }
 
     /// Appends the header and its checksum.
@@ -165,17 +156,11 @@ impl Header {
                     && payload.is_multiple_of(count)
                     && payload > 0
                     && payload
-                        <= if count == 1 {
-                            crate::grid::MAX_CELL_BYTES as usize
-                        } else {
-                            MAX_FRAME_BYTES
-                        }
+                        <= if count == 1 { crate::grid::MAX_CELL_BYTES as usize } else { MAX_FRAME_BYTES }
             }
             Kind::Commit => body <= MAX_COMMIT_BYTES && payload == 0,
             Kind::Abort => body <= MAX_REASON_BYTES && payload == 0,
-            Kind::Attached | Kind::Ack | Kind::CommitAck | Kind::Refused => {
-                body == 0 && payload == 0
-            }
+            Kind::Attached | Kind::Ack | Kind::CommitAck | Kind::Refused => body == 0 && payload == 0,
         }
     }
 }
@@ -294,18 +279,11 @@ impl HelloAck {
         let _version = body.try_get_u16_le().ok()?;
         let code = body.try_get_u8().ok()?;
         let from = take_identity(&mut body)?;
-        let refused = if code == 0 {
-            None
-        } else {
-            Some(Refusal::from_code(u64::from(code)))
-        };
+        let refused = if code == 0 { None } else { Some(Refusal::from_code(u64::from(code))) };
         Some(Self { from, refused })
     }
 }
 
 fn take_identity(from: &mut &[u8]) -> Option<Identity> {
-    Some(Identity {
-        worker: take_name(from)?,
-        incarnation: from.try_get_u64_le().ok()?,
-    })
+    Some(Identity { worker: take_name(from)?, incarnation: from.try_get_u64_le().ok()? })
 }

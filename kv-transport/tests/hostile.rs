@@ -28,9 +28,15 @@ async fn no_byte_lands_after_the_hold_is_gone() {
     pair.target.copy_in(place.start, &vec![0x11; 1 << 20]).unwrap();
     raw.stream.write_all(&bytes[1 << 18..]).await.unwrap();
     let notice = raw.hear().await;
-    assert_eq!((notice.kind, notice.seq, Refusal::from_code(notice.arg)), (Kind::Refused, 0, Refusal::Revoked));
+    assert_eq!(
+        (notice.kind, notice.seq, Refusal::from_code(notice.arg)),
+        (Kind::Refused, 0, Refusal::Revoked)
+    );
     let answer = raw.hear().await;
-    assert_eq!((answer.kind, answer.seq, Refusal::from_code(answer.arg)), (Kind::Refused, 1, Refusal::Revoked));
+    assert_eq!(
+        (answer.kind, answer.seq, Refusal::from_code(answer.arg)),
+        (Kind::Refused, 1, Refusal::Revoked)
+    );
     // So do a whole further frame and a commit.
     raw.write(transfer, 2, &[cell(0, 0, &bytes)], 1 << 20, &bytes).await;
     assert_eq!(raw.hear().await.kind, Kind::Refused);
@@ -91,7 +97,9 @@ async fn two_connections_cannot_write_one_cell_at_once() {
 #[tokio::test]
 async fn a_cell_outside_the_ticket_ends_the_connection() {
     let pair = Setup::new(2, 4, 100).start().await;
-    for (plane, index, promised) in [(2, 0, 100), (0, 1, 100), (u32::MAX, u32::MAX, 100), (0, 0, 99), (0, 0, 101)] {
+    for (plane, index, promised) in
+        [(2, 0, 100), (0, 1, 100), (u32::MAX, u32::MAX, 100), (0, 0, 99), (0, 0, 101)]
+    {
         let mut landing = pair.reserve(&[1]);
         let (mut raw, transfer) = Raw::attached(&pair, landing.ticket()).await;
         raw.write(transfer, 1, &[cell(plane, index, &[7; 100])], promised, &[7; 101]).await;
@@ -127,9 +135,21 @@ async fn a_receiver_is_named_wrongly_or_in_another_version() {
 enum Blow {
     Noise(Vec<u8>),
     /// A header with a right checksum and wild contents.
-    Wild { kind: u8, count: u16, body: u32, payload: u32, transfer_known: bool, seq: u32, arg: u64, follow: Vec<u8> },
+    Wild {
+        kind: u8,
+        count: u16,
+        body: u32,
+        payload: u32,
+        transfer_known: bool,
+        seq: u32,
+        arg: u64,
+        follow: Vec<u8>,
+    },
     /// A write of a known cell whose payload is cut short.
-    Short { index: u32, bytes: usize },
+    Short {
+        index: u32,
+        bytes: usize,
+    },
 }
 
 fn blow() -> impl Strategy<Value = Blow> {
@@ -138,17 +158,32 @@ fn blow() -> impl Strategy<Value = Blow> {
     let kinds = prop_oneof![Just(1_u8), Just(2), Just(3), Just(4), Just(17), Just(18), Just(19), Just(20)];
     prop_oneof![
         noise().prop_map(Blow::Noise),
-        (kinds, any::<u16>(), lengths(), lengths(), any::<bool>(), any::<u32>(), any::<u64>(), noise()).prop_map(
-            |(kind, count, body, payload, transfer_known, seq, arg, follow)| Blow::Wild {
-                kind, count, body, payload, transfer_known, seq, arg, follow
-            }
-        ),
+        (kinds, any::<u16>(), lengths(), lengths(), any::<bool>(), any::<u32>(), any::<u64>(), noise())
+            .prop_map(|(kind, count, body, payload, transfer_known, seq, arg, follow)| Blow::Wild {
+                kind,
+                count,
+                body,
+                payload,
+                transfer_known,
+                seq,
+                arg,
+                follow
+            }),
         (0..3_u32, 0..1200_usize).prop_map(|(index, bytes)| Blow::Short { index, bytes }),
     ]
 }
 
 fn wild(blow: &Blow, transfer: u128) -> Vec<u8> {
-    let kinds = [Kind::Attach, Kind::Write, Kind::Commit, Kind::Abort, Kind::Attached, Kind::Ack, Kind::CommitAck, Kind::Refused];
+    let kinds = [
+        Kind::Attach,
+        Kind::Write,
+        Kind::Commit,
+        Kind::Abort,
+        Kind::Attached,
+        Kind::Ack,
+        Kind::CommitAck,
+        Kind::Refused,
+    ];
     let mut out = Vec::new();
     match blow {
         Blow::Noise(bytes) => out.extend(bytes),
@@ -157,7 +192,14 @@ fn wild(blow: &Blow, transfer: u128) -> Vec<u8> {
             let transfer = if *transfer_known { transfer } else { 5 };
             let crc = crc32c::crc32c(follow);
             let header = Header {
-                kind, count: *count, body_bytes: *body, payload_bytes: *payload, body_crc: crc, transfer, arg: *arg, seq: *seq,
+                kind,
+                count: *count,
+                body_bytes: *body,
+                payload_bytes: *payload,
+                body_crc: crc,
+                transfer,
+                arg: *arg,
+                seq: *seq,
             };
             header.put(&mut out);
             out.extend(follow);

@@ -12,7 +12,9 @@ use pair::soon;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-async fn start(config: MuxConfig) -> (std::net::SocketAddr, kv_transport::mux::KvIncoming, kv_transport::mux::RpcIncoming) {
+async fn start(
+    config: MuxConfig,
+) -> (std::net::SocketAddr, kv_transport::mux::KvIncoming, kv_transport::mux::RpcIncoming) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (kv, rpc) = split(listener, config);

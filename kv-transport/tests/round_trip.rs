@@ -97,9 +97,14 @@ async fn an_abort_arrives_with_its_reason() {
     let pair = Setup::new(2, 4, 512).start().await;
     for dropped in [false, true] {
         let mut landing = pair.reserve(&[0, 1]);
-        let push = soon(pair.sender.open(landing.ticket().clone(), Arc::new(pair.holds.take()))).await.unwrap();
+        let push =
+            soon(pair.sender.open(landing.ticket().clone(), Arc::new(pair.holds.take()))).await.unwrap();
         push.cells(0, &pair.cells(0, &[0, 1])).await.unwrap();
-        if dropped { drop(push) } else { push.abort("out of memory") }
+        if dropped {
+            drop(push)
+        } else {
+            push.abort("out of memory")
+        }
         let Err(LandingError::Aborted { reason }) = soon(landing.committed()).await else { panic!() };
         assert_eq!(reason, if dropped { "the sender dropped the push" } else { "out of memory" });
         drop(landing);
@@ -146,12 +151,14 @@ fn shape() -> impl Strategy<Value = Shape> {
     let slots = || Just((0..24_u32).collect::<Vec<_>>()).prop_shuffle();
     let sizes = prop_oneof![1..64_u32, 1000..5000_u32, Just(65536), Just(300_000)];
     let bounds = (1..5_usize, 1..400_000_usize, 1..65_usize, 1..400_000_usize);
-    (1..6_u32, sizes, slots(), slots(), 0..24_usize, bounds).prop_map(|(planes, cell_bytes, mut src, mut dst, n, bounds)| {
-        src.truncate(n);
-        dst.truncate(n);
-        let (streams, window_bytes, frame_cells, frame_bytes) = bounds;
-        Shape { planes, cell_bytes, src, dst, streams, window_bytes, frame_cells, frame_bytes }
-    })
+    (1..6_u32, sizes, slots(), slots(), 0..24_usize, bounds).prop_map(
+        |(planes, cell_bytes, mut src, mut dst, n, bounds)| {
+            src.truncate(n);
+            dst.truncate(n);
+            let (streams, window_bytes, frame_cells, frame_bytes) = bounds;
+            Shape { planes, cell_bytes, src, dst, streams, window_bytes, frame_cells, frame_bytes }
+        },
+    )
 }
 
 proptest! {

@@ -44,10 +44,7 @@ impl Drop for Hold {
 }
 
 pub fn identity(worker: &str, incarnation: u64) -> Identity {
-    Identity {
-        worker: worker.to_owned(),
-        incarnation,
-    }
+    Identity { worker: worker.to_owned(), incarnation }
 }
 
 /// Waits, without sleeping, until something that other tasks do has happened.
@@ -61,9 +58,7 @@ pub async fn until(what: &str, mut happened: impl FnMut() -> bool) {
 
 /// Nothing in these tests may take longer.
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(30), future)
-        .await
-        .expect("took too long")
+    tokio::time::timeout(Duration::from_secs(30), future).await.expect("took too long")
 }
 
 /// A pair of workers with one grid.
@@ -87,17 +82,8 @@ pub struct Setup {
 
 impl Setup {
     pub fn new(planes: u32, slots: u64, cell_bytes: u32) -> Self {
-        let grid = Grid {
-            planes,
-            plane_stride: slots * u64::from(cell_bytes),
-            cell_bytes,
-        };
-        Self {
-            grid,
-            receiver: ReceiverConfig::default(),
-            sender: SenderConfig::default(),
-            endpoint: None,
-        }
+        let grid = Grid { planes, plane_stride: slots * u64::from(cell_bytes), cell_bytes };
+        Self { grid, receiver: ReceiverConfig::default(), sender: SenderConfig::default(), endpoint: None }
     }
 
     pub async fn start(self) -> Pair {
@@ -122,15 +108,7 @@ impl Setup {
             let _rpc = rpc;
             serving.serve_all(kv).await;
         });
-        Pair {
-            grid,
-            receiver,
-            sender,
-            source,
-            target,
-            address,
-            holds: Holds::default(),
-        }
+        Pair { grid, receiver, sender, source, target, address, holds: Holds::default() }
     }
 }
 
@@ -142,26 +120,14 @@ impl Pair {
     pub fn reserve_for(&self, slots: &[u32], time: Duration) -> Landing<Hold> {
         let deadline = tokio::time::Instant::now().into_std() + time;
         let (slots, meta) = (slots.to_vec(), Bytes::from_static(b"meta"));
-        self.receiver
-            .reserve(Reserve {
-                slots,
-                meta,
-                attempt: 1,
-                deadline,
-                hold: self.holds.take(),
-            })
-            .unwrap()
+        self.receiver.reserve(Reserve { slots, meta, attempt: 1, deadline, hold: self.holds.take() }).unwrap()
     }
 
     /// The cells of a plane, from source slot `src[i]` to the ticket's slot `i`.
     pub fn cells(&self, plane: u32, src: &[u32]) -> Vec<Cell> {
         let cell = |(index, &src_slot): (usize, &u32)| {
             let place = self.grid.cell(plane, src_slot).unwrap();
-            Cell {
-                index: index as u32,
-                src_slot,
-                checksum: self.source.checksum(0, place).unwrap(),
-            }
+            Cell { index: index as u32, src_slot, checksum: self.source.checksum(0, place).unwrap() }
         };
         src.iter().enumerate().map(cell).collect()
     }
@@ -192,10 +158,7 @@ impl Pair {
         ticket: Bytes,
         src: &[u32],
     ) -> Result<kv_transport::PushReport, kv_transport::PushError> {
-        let push = self
-            .sender
-            .open(ticket, Arc::new(self.holds.take()))
-            .await?;
+        let push = self.sender.open(ticket, Arc::new(self.holds.take())).await?;
         for plane in 0..self.grid.planes {
             push.cells(plane, &self.cells(plane, src)).await?;
         }

@@ -63,7 +63,14 @@ impl Raw {
     }
 
     /// The start of a write of `cells` cells, then `payload`, which may be less or more than it promises.
-    pub async fn write(&mut self, transfer: u128, seq: u32, cells: &[CellDescriptor], promised: usize, payload: &[u8]) {
+    pub async fn write(
+        &mut self,
+        transfer: u128,
+        seq: u32,
+        cells: &[CellDescriptor],
+        promised: usize,
+        payload: &[u8],
+    ) {
         let mut header = Header::bare(Kind::Write, transfer, seq, 0);
         header.count = cells.len() as u16;
         header.payload_bytes = promised as u32;
