@@ -193,14 +193,17 @@ impl Fleet {
         self.inner.prefixes.lock().insert(name, chain);
     }
 
-    /// Workers of a pool that take requests, but for those in `except`.
-    pub fn candidates(&self, role: Role, chains: &mut Chains<'_>, except: &[String]) -> Vec<Candidate> {
+    /// Workers of a pool that take requests. Those that the request lost already, and those that are gone
+    /// from the registry, come into question only when there is nobody else.
+    pub fn candidates(&self, role: Role, chains: &mut Chains<'_>, lost: &[String]) -> Vec<Candidate> {
         let workers = self.inner.workers.read();
         let prefixes = self.inner.prefixes.lock();
-        workers
-            .values()
-            .filter(|w| w.member.role == role && !w.load.draining)
-            .filter(|w| !except.contains(&w.member.worker))
+        let pool: Vec<&Worker> =
+            workers.values().filter(|w| w.member.role == role && !w.load.draining).collect();
+        let good = |w: &&&Worker| !w.suspect && !lost.contains(&w.member.worker);
+        let any_good = pool.iter().any(|w| good(&w));
+        pool.iter()
+            .filter(|w| !any_good || good(w))
             .map(|w| {
                 let block_tokens = w.member.block_tokens.max(1) as usize;
                 let chain = chains.of(&w.member.compat_hash, block_tokens);

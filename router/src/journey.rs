@@ -22,8 +22,8 @@ use crate::timeline::{Timeline, millis};
 
 /// Tries of one request, over all workers.
 const MAX_ATTEMPTS: u32 = 4;
-/// How long a failed leg is given to say that the other one was the cause.
-const BLAME_PATIENCE: Duration = Duration::from_millis(250);
+/// How long one leg waits for the other's word: what it did, or that it was the cause of a failure.
+const LEG_PATIENCE: Duration = Duration::from_millis(250);
 const SHED_PAUSE: Duration = Duration::from_millis(20);
 /// Weight of the newest sample in the fleet's speed model.
 const LEARN: f64 = 0.1;
@@ -137,7 +137,7 @@ impl Journey {
                 {
                     tracing::warn!(request = %self.prepared.sequence.request_id, attempt,
                         workers = ?lost.workers, status = %lost.status.message(), "attempt lost, trying again");
-                    self.lost = lost.workers;
+                    self.lost.extend(lost.workers);
                     attempt += 1;
                 }
                 _ => return Err(lost.status),
@@ -178,6 +178,12 @@ impl Journey {
                     Ok(Some(event)) => {
                         self.shared.fleet.note_load(&placement.decode, event.load);
                         if self.pass_on(event.event, &placement).await? {
+                            // A short answer can be over before the prefill leg has reported.
+                            if prefilling
+                                && let Ok(Some(Ok(reply))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
+                            {
+                                self.note_prefill(&prefill_name, reply, placed_at);
+                            }
                             return Ok(());
                         }
                     }
@@ -185,7 +191,7 @@ impl Journey {
                     Err(status) => {
                         let mut workers = vec![placement.decode.clone()];
                         if prefilling
-                            && let Ok(Some(Err(cause))) = tokio::time::timeout(BLAME_PATIENCE, &mut prefill).await
+                            && let Ok(Some(Err(cause))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
                         {
                             workers.push(prefill_name);
                             return Err(Lost { status: cause, workers });
@@ -201,11 +207,7 @@ impl Journey {
         let sequence = &self.prepared.sequence;
         let fleet = &self.shared.fleet;
         let mut chains = Chains::new(&sequence.prompt);
-        let mut pool = |role| match fleet.candidates(role, &mut chains, &self.lost) {
-            // With everyone lost once, the lost ones are as good as any.
-            none if none.is_empty() => fleet.candidates(role, &mut chains, &[]),
-            some => some,
-        };
+        let mut pool = |role| fleet.candidates(role, &mut chains, &self.lost);
         let (prefill, decode) = (pool(Role::Prefill), pool(Role::Decode));
         let demand = Demand { prompt_tokens: sequence.prompt.len(), salt: rand::random::<u32>() as usize };
         let model = *self.shared.model.lock();
