@@ -21,6 +21,8 @@ use crate::prefix_index::PrefixIndex;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// How long a worker rests after a failed connection.
+const COOLING: Duration = Duration::from_secs(2);
 /// Blocks that the prefix index remembers.
 const INDEX_BLOCKS: usize = 1 << 20;
 
@@ -34,6 +36,8 @@ pub struct Worker {
     load: Load,
     /// Its key is gone from the registry but it answers.
     suspect: bool,
+    /// A connection to it failed; it is a last resort until then.
+    cooling_until: Option<Instant>,
     /// Prompt tokens on their way to it, which its own load may not show yet.
     assigned: Arc<Mutex<Assigned>>,
 }
@@ -67,8 +71,12 @@ impl Worker {
         Assignment { assigned: Arc::clone(&self.assigned), tokens }
     }
 
+    fn is_good(&self) -> bool {
+        !self.suspect && self.cooling_until.is_none_or(|until| until < Instant::now())
+    }
+
     fn state(&self) -> &'static str {
-        match (self.load.draining, self.suspect) {
+        match (self.load.draining, !self.is_good()) {
             (true, _) => "draining",
             (false, true) => "suspect",
             (false, false) => "ready",
@@ -134,6 +142,7 @@ impl Fleet {
                             channel,
                             load: entry.load.clone(),
                             suspect: false,
+                            cooling_until: None,
                             assigned: Arc::default(),
                         };
                         workers.insert(name.clone(), worker);
@@ -188,6 +197,13 @@ impl Fleet {
         }
     }
 
+    /// A connection to the worker failed.
+    pub fn note_unreachable(&self, name: &str) {
+        if let Some(worker) = self.inner.workers.write().get_mut(name) {
+            worker.cooling_until = Some(Instant::now() + COOLING);
+        }
+    }
+
     /// The worker holds these blocks now.
     pub fn note_prefix(&self, name: &str, chain: &[BlockHash]) {
         self.inner.prefixes.lock().insert(name, chain);
@@ -200,7 +216,7 @@ impl Fleet {
         let prefixes = self.inner.prefixes.lock();
         let pool: Vec<&Worker> =
             workers.values().filter(|w| w.member.role == role && !w.load.draining).collect();
-        let good = |w: &&&Worker| !w.suspect && !lost.contains(&w.member.worker);
+        let good = |w: &&&Worker| w.is_good() && !lost.contains(&w.member.worker);
         let any_good = pool.iter().any(|w| good(&w));
         pool.iter()
             .filter(|w| !any_good || good(w))

@@ -21,7 +21,7 @@ use crate::text::model::TextModel;
 use crate::timeline::{Timeline, millis};
 
 /// Tries of one request, over all workers.
-const MAX_ATTEMPTS: u32 = 4;
+const MAX_ATTEMPTS: u32 = 6;
 /// How long one leg waits for the other's word: what it did, or that it was the cause of a failure.
 const LEG_PATIENCE: Duration = Duration::from_millis(250);
 const SHED_PAUSE: Duration = Duration::from_millis(20);
@@ -63,19 +63,25 @@ pub struct Journey {
 /// Why an attempt ended without finishing.
 struct Lost {
     status: Status,
-    workers: Vec<String>,
+    /// Who is to blame, if anybody.
+    worker: Option<String>,
 }
 
 impl Lost {
     fn at(worker: &str) -> impl Fn(Status) -> Self + '_ {
-        move |status| Self { status, workers: vec![worker.to_owned()] }
+        move |status| Self { status, worker: Some(worker.to_owned()) }
     }
 }
 
 impl From<Status> for Lost {
     fn from(status: Status) -> Self {
-        Self { status, workers: Vec::new() }
+        Self { status, worker: None }
     }
+}
+
+/// Whether the connection itself failed, rather than the worker saying no.
+fn is_dead(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
 }
 
 impl Journey {
@@ -133,11 +139,16 @@ impl Journey {
                 }
                 Code::Unavailable | Code::Aborted | Code::DataLoss | Code::FailedPrecondition
                 | Code::Internal | Code::Unknown | Code::Cancelled
-                    if attempt < MAX_ATTEMPTS && !lost.workers.is_empty() =>
+                    if attempt < MAX_ATTEMPTS && lost.worker.is_some() =>
                 {
-                    tracing::warn!(request = %self.prepared.sequence.request_id, attempt,
-                        workers = ?lost.workers, status = %lost.status.message(), "attempt lost, trying again");
-                    self.lost.extend(lost.workers);
+                    tracing::warn!(request = %self.prepared.sequence.request_id, attempt, worker = ?lost.worker,
+                        status = %lost.status.message(), "attempt lost, trying again");
+                    if let Some(worker) = &lost.worker
+                        && is_dead(&lost.status)
+                    {
+                        shared.fleet.note_unreachable(worker);
+                    }
+                    self.lost.extend(lost.worker);
                     attempt += 1;
                 }
                 _ => return Err(lost.status),
@@ -171,8 +182,15 @@ impl Journey {
                 biased;
                 Some(reply) = &mut prefill, if prefilling => {
                     prefilling = false;
-                    let reply = reply.map_err(Lost::at(&prefill_name))?;
-                    self.note_prefill(&prefill_name, reply, placed_at);
+                    match reply {
+                        Ok(reply) => self.note_prefill(&prefill_name, reply, placed_at),
+                        Err(status) => {
+                            let word = tokio::time::timeout(LEG_PATIENCE, tokens.message()).await;
+                            let decode_is_dead = matches!(&word, Ok(Err(s)) if is_dead(s));
+                            let at = if decode_is_dead { &placement.decode } else { &prefill_name };
+                            return Err(Lost::at(at)(status));
+                        }
+                    }
                 }
                 event = tokens.message() => match event {
                     Ok(Some(event)) => {
@@ -188,15 +206,10 @@ impl Journey {
                         }
                     }
                     Ok(None) => return Err(Lost::at(&placement.decode)(Status::unavailable("the decode worker closed the stream"))),
+                    // A decode worker that lives and lacks its KV is the prefill worker's victim.
                     Err(status) => {
-                        let mut workers = vec![placement.decode.clone()];
-                        if prefilling
-                            && let Ok(Some(Err(cause))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
-                        {
-                            workers.push(prefill_name);
-                            return Err(Lost { status: cause, workers });
-                        }
-                        return Err(Lost { status, workers });
+                        let at = if prefilling && !is_dead(&status) { &prefill_name } else { &placement.decode };
+                        return Err(Lost::at(at)(status));
                     }
                 },
             }

@@ -15,16 +15,6 @@ impl Drop for Process {
     }
 }
 
-/// The `tandem` binary of this build.
-pub fn tandem() -> Command {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    path.pop();
-    let binary = path.join("tandem");
-    assert!(binary.is_file(), "{} is not built; run the whole workspace's tests", binary.display());
-    Command::new(binary)
-}
-
 /// The folder of the real model, when `make test` has set it.
 pub fn real_model() -> Option<PathBuf> {
     let dir = std::env::var_os("TANDEM_TEST_MODEL").map(PathBuf::from);

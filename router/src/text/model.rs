@@ -25,6 +25,9 @@ pub struct TextModel {
 /// A model folder that cannot be served, or text that cannot be rendered.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
+    /// The model's configuration is unusable: the message names the file.
+    #[error(transparent)]
+    Config(#[from] engine::EngineError),
     /// A file is missing or unreadable: fetch or import the model again.
     #[error("model {path}: {reason}")]
     File {
@@ -48,8 +51,7 @@ impl TextModel {
     /// Loads from a Hugging Face folder.
     pub fn load(dir: &Path, name: &str) -> Result<Self, TextError> {
         let at = |file: &str| dir.join(file).display().to_string();
-        let config = ModelConfig::load(dir)
-            .map_err(|e| TextError::File { path: dir.display().to_string(), reason: e.to_string() })?;
+        let config = ModelConfig::load(dir)?;
         let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json"))
             .map_err(|e| TextError::File { path: at("tokenizer.json"), reason: e.to_string() })?;
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;

@@ -1,0 +1,220 @@
+//! The real binary: goldens through the command line, deployments on etcd, killed processes, bad start-ups.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use proto::v1::inference_client::InferenceClient;
+use proto::v1::{self};
+use serde_json::Value;
+use tandem_tests::cluster::{collect, greedy, request};
+use tandem_tests::model;
+use tandem_tests::oracle::Oracle;
+use tandem_tests::process::{Etcd, Process, free_port, real_model};
+use tonic::transport::Channel;
+
+fn tandem() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_tandem"))
+}
+
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    let output = command.output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+fn tiny() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    model::write(dir.path(), 1);
+    dir
+}
+
+/// The reference is Hugging Face transformers in float32. After a near tie another token is no error.
+const CLEAR_MARGIN: f64 = 0.1;
+
+#[test]
+fn real_model_equals_the_reference() {
+    let Some(dir) = real_model() else { return };
+    let golden: Value = serde_json::from_str(include_str!("../../tests/golden/smollm2-public.json")).unwrap();
+    let rows = golden["rows"].as_array().unwrap();
+    let prompts: Vec<Value> = rows
+        .iter()
+        .map(|row| match row["messages"].is_null() {
+            true => serde_json::json!({"id": row["id"], "text": row["prompt"]}),
+            false => serde_json::json!({"id": row["id"], "messages": row["messages"]}),
+        })
+        .collect();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), Value::from(prompts).to_string()).unwrap();
+    let longest = rows.iter().map(|r| r["output_ids"].as_array().unwrap().len()).max().unwrap();
+    let (code, out, err) = run(tandem()
+        .args(["generate", "--json", "--prefill-on", "remote", "--concurrency", "4", "--kv-mib", "256"])
+        .args(["--max-tokens", &longest.to_string(), "--prompts"])
+        .arg(file.path())
+        .arg("--model")
+        .arg(dir));
+    assert_eq!(code, Some(0), "{err}");
+    let outputs: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(outputs.len(), rows.len());
+    for (row, output) in rows.iter().zip(&outputs) {
+        let id = &row["id"];
+        assert_eq!(output["id"], *id);
+        assert_eq!(output["prompt_token_count"], row["prompt_ids"].as_array().unwrap().len(), "{id}");
+        let ids = |v: &Value| v.as_array().unwrap().iter().map(|i| i.as_u64().unwrap()).collect::<Vec<_>>();
+        let (expected, got) = (ids(&row["output_ids"]), ids(&output["output_token_ids"]));
+        let margins: Vec<f64> =
+            row["margins"].as_array().unwrap().iter().map(|m| m.as_f64().unwrap()).collect();
+        let differs = expected.iter().zip(&got).position(|(e, g)| e != g);
+        match differs {
+            Some(at) => assert!(margins[at] < CLEAR_MARGIN, "{id} differs at {at}, margin {}", margins[at]),
+            None => assert!(got.len() >= expected.len(), "{id} ended early"),
+        }
+        assert_eq!(output["kv"]["transport"], "tcp", "{output}");
+    }
+    assert_eq!(outputs[0]["text"], "The capital of France is Paris.");
+    assert_eq!(outputs[0]["finish_reason"], "stop");
+}
+
+#[test]
+fn a_temporary_cluster_answers_from_standard_input_and_ends() {
+    let dir = tiny();
+    let (code, out, err) = run(Command::new("sh").arg("-c").arg(format!(
+        "printf hello | '{}' generate --json --max-tokens 3 --prefill 2 --decode 2 --kv-mib 8 --model {}",
+        tandem().get_program().to_string_lossy(),
+        dir.path().display()
+    )));
+    assert_eq!(code, Some(0), "{err}");
+    let object: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(object["usage"]["output_tokens"], 3);
+    for key in ["ttft_ms", "queue_ms", "prefill_ms", "exposed_transfer_ms", "decode_ms", "itl_mean_ms"] {
+        assert!(object["timeline"][key].is_number(), "{key}");
+    }
+}
+
+#[test]
+fn bad_requests_and_start_ups_say_what_is_wrong() {
+    let dir = tiny();
+    let at = |d: &Path| d.display().to_string();
+    let generate = |args: &[&str]| run(tandem().args(["generate", "hi", "--kv-mib", "8", "--model", &at(dir.path())]).args(args));
+    let check = |got: (Option<i32>, String, String), code: i32, words: &str| {
+        assert!(got.2.contains(words), "{words}: {}", got.2);
+        assert_eq!(got.0, Some(code), "{}", got.2);
+        assert!(!got.2.contains("panicked"), "{}", got.2);
+    };
+    check(generate(&["--temperature", "-1"]), 4, "temperature");
+    check(generate(&["--max-tokens", "100000"]), 4, "max_tokens");
+    check(generate(&["--addr", "127.0.0.1:1"]), 3, "no router answers");
+    check(run(tandem().args(["generate", "--model", "/nowhere", "x"])), 1, "no model /nowhere");
+
+    let bad_utf8 = run(Command::new("sh").arg("-c").arg(format!(
+        "printf '\\377\\376' | '{}' generate --kv-mib 8 --model {}",
+        tandem().get_program().to_string_lossy(),
+        at(dir.path())
+    )));
+    check(bad_utf8, 1, "not UTF-8");
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    check(run(tandem().args(["up", "--listen", &address, "--model", &at(dir.path())])), 1, &address);
+
+    let broken = tiny();
+    let weights = broken.path().join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    check(run(tandem().args(["generate", "x", "--model", &at(broken.path())])), 1, "model.safetensors");
+
+    let mismatched = tiny();
+    let config = mismatched.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap().replace("264", "200").replace("256", "100");
+    std::fs::write(&config, text).unwrap();
+    check(run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])), 1, "tokenizer.json does not match");
+
+    std::fs::write(&config, "{").unwrap();
+    check(run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])), 1, "config.json");
+}
+
+/// One process of a deployment on etcd.
+fn start(role: &str, name: &str, dir: &Path, etcd: &Etcd, listen: &str) -> Process {
+    let mut command = tandem();
+    command
+        .args([role, "--listen", listen, "--etcd", &etcd.url, "--cluster", "test", "--model"])
+        .arg(dir)
+        .args(["--model-name", "tiny"]);
+    if role != "router" {
+        command.args(["--name", name, "--kv-mib", "32", "--threads", "1", "--lease-seconds", "2"]);
+    }
+    if role == "router" {
+        command.args(["--prefill-on", "remote"]);
+    }
+    Process(command.stdin(Stdio::null()).spawn().unwrap())
+}
+
+async fn client(address: &str) -> InferenceClient<Channel> {
+    for _ in 0..500 {
+        let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
+        if let Ok(channel) = endpoint.connect().await {
+            return InferenceClient::new(channel);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("no router at {address}");
+}
+
+async fn wait_for(client: &mut InferenceClient<Channel>, names: &[&str]) {
+    let mut known = Vec::new();
+    for _ in 0..1500 {
+        let reply = client.list_workers(v1::ListWorkersRequest {}).await.unwrap().into_inner();
+        known = reply.workers.iter().filter(|w| w.state == "ready").map(|w| w.worker.clone()).collect();
+        if known == names {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("wanted {names:?}, the fleet is {known:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_on_etcd_join_leave_and_die() {
+    let dir = tiny();
+    let etcd = Etcd::start().await;
+    let address = format!("127.0.0.1:{}", free_port());
+    let any = "127.0.0.1:0";
+    let _router = start("router", "", dir.path(), &etcd, &address);
+    let mut client = client(&address).await;
+    let _p0 = start("prefill", "p0", dir.path(), &etcd, any);
+    let mut p1 = start("prefill", "p1", dir.path(), &etcd, any);
+    let _d0 = start("decode", "d0", dir.path(), &etcd, any);
+    let mut d1 = start("decode", "d1", dir.path(), &etcd, any);
+    wait_for(&mut client, &["d0", "d1", "p0", "p1"]).await;
+    let keys = etcd.keys("/tandem/").unwrap();
+    for name in ["d0", "d1", "p0", "p1"] {
+        assert!(keys.contains(&format!("/tandem/v1/test/members/{name}\n{{\"worker\":\"{name}\"")), "{keys}");
+        assert!(keys.contains(&format!("/tandem/v1/test/load/{name}\n{{\"queued_tokens\":")), "{keys}");
+    }
+
+    // Killed in the middle of sixteen answers: every one goes on elsewhere, token for token.
+    let mut oracle = Oracle::new(dir.path(), 700);
+    let prompts: Vec<Vec<u32>> = (0..16u32).map(|i| (0..30 + i * 20).map(|t| (t * 31 + i) % 256).collect()).collect();
+    let running: Vec<_> = prompts
+        .iter()
+        .map(|p| tokio::spawn(collect(client.clone(), request(p, greedy(300)))))
+        .collect();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    p1.0.kill().unwrap();
+    d1.0.kill().unwrap();
+    for (prompt, output) in prompts.iter().zip(running) {
+        let expected = oracle.generate(prompt, &engine::SamplingParams::default(), 0, 300, &[]);
+        assert_eq!(output.await.unwrap().unwrap().tokens[0], expected);
+    }
+    wait_for(&mut client, &["d0", "p0"]).await;
+    let keys = etcd.keys("/tandem/").unwrap();
+    assert!(!keys.contains("p1") && !keys.contains("d1"), "{keys}");
+
+    // The same name joins again, as a later incarnation.
+    let mut d1 = start("decode", "d1", dir.path(), &etcd, any);
+    wait_for(&mut client, &["d0", "d1", "p0"]).await;
+    // SIGTERM drains and leaves at once.
+    let terminated = Command::new("kill").args(["-TERM", &d1.0.id().to_string()]).status().unwrap();
+    assert!(terminated.success() && d1.0.wait().unwrap().success());
+    wait_for(&mut client, &["d0", "p0"]).await;
+}
