@@ -58,8 +58,7 @@ pub fn build(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Resul
         threads,
         max_batch_tokens: step_tokens.max(args.max_sequences),
     };
-    let engine = CpuEngine::load(dir, options)
-        .with_context(|| format!("cannot load {}", dir.display()))?;
+    let engine = CpuEngine::load(dir, options).with_context(|| format!("cannot load {}", dir.display()))?;
     let blocks = u32::try_from(kv_blocks).context("--kv-blocks is too large")?;
     Ok(Built { engine: Box::new(engine), pool: BlockPool::new(blocks), compat_hash })
 }

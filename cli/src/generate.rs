@@ -76,15 +76,16 @@ async fn connect(address: &str) -> anyhow::Result<InferenceClient<Channel>> {
         .with_context(|| format!("--addr {address} is not host:port"))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true);
-    let channel = endpoint
-        .connect()
-        .await
-        .with_context(|| format!("no router answers at {address}"))?;
+    let channel = endpoint.connect().await.with_context(|| format!("no router answers at {address}"))?;
     Ok(InferenceClient::new(channel).max_decoding_message_size(proto::MAX_MESSAGE_BYTES))
 }
 
 /// Every prompt, several at once, in the file's order; one that fails does not end the others.
-async fn many(client: InferenceClient<Channel>, args: &GenerateArgs, prompts: Vec<Prompt>) -> anyhow::Result<()> {
+async fn many(
+    client: InferenceClient<Channel>,
+    args: &GenerateArgs,
+    prompts: Vec<Prompt>,
+) -> anyhow::Result<()> {
     let total = prompts.len();
     let mut failed = None;
     let mut outcomes = stream::iter(&prompts)
@@ -130,11 +131,13 @@ async fn one(
     };
     let mut request = tonic::Request::new(request);
     if let Some(seconds) = args.timeout {
-        let limit = Duration::try_from_secs_f64(seconds).context("--timeout: a positive number of seconds")?;
+        let limit =
+            Duration::try_from_secs_f64(seconds).context("--timeout: a positive number of seconds")?;
         request.set_timeout(limit);
     }
     let mut events = client.generate(request).await?.into_inner();
-    let mut outcome = Outcome { id: prompt.id.clone(), choices: vec![ChoiceOutcome::default(); n], ..Outcome::default() };
+    let mut outcome =
+        Outcome { id: prompt.id.clone(), choices: vec![ChoiceOutcome::default(); n], ..Outcome::default() };
     let mut terminal = Terminal { show, labelled: n > 1 };
     while let Some(response) = events.message().await? {
         match response.event {

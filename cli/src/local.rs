@@ -161,7 +161,10 @@ pub async fn up(args: UpArgs) -> anyhow::Result<()> {
         started = LocalCluster::start(spec) => started?,
         () = stop.cancelled() => return Ok(()),
     };
-    println!("serving {} on {} ({} prefill, {} decode)", args.model.model, cluster.address, args.prefill, args.decode);
+    println!(
+        "serving {} on {} ({} prefill, {} decode)",
+        args.model.model, cluster.address, args.prefill, args.decode
+    );
     println!("try: tandem generate --addr {} \"Hello\"", cluster.address);
     loop {
         tokio::select! {

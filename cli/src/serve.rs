@@ -71,7 +71,8 @@ pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
     let start = Start::new(&args, "prefill", PREFILL_STEP_TOKENS, &stop).await?;
     let max_prompts = args.engine.max_sequences.min(64);
     let config = PrefillConfig { worker: start.config, max_prompts };
-    let deps = prefill_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
+    let deps =
+        prefill_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
     Ok(prefill_worker::run(config, deps, start.listener, stop).await?)
 }
 
@@ -80,7 +81,8 @@ pub async fn decode(args: WorkerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
     let start = Start::new(&args, "decode", DECODE_STEP_TOKENS, &stop).await?;
     let config = DecodeConfig { worker: start.config, reservation: RESERVATION };
-    let deps = decode_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
+    let deps =
+        decode_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
     Ok(decode_worker::run(config, deps, start.listener, stop).await?)
 }
 
@@ -106,7 +108,8 @@ impl Start {
         let model_name = model::served_name(&args.model, &dir);
         let listener = bind(args.listen).await?;
         let bound = listener.local_addr()?;
-        let step_tokens = args.engine.step_tokens.unwrap_or(default_step_tokens).max(args.engine.block_tokens);
+        let step_tokens =
+            args.engine.step_tokens.unwrap_or(default_step_tokens).max(args.engine.block_tokens);
         let built = load_engine(&dir, args, step_tokens).await?;
         let config = WorkerConfig {
             name: args.name.clone().unwrap_or_else(|| default_name(role, bound)),
@@ -139,9 +142,9 @@ async fn load_engine(dir: &Path, args: &WorkerArgs, step_tokens: usize) -> anyho
 
 /// Binds, saying which address was wanted when that fails.
 pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on {address}; is the port in use? choose another with --listen"))
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; is the port in use? choose another with --listen")
+    })
 }
 
 fn default_name(role: &str, bound: SocketAddr) -> String {

@@ -1,5 +1,7 @@
 //! The real binary: goldens through the command line, deployments on etcd, killed processes, bad start-ups.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -95,7 +97,9 @@ fn a_temporary_cluster_answers_from_standard_input_and_ends() {
 fn bad_requests_and_start_ups_say_what_is_wrong() {
     let dir = tiny();
     let at = |d: &Path| d.display().to_string();
-    let generate = |args: &[&str]| run(tandem().args(["generate", "hi", "--kv-mib", "8", "--model", &at(dir.path())]).args(args));
+    let generate = |args: &[&str]| {
+        run(tandem().args(["generate", "hi", "--kv-mib", "8", "--model", &at(dir.path())]).args(args))
+    };
     let check = |got: (Option<i32>, String, String), code: i32, words: &str| {
         assert!(got.2.contains(words), "{words}: {}", got.2);
         assert_eq!(got.0, Some(code), "{}", got.2);
@@ -127,7 +131,11 @@ fn bad_requests_and_start_ups_say_what_is_wrong() {
     let config = mismatched.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap().replace("264", "200").replace("256", "100");
     std::fs::write(&config, text).unwrap();
-    check(run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])), 1, "tokenizer.json does not match");
+    check(
+        run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])),
+        1,
+        "tokenizer.json does not match",
+    );
 
     std::fs::write(&config, "{").unwrap();
     check(run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])), 1, "config.json");
@@ -194,11 +202,10 @@ async fn processes_on_etcd_join_leave_and_die() {
 
     // Killed in the middle of sixteen answers: every one goes on elsewhere, token for token.
     let mut oracle = Oracle::new(dir.path(), 700);
-    let prompts: Vec<Vec<u32>> = (0..16u32).map(|i| (0..30 + i * 20).map(|t| (t * 31 + i) % 256).collect()).collect();
-    let running: Vec<_> = prompts
-        .iter()
-        .map(|p| tokio::spawn(collect(client.clone(), request(p, greedy(300)))))
-        .collect();
+    let prompts: Vec<Vec<u32>> =
+        (0..16u32).map(|i| (0..30 + i * 20).map(|t| (t * 31 + i) % 256).collect()).collect();
+    let running: Vec<_> =
+        prompts.iter().map(|p| tokio::spawn(collect(client.clone(), request(p, greedy(300))))).collect();
     tokio::time::sleep(Duration::from_millis(60)).await;
     p1.0.kill().unwrap();
     d1.0.kill().unwrap();

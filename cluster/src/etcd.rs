@@ -75,10 +75,7 @@ impl EtcdRegistry {
         let lease = client.lease_grant(ttl, None).await.map_err(|e| self.trouble(e))?.id();
         let on_lease = || Some(PutOptions::new().with_lease(lease));
         let worker = &member.worker;
-        client
-            .put(self.load_key(worker), to_json(load), on_lease())
-            .await
-            .map_err(|e| self.trouble(e))?;
+        client.put(self.load_key(worker), to_json(load), on_lease()).await.map_err(|e| self.trouble(e))?;
         client
             .put(self.member_key(worker), to_json(member), on_lease())
             .await
@@ -94,8 +91,7 @@ impl EtcdRegistry {
         member: &Member,
         load: &mut watch::Receiver<Load>,
     ) -> Result<(), RegistryError> {
-        let (mut keeper, mut answers) =
-            client.lease_keep_alive(lease).await.map_err(|e| self.trouble(e))?;
+        let (mut keeper, mut answers) = client.lease_keep_alive(lease).await.map_err(|e| self.trouble(e))?;
         let mut beat = tokio::time::interval(self.lease / 3);
         let mut publish = tokio::time::interval(Duration::from_secs(1));
         publish.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -166,22 +162,17 @@ impl EtcdRegistry {
     async fn follow(&self, out: &watch::Sender<Picture>) -> Result<(), RegistryError> {
         let mut client = self.connect().await?;
         let prefix = self.prefix.as_str();
-        let all = client
-            .get(prefix, Some(GetOptions::new().with_prefix()))
-            .await
-            .map_err(|e| self.trouble(e))?;
+        let all =
+            client.get(prefix, Some(GetOptions::new().with_prefix())).await.map_err(|e| self.trouble(e))?;
         let revision = all.header().map_or(0, |h| h.revision());
         let mut keys = Keys::default();
         for kv in all.kvs() {
             keys.put(prefix, kv.key(), kv.value());
         }
         out.send_replace(keys.picture());
-        let options = WatchOptions::new()
-            .with_prefix()
-            .with_start_revision(revision + 1)
-            .with_progress_notify();
-        let mut changes =
-            client.watch(prefix, Some(options)).await.map_err(|e| self.trouble(e))?;
+        let options =
+            WatchOptions::new().with_prefix().with_start_revision(revision + 1).with_progress_notify();
+        let mut changes = client.watch(prefix, Some(options)).await.map_err(|e| self.trouble(e))?;
         while let Some(change) = changes.message().await.map_err(|e| self.trouble(e))? {
             if change.canceled() {
                 return Err(RegistryError::Refused(change.cancel_reason().to_owned()));

@@ -2,6 +2,8 @@
 //!
 //! etcd is started from the PATH; a machine without it fails with a message, since `make test` installs it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;

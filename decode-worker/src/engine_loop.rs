@@ -143,10 +143,8 @@ impl EngineLoop {
 
     /// Turns a computed prompt with its first tokens into running choices.
     fn branch(&mut self, stem: Choice, first: &[u32]) {
-        let mut choices: Vec<Choice> = (1u32..)
-            .zip(&first[1..])
-            .map(|(index, _)| stem.fork(index, &self.layout))
-            .collect();
+        let mut choices: Vec<Choice> =
+            (1u32..).zip(&first[1..]).map(|(index, _)| stem.fork(index, &self.layout)).collect();
         choices.insert(0, stem);
         for (mut choice, token) in choices.into_iter().zip(first) {
             choice.tokens.push(*token);
@@ -168,10 +166,8 @@ impl EngineLoop {
                 choices: std::mem::take(&mut group.finishes),
                 local_prefill: group.local_prefill.take(),
             };
-            let event = v1::DecodeEvent {
-                event: Some(Event::Finished(finished)),
-                load: Some(load_to_wire(&load)),
-            };
+            let event =
+                v1::DecodeEvent { event: Some(Event::Finished(finished)), load: Some(load_to_wire(&load)) };
             let _ = group.events.send(Ok(event));
             self.groups.remove(&choice.group);
         }
@@ -184,9 +180,9 @@ impl EngineLoop {
         self.groups.retain(|_, group| {
             let late = group.request.deadline.is_some_and(|d| d <= now);
             if late {
-                let _ = group.events.send(Err(Status::deadline_exceeded(
-                    "the request's deadline passed while decoding",
-                )));
+                let _ = group
+                    .events
+                    .send(Err(Status::deadline_exceeded("the request's deadline passed while decoding")));
             }
             let superseded = group.hold.attempt.is_superseded();
             if superseded {

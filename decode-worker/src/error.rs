@@ -20,9 +20,7 @@ pub(crate) fn landing(error: LandingError) -> Status {
     match error {
         LandingError::Expired => Status::deadline_exceeded(text),
         LandingError::Corrupt => Status::data_loss(text),
-        LandingError::Stalled | LandingError::PeerGone | LandingError::Shutdown => {
-            Status::unavailable(text)
-        }
+        LandingError::Stalled | LandingError::PeerGone | LandingError::Shutdown => Status::unavailable(text),
         LandingError::Aborted { .. } | LandingError::Revoked => Status::aborted(text),
     }
 }

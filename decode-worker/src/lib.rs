@@ -98,9 +98,7 @@ pub async fn run(
     let engine = serve::on_thread("decode-engine", move || engine_loop.run());
 
     let mut routes = RoutesBuilder::default();
-    routes.add_service(
-        DecodeWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
-    );
+    routes.add_service(DecodeWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Decode, &address, &layout, &info);
     let life = Life { config: config.worker, member, registry: deps.registry, load, attempts };
     let on_kv = {

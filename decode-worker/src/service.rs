@@ -45,8 +45,7 @@ impl v1::decode_worker_server::DecodeWorker for DecodeService {
         if self.load.borrow().draining {
             return Err(Status::unavailable("this decode worker is draining"));
         }
-        let request =
-            Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
+        let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
         let request = Arc::new(request);
         let attempt = Arc::new(self.attempts.start(&request.id, request.attempt)?);
         let slot = Arc::clone(&self.slots)
@@ -72,7 +71,8 @@ impl v1::decode_worker_server::DecodeWorker for DecodeService {
 
 impl DecodeService {
     fn announce(&self, events: &Events, ticket: bytes::Bytes, cached_blocks: usize) {
-        self.load.send_modify(|load| load.free_blocks = u32::try_from(self.pool.available()).unwrap_or(u32::MAX));
+        self.load
+            .send_modify(|load| load.free_blocks = u32::try_from(self.pool.available()).unwrap_or(u32::MAX));
         let cached_tokens = cached_blocks * self.limits.layout.block_tokens;
         let reserved = v1::Reserved {
             ticket,
@@ -108,7 +108,7 @@ impl DecodeService {
                 slots,
                 meta: meta.encode_to_vec().into(),
                 attempt: request.attempt,
-                deadline: request.deadline.map_or(latest, |d| d.min(latest)).into(),
+                deadline: request.deadline.map_or(latest, |d| d.min(latest)),
                 hold,
             })
             .map_err(error::reserve)?;

@@ -123,10 +123,8 @@ impl EngineLoop {
 
     fn forward(&mut self, run: &[(usize, usize)]) -> Result<Vec<Vec<Sampled>>, EngineError> {
         let (jobs, layout) = (&self.jobs, &self.layout);
-        let draws: Vec<Vec<SampleRequest<'_>>> = run
-            .iter()
-            .map(|&(index, count)| first_draws(&jobs[index], count))
-            .collect();
+        let draws: Vec<Vec<SampleRequest<'_>>> =
+            run.iter().map(|&(index, count)| first_draws(&jobs[index], count)).collect();
         let segments = run
             .iter()
             .zip(&draws)

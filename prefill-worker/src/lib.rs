@@ -62,8 +62,7 @@ pub async fn run(
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
     let identity = Identity { worker: config.worker.name.clone(), incarnation: config.worker.incarnation };
-    let sender =
-        Sender::new(identity, region, worker::pool::grid(kv.as_ref()), SenderConfig::default());
+    let sender = Sender::new(identity, region, worker::pool::grid(kv.as_ref()), SenderConfig::default());
     let load = Arc::new(watch::channel(Load::default()).0);
     let (inbox, jobs) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
@@ -86,14 +85,11 @@ pub async fn run(
         max_prompts: config.max_prompts,
         block_tokens: layout.block_tokens,
     };
-    let engine_loop =
-        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, jobs, Arc::clone(&load));
+    let engine_loop = engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, jobs, Arc::clone(&load));
     let engine = serve::on_thread("prefill-engine", move || engine_loop.run());
 
     let mut routes = RoutesBuilder::default();
-    routes.add_service(
-        PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
-    );
+    routes.add_service(PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Prefill, &address, &layout, &info);
     let life = Life { config: config.worker, member, registry: deps.registry, load, attempts };
     // Nothing is pushed to a prefill worker; a KV connection to it is closed.

@@ -38,8 +38,7 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
         if self.load.borrow().draining {
             return Err(Status::unavailable("this prefill worker is draining"));
         }
-        let request =
-            Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
+        let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
         let request = Arc::new(request);
         let attempt = self.attempts.start(&request.id, request.attempt)?;
         let _slot = Arc::clone(&self.slots)
@@ -62,7 +61,12 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
 }
 
 impl PrefillService {
-    async fn compute(&self, request: &Arc<Request>, push: &Push, source: Arc<Source>) -> Result<Computed, Status> {
+    async fn compute(
+        &self,
+        request: &Arc<Request>,
+        push: &Push,
+        source: Arc<Source>,
+    ) -> Result<Computed, Status> {
         let meta = v1::TicketMeta::decode(push.meta().clone())
             .map_err(|e| Status::invalid_argument(format!("ticket.meta: {e}")))?;
         let first_block = meta.first_block as usize;

@@ -15,9 +15,6 @@ pub async fn with_health_and_reflection(
             .register_encoded_file_descriptor_set(crate::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    builder
-        .add_service(health)
-        .add_service(describe().build_v1()?)
-        .add_service(describe().build_v1alpha()?);
+    builder.add_service(health).add_service(describe().build_v1()?).add_service(describe().build_v1alpha()?);
     Ok((builder.routes(), reporter))
 }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use cluster::Role;
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use parking_lot::Mutex;
-use proto::v1::{self, decode_event::Event};
 use proto::v1::decode_worker_client::DecodeWorkerClient;
 use proto::v1::prefill_worker_client::PrefillWorkerClient;
+use proto::v1::{self, decode_event::Event};
 use tokio::sync::mpsc;
 use tonic::{Code, Status, Streaming};
 
@@ -137,8 +137,13 @@ impl Journey {
                     shared.fleet.changed(SHED_PAUSE).await;
                     continue;
                 }
-                Code::Unavailable | Code::Aborted | Code::DataLoss | Code::FailedPrecondition
-                | Code::Internal | Code::Unknown | Code::Cancelled
+                Code::Unavailable
+                | Code::Aborted
+                | Code::DataLoss
+                | Code::FailedPrecondition
+                | Code::Internal
+                | Code::Unknown
+                | Code::Cancelled
                     if attempt < MAX_ATTEMPTS && lost.worker.is_some() =>
                 {
                     tracing::warn!(request = %self.prepared.sequence.request_id, attempt, worker = ?lost.worker,
@@ -164,11 +169,14 @@ impl Journey {
         self.timeline.known.decode_worker.clone_from(&placement.decode);
         self.timeline.known.placement_reason = placement.reason.into();
         let gone = |name: &str| Status::unavailable(format!("worker {name} left"));
-        let decode = self.worker(&placement.decode).ok_or_else(|| Lost::at(&placement.decode)(gone(&placement.decode)))?;
+        let decode = self
+            .worker(&placement.decode)
+            .ok_or_else(|| Lost::at(&placement.decode)(gone(&placement.decode)))?;
         let _load = decode.assign(0);
 
         let reserving = Instant::now();
-        let (reserved, mut tokens) = self.reserve(&decode, &placement).await.map_err(Lost::at(&placement.decode))?;
+        let (reserved, mut tokens) =
+            self.reserve(&decode, &placement).await.map_err(Lost::at(&placement.decode))?;
         self.timeline.known.reserve_ms = millis(reserving.elapsed());
         self.cached_tokens = reserved.cached_tokens;
         self.kv.cached_blocks = reserved.cached_blocks;

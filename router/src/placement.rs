@@ -89,8 +89,7 @@ pub fn place(
     model: &Model,
 ) -> Result<Placement, NoPlace> {
     let d = best(decode, demand.salt, |c| decode_cost(demand, c)).ok_or(NoPlace::NoDecodeWorker)?;
-    let partners: Vec<&Candidate> =
-        prefill.iter().filter(|p| p.compat_hash == d.compat_hash).collect();
+    let partners: Vec<&Candidate> = prefill.iter().filter(|p| p.compat_hash == d.compat_hash).collect();
     let p = best(partners, demand.salt, |c| prefill_ms(demand, c, model));
     let local = |reason| {
         Ok(Placement {

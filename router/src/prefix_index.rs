@@ -51,9 +51,8 @@ impl PrefixIndex {
 
     /// Blocks of the chain's start that the worker holds.
     pub fn hits(&self, worker: &str, chain: &[BlockHash]) -> usize {
-        let holds = |hash: &&BlockHash| {
-            self.entries.get(hash).is_some_and(|e| e.workers.iter().any(|w| w == worker))
-        };
+        let holds =
+            |hash: &&BlockHash| self.entries.get(hash).is_some_and(|e| e.workers.iter().any(|w| w == worker));
         chain.iter().take_while(holds).count()
     }
 

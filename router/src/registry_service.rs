@@ -36,9 +36,7 @@ impl v1::registry_server::Registry for RegistryService {
             .ok_or_else(|| Status::invalid_argument("the first message must name the member"))?;
         let member: Member = parse("member_json", &first.member_json)?;
         let load: Load = parse("load_json", &first.load_json)?;
-        self.registry
-            .put(member.clone(), load)
-            .map_err(|e| Status::failed_precondition(e.to_string()))?;
+        self.registry.put(member.clone(), load).map_err(|e| Status::failed_precondition(e.to_string()))?;
 
         let (replies, stream) = mpsc::channel(1);
         let lease_ms = u32::try_from(LEASE.as_millis()).unwrap_or(u32::MAX);

@@ -135,11 +135,13 @@ impl Cluster {
         let client = InferenceClient::new(channel).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         let mut cluster = Self { prefill: Vec::new(), decode: Vec::new(), address, client, stop, router };
         for number in 0..spec.prefill {
-            let node = cluster.node(model, spec, format!("prefill-{number}"), spec.prefill_step, &join, true).await;
+            let node =
+                cluster.node(model, spec, format!("prefill-{number}"), spec.prefill_step, &join, true).await;
             cluster.prefill.push(node);
         }
         for number in 0..spec.decode {
-            let node = cluster.node(model, spec, format!("decode-{number}"), spec.decode_step, &join, false).await;
+            let node =
+                cluster.node(model, spec, format!("decode-{number}"), spec.decode_step, &join, false).await;
             cluster.decode.push(node);
         }
         cluster.wait_for(spec.prefill + spec.decode).await;
@@ -150,7 +152,8 @@ impl Cluster {
     pub async fn wait_for(&mut self, workers: usize) {
         let ready = |statuses: &[v1::WorkerStatus]| statuses.iter().filter(|w| w.state == "ready").count();
         for _ in 0..1500 {
-            let known = self.client.list_workers(v1::ListWorkersRequest {}).await.unwrap().into_inner().workers;
+            let known =
+                self.client.list_workers(v1::ListWorkersRequest {}).await.unwrap().into_inner().workers;
             if known.len() == workers && ready(&known) == workers {
                 return;
             }
@@ -240,10 +243,14 @@ impl Cluster {
 }
 
 /// Runs a request to its end.
-pub async fn collect(mut client: InferenceClient<Channel>, request: v1::GenerateRequest) -> Result<Output, Status> {
+pub async fn collect(
+    mut client: InferenceClient<Channel>,
+    request: v1::GenerateRequest,
+) -> Result<Output, Status> {
     let n = request.sampling.as_ref().and_then(|s| s.n).unwrap_or(1) as usize;
     let mut stream = client.generate(request).await?.into_inner();
-    let mut output = Output { tokens: vec![Vec::new(); n], text: vec![String::new(); n], ..Output::default() };
+    let mut output =
+        Output { tokens: vec![Vec::new(); n], text: vec![String::new(); n], ..Output::default() };
     while let Some(message) = stream.message().await? {
         match message.event {
             Some(Event::Chunk(chunk)) => {

@@ -51,7 +51,8 @@ fn tokenizer() -> Value {
     alphabet.sort_unstable();
     let vocab: serde_json::Map<String, Value> =
         alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), json!(id))).collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
         "added_tokens": [{"id": EOS, "content": "<end>", "single_word": false, "lstrip": false,
@@ -84,10 +85,9 @@ fn weights(seed: u64) -> Vec<u8> {
         }
     }
     let data: Vec<Vec<u8>> = shapes.iter().map(|(name, shape)| tensor(seed, name, shape)).collect();
-    let views = shapes
-        .iter()
-        .zip(&data)
-        .map(|((name, shape), data)| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), data).unwrap()));
+    let views = shapes.iter().zip(&data).map(|((name, shape), data)| {
+        (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), data).unwrap())
+    });
     safetensors::serialize(views, None).unwrap()
 }
 

@@ -1,5 +1,7 @@
 //! What a client sees: delta pushes, ends, limits, cancellation, deadlines, refusals, lost workers.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -23,7 +25,11 @@ fn prompt(length: u32) -> Vec<u32> {
 }
 
 fn text(text: &str, sampling: v1::SamplingParams) -> v1::GenerateRequest {
-    v1::GenerateRequest { input: Some(Input::Text(text.into())), sampling: Some(sampling), ..Default::default() }
+    v1::GenerateRequest {
+        input: Some(Input::Text(text.into())),
+        sampling: Some(sampling),
+        ..Default::default()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -83,7 +89,8 @@ async fn ends_are_as_asked() {
 async fn logprobs_and_bias_reach_the_engine() {
     let (_dir, cluster) = start(Spec::default()).await;
     let sampling = v1::SamplingParams { logprobs: Some(3), logit_bias: [(65, 100.0)].into(), ..greedy(4) };
-    let mut stream = cluster.client.clone().generate(request(&prompt(20), sampling)).await.unwrap().into_inner();
+    let mut stream =
+        cluster.client.clone().generate(request(&prompt(20), sampling)).await.unwrap().into_inner();
     let mut seen = 0;
     while let Some(message) = stream.message().await.unwrap() {
         if let Some(v1::generate_response::Event::Chunk(chunk)) = message.event {
@@ -131,7 +138,11 @@ async fn refusals_name_the_field_and_cost_nothing() {
         (with(&|s| s.logprobs = Some(21)), Code::InvalidArgument, "sampling.logprobs"),
         (with(&|s| s.logit_bias = [(9999, 1.0)].into()), Code::InvalidArgument, "sampling.logit_bias"),
         (v1::GenerateRequest { model: "other".into(), ..with(&|_| ()) }, Code::NotFound, "model: other"),
-        (v1::GenerateRequest { request_id: "x".repeat(200), ..with(&|_| ()) }, Code::InvalidArgument, "request_id"),
+        (
+            v1::GenerateRequest { request_id: "x".repeat(200), ..with(&|_| ()) },
+            Code::InvalidArgument,
+            "request_id",
+        ),
     ];
     for (request, code, words) in cases {
         let error = cluster.generate(request).await.unwrap_err();
@@ -156,12 +167,14 @@ async fn a_request_larger_than_the_pool_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn cancel_and_deadline_release_everything() {
     for policy in [Policy::Remote, Policy::Local] {
-        let (_dir, cluster) = start(Spec { policy, prefill_step: 32, decode_step: 32, ..Spec::default() }).await;
+        let (_dir, cluster) =
+            start(Spec { policy, prefill_step: 32, decode_step: 32, ..Spec::default() }).await;
         // Dropped at once, after the first message, and by a deadline.
         for length in [10, 3000] {
             let mut client = cluster.client.clone();
             drop(client.generate(request(&prompt(length), greedy(5000))).await.unwrap());
-            let mut stream = client.generate(request(&prompt(length), greedy(5000))).await.unwrap().into_inner();
+            let mut stream =
+                client.generate(request(&prompt(length), greedy(5000))).await.unwrap().into_inner();
             stream.message().await.unwrap();
             drop(stream);
             let mut late = tonic::Request::new(request(&prompt(length), greedy(5000)));
@@ -218,7 +231,8 @@ async fn empty_pools_are_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn duplicate_request_ids_are_refused_while_running() {
     let (_dir, cluster) = start(Spec::default()).await;
-    let named = |tokens| v1::GenerateRequest { request_id: "same".into(), ..request(&prompt(9), greedy(tokens)) };
+    let named =
+        |tokens| v1::GenerateRequest { request_id: "same".into(), ..request(&prompt(9), greedy(tokens)) };
     let mut client = cluster.client.clone();
     let mut running = client.generate(named(8000)).await.unwrap().into_inner();
     running.message().await.unwrap();
@@ -237,9 +251,9 @@ async fn a_worker_drains_without_losing_a_request() {
     let mut oracle = Oracle::new(dir.path(), 400);
     let prompts: Vec<Vec<u32>> = (0..12).map(|i| prompt(20 + i * 9)).collect();
     let client = cluster.client.clone();
-    let running = prompts.iter().map(|p| {
-        tokio::spawn(tandem_tests::cluster::collect(client.clone(), request(p, greedy(150))))
-    });
+    let running = prompts
+        .iter()
+        .map(|p| tokio::spawn(tandem_tests::cluster::collect(client.clone(), request(p, greedy(150)))));
     let running: Vec<_> = running.collect();
     cluster.prefill.remove(0).drain().await.unwrap();
     cluster.decode.remove(0).drain().await.unwrap();

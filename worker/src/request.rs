@@ -120,8 +120,7 @@ impl Request {
             min_tokens: s.min_tokens as usize,
             stop_token_ids: s.stop_token_ids.into(),
             n: s.n,
-            deadline: (s.deadline_ms > 0)
-                .then(|| Instant::now() + Duration::from_millis(s.deadline_ms)),
+            deadline: (s.deadline_ms > 0).then(|| Instant::now() + Duration::from_millis(s.deadline_ms)),
             root,
             hashes: hashes.into(),
         })
@@ -166,11 +165,7 @@ pub fn sampled_to_wire(choice: u32, sampled: &Sampled, params: &SamplingParams) 
     let logprob = params.logprobs.map(|_| v1::TokenLogprob {
         token_id: sampled.token,
         logprob: sampled.logprob,
-        top: sampled
-            .top
-            .iter()
-            .map(|&(token_id, logprob)| v1::TopLogprob { token_id, logprob })
-            .collect(),
+        top: sampled.top.iter().map(|&(token_id, logprob)| v1::TopLogprob { token_id, logprob }).collect(),
     });
     v1::SampledToken { choice, token_id: sampled.token, logprob }
 }

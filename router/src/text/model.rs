@@ -92,10 +92,8 @@ impl TextModel {
     }
 
     fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, add_special)
-            .map_err(|e| TextError::Tokenize(e.to_string()))?;
+        let encoding =
+            self.tokenizer.encode_fast(text, add_special).map_err(|e| TextError::Tokenize(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 

@@ -62,9 +62,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, text))
         });
-        environment
-            .add_template_owned("chat", source)
-            .map_err(|e| TemplateError::Broken(e.to_string()))?;
+        environment.add_template_owned("chat", source).map_err(|e| TemplateError::Broken(e.to_string()))?;
         Ok(Self { environment, bos_token, eos_token })
     }
 
@@ -74,10 +72,8 @@ impl ChatTemplate {
             .iter()
             .map(|m| context! { role => m.role.as_str(), content => m.content.as_str() })
             .collect();
-        let template = self
-            .environment
-            .get_template("chat")
-            .map_err(|e| TemplateError::Broken(e.to_string()))?;
+        let template =
+            self.environment.get_template("chat").map_err(|e| TemplateError::Broken(e.to_string()))?;
         template
             .render(context! {
                 messages,
@@ -117,7 +113,8 @@ mod tests {
 
     #[test]
     fn renders_with_pythons_methods() {
-        let source = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m.content.strip() }}\n{% endfor %}";
+        let source =
+            "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m.content.strip() }}\n{% endfor %}";
         let template = ChatTemplate::new(source.into(), "<s>".into(), String::new()).unwrap();
         let text = template.render(&[message("user", "  hi ")]).unwrap();
         assert_eq!(text, "<s><user>hi\n");
