@@ -316,6 +316,6 @@ fn product(team: &mut Team, kernels: &'static Kernels, job: &Gemm<'_>, rows: usi
         let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
         let panels = group * weights.panels() / groups..(group + 1) * weights.panels() / groups;
         // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
-        unsafe { (kernels.gemm)(job, rows, panels) };
+        unsafe { job.run(kernels, rows, panels) };
     });
 }

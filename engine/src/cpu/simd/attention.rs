@@ -6,9 +6,10 @@
 
 use std::cell::RefCell;
 
+use super::Kernels;
 use super::lanes::{LANES, Lanes};
 use super::rows::exp;
-use super::tile::{Product, accumulate};
+use super::tile::{Product, tiles};
 use crate::{KvDtype, KvLayout};
 
 /// Keys per tile. Part of the arithmetic: changing it changes roundings.
@@ -68,7 +69,7 @@ thread_local! {
 /// Pointers valid as the fields say; every block of the table up to the last query holds KV; nobody writes
 /// those or the task's part of `out` now; the instructions of `L`.
 #[inline(always)]
-pub(super) unsafe fn run<L: Lanes>(layer: &AttentionLayer<'_>, task: &AttentionTask<'_>) {
+pub(super) unsafe fn run<L: Lanes>(kernels: &Kernels, layer: &AttentionLayer<'_>, task: &AttentionTask<'_>) {
     // Taken out and put back: a closure would be compiled without the instructions of `L`.
     let mut scratch = SCRATCH.take();
     let sizes = Sizes::of(layer, task);
@@ -77,7 +78,7 @@ pub(super) unsafe fn run<L: Lanes>(layer: &AttentionLayer<'_>, task: &AttentionT
         scratch.resize(lines, Line([0.0; LANES]));
     }
     // SAFETY: the caller's.
-    unsafe { Work::<L>::new(layer, task, sizes, bytemuck::cast_slice_mut(&mut scratch)).run() };
+    unsafe { Work::<L>::new(kernels, layer, task, sizes, bytemuck::cast_slice_mut(&mut scratch)).run() };
     SCRATCH.set(scratch);
 }
 
@@ -103,6 +104,7 @@ impl Sizes {
 
 /// A task being computed; all slices lie in the thread's scratch.
 struct Work<'a, L> {
+    kernels: &'a Kernels,
     layer: &'a AttentionLayer<'a>,
     task: &'a AttentionTask<'a>,
     sizes: Sizes,
@@ -128,6 +130,7 @@ struct Work<'a, L> {
 impl<'a, L: Lanes> Work<'a, L> {
     #[inline(always)]
     fn new(
+        kernels: &'a Kernels,
         layer: &'a AttentionLayer<'a>,
         task: &'a AttentionTask<'a>,
         sizes: Sizes,
@@ -147,6 +150,7 @@ impl<'a, L: Lanes> Work<'a, L> {
         totals.fill(0.0);
         values.fill(0.0);
         Self {
+            kernels,
             layer,
             task,
             sizes,
@@ -303,9 +307,10 @@ impl<'a, L: Lanes> Work<'a, L> {
             ldb: TILE,
             c: self.scores[skipped * TILE..].as_mut_ptr(),
             ldc: TILE,
+            vectors: count.div_ceil(LANES),
         };
         // SAFETY: the buffers have these sizes.
-        unsafe { accumulate::<L>(&product, rows - skipped, count.div_ceil(LANES)) };
+        unsafe { self.accumulate(&product, rows - skipped) };
     }
 
     /// Scores become weights; sums and totals are scaled to the new maximum.
@@ -373,9 +378,25 @@ impl<'a, L: Lanes> Work<'a, L> {
             ldb: padded,
             c: self.sums[skipped * padded..].as_mut_ptr(),
             ldc: padded,
+            vectors: padded / LANES,
         };
         // SAFETY: the buffers have these sizes.
-        unsafe { accumulate::<L>(&product, rows - skipped, padded / LANES) };
+        unsafe { self.accumulate(&product, rows - skipped) };
+    }
+
+    /// # Safety
+    /// The product's pointers valid for `rows`.
+    unsafe fn accumulate(&self, product: &Product, rows: usize) {
+        for (start, count) in tiles(rows, self.kernels.accumulate.len()) {
+            // SAFETY: the caller's; `count` is between 1 and the number of functions.
+            unsafe {
+                self.kernels.accumulate[count - 1](&Product {
+                    a: product.a.add(start * product.lda),
+                    c: product.c.add(start * product.ldc),
+                    ..*product
+                });
+            }
+        }
     }
 
     /// `out = sums / total`.

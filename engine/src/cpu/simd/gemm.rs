@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::lanes::{LANES, Lanes};
-use super::tile::{self, for_rows};
+use super::Kernels;
+use super::tile::{PanelTile, tiles};
 use crate::EngineError;
 use crate::cpu::region::Region;
 
@@ -91,70 +91,59 @@ pub(crate) struct Gemm<'a> {
 // SAFETY: the pointers are used under the contract of `run`: disjoint writes, shared reads.
 unsafe impl Sync for Gemm<'_> {}
 
-/// Computes rows × panels of the product.
-///
-/// # Safety
-/// The job's pointers valid for these rows; nobody else writes the same rows and columns of `out` or anything
-/// of `a`; panels in range; the instructions of `L`.
-#[inline(always)]
-pub(super) unsafe fn run<L: Lanes>(job: &Gemm<'_>, rows: Range<usize>, panels: Range<usize>) {
-    for panel in panels {
-        for (start, count) in tile::tiles::<L>(rows.len()) {
-            let row = rows.start + start;
-            // SAFETY: the caller's.
-            unsafe {
-                if L::WIDE {
-                    for_rows!(count, 2, panel_tile, L, job, row, panel, 0);
-                } else {
-                    for_rows!(count, 1, panel_tile, L, job, row, panel, 0);
-                    for_rows!(count, 1, panel_tile, L, job, row, panel, LANES);
+impl Gemm<'_> {
+    /// Computes rows × panels of the product.
+    ///
+    /// # Safety
+    /// The job's pointers valid for these rows; nobody else writes the same rows and columns of `out` or
+    /// anything of `a`; panels in range; `kernels` are supported by the CPU.
+    pub(crate) unsafe fn run(&self, kernels: &Kernels, rows: Range<usize>, panels: Range<usize>) {
+        let mut sums = Sums([0.0; MOST_ROWS * PANEL]);
+        for panel in panels {
+            for (start, count) in tiles(rows.len(), kernels.panel.len()) {
+                let row = rows.start + start;
+                // SAFETY: the caller's; `count` is between 1 and the number of tile functions.
+                unsafe {
+                    kernels.panel[count - 1](&PanelTile {
+                        pairs: self.weights.k.div_ceil(2),
+                        a: self.a.add(row * self.lda),
+                        lda: self.lda,
+                        panel: self.weights.panel(panel),
+                        sums: sums.0.as_mut_ptr(),
+                    });
+                    self.write(&sums.0[..count * PANEL], row, panel);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As `run`.
+    unsafe fn write(&self, sums: &[f32], row: usize, panel: usize) {
+        let column = panel * PANEL;
+        let columns = PANEL.min(self.weights.n - column);
+        let bias = self.bias.map(|bias| &bias[column..column + columns]);
+        for (m, sums) in sums.chunks_exact(PANEL).enumerate() {
+            // SAFETY: `columns` numbers of a row of `out`, ours alone.
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(self.out.add((row + m) * self.ldo + column), columns)
+            };
+            match (bias, self.add) {
+                (None, false) => out.copy_from_slice(&sums[..columns]),
+                (None, true) => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
+                (Some(bias), false) => {
+                    out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out = sum + bias);
+                }
+                (Some(bias), true) => {
+                    out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out += sum + bias);
                 }
             }
         }
     }
 }
 
-/// MR rows × NV vectors of a panel, from its column `offset`.
-///
-/// # Safety
-/// As `run`.
-#[inline(always)]
-unsafe fn panel_tile<L: Lanes, const MR: usize, const NV: usize>(
-    job: &Gemm<'_>,
-    row: usize,
-    panel: usize,
-    offset: usize,
-) {
-    // SAFETY: the caller's; the last panel's missing columns go through a buffer.
-    unsafe {
-        let weights = job.weights;
-        let a = job.a.add(row * job.lda);
-        let b = weights.panel(panel).add(offset);
-        let mut sums = tile::pairs::<L, MR, NV>(weights.k.div_ceil(2), a, job.lda, b, PANEL);
-        let column = panel * PANEL + offset;
-        if let Some(bias) = job.bias {
-            for v in 0..NV {
-                let bias = L::load(bias.as_ptr().add(column + v * LANES));
-                for sums in &mut sums {
-                    sums[v] = sums[v].add(bias);
-                }
-            }
-        }
-        for (m, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                let column = column + v * LANES;
-                let out = job.out.add((row + m) * job.ldo + column);
-                if column + LANES <= weights.n {
-                    let sum = if job.add { L::load(out).add(*sum) } else { *sum };
-                    sum.store(out);
-                } else {
-                    let mut buffer = [0.0f32; LANES];
-                    sum.store(buffer.as_mut_ptr());
-                    for (i, &sum) in buffer.iter().enumerate().take(weights.n.saturating_sub(column)) {
-                        *out.add(i) = if job.add { *out.add(i) + sum } else { sum };
-                    }
-                }
-            }
-        }
-    }
-}
+/// Most rows of a tile, of any instruction set.
+const MOST_ROWS: usize = 10;
+
+#[repr(align(64))]
+struct Sums([f32; MOST_ROWS * PANEL]);

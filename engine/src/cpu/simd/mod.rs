@@ -14,11 +14,9 @@ mod lanes;
 pub(crate) mod rows;
 mod tile;
 
-use std::ops::Range;
-
 use attention::{AttentionLayer, AttentionTask};
-use gemm::Gemm;
 use rows::{NormRow, QkvRow, SwigluRow};
+use tile::{PanelTile, Product};
 
 /// One instruction set's kernels.
 ///
@@ -26,8 +24,10 @@ use rows::{NormRow, QkvRow, SwigluRow};
 /// and the pointers in the job must be valid as its fields say.
 pub(crate) struct Kernels {
     pub(crate) name: &'static str,
-    /// Rows × panels of a matrix product.
-    pub(crate) gemm: unsafe fn(&Gemm<'_>, Range<usize>, Range<usize>),
+    /// By rows of the tile, from 1.
+    pub(crate) panel: &'static [unsafe fn(&PanelTile)],
+    /// By rows of the product, from 1.
+    pub(crate) accumulate: &'static [unsafe fn(&Product)],
     pub(crate) attention: unsafe fn(&AttentionLayer<'_>, &AttentionTask<'_>),
     pub(crate) norm: unsafe fn(&NormRow<'_>),
     pub(crate) qkv: unsafe fn(&QkvRow<'_>),
@@ -35,48 +35,72 @@ pub(crate) struct Kernels {
 }
 
 macro_rules! kernels {
-    ($module:ident, $name:literal, $lanes:ty, $(#[$feature:meta])*) => {
+    ($module:ident, $name:literal, $lanes:ty, $vectors:literal, $features:literal,
+     [$($rows:literal $panel:ident $accumulate:ident),*]) => {
         mod $module {
             use super::*;
 
             // Each instance is compiled for its instruction set as a whole; the generic bodies inline here.
-            // SAFETY (of calling): see `Kernels`.
-            $(#[$feature])*
-            unsafe fn gemm(job: &Gemm<'_>, rows: Range<usize>, panels: Range<usize>) {
-                // SAFETY: passed on to the caller.
-                unsafe { gemm::run::<$lanes>(job, rows, panels) }
-            }
-            $(#[$feature])*
+            $(
+                #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
+                #[inline(never)]
+                unsafe fn $panel(job: &PanelTile) {
+                    // SAFETY: passed on to the caller.
+                    unsafe { tile::panel::<$lanes, $rows, $vectors>(job) }
+                }
+                #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
+                #[inline(never)]
+                unsafe fn $accumulate(job: &Product) {
+                    // SAFETY: passed on to the caller.
+                    unsafe { tile::accumulate::<$lanes, $rows>(job) }
+                }
+            )*
+            #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
             unsafe fn attention(layer: &AttentionLayer<'_>, task: &AttentionTask<'_>) {
                 // SAFETY: passed on to the caller.
-                unsafe { attention::run::<$lanes>(layer, task) }
+                unsafe { attention::run::<$lanes>(&KERNELS, layer, task) }
             }
-            $(#[$feature])*
+            #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
             unsafe fn norm(row: &NormRow<'_>) {
                 // SAFETY: passed on to the caller.
                 unsafe { rows::norm::<$lanes>(row) }
             }
-            $(#[$feature])*
+            #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
             unsafe fn qkv(row: &QkvRow<'_>) {
                 // SAFETY: passed on to the caller.
                 unsafe { rows::qkv::<$lanes>(row) }
             }
-            $(#[$feature])*
+            #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
             unsafe fn swiglu(row: &SwigluRow) {
                 // SAFETY: passed on to the caller.
                 unsafe { rows::swiglu::<$lanes>(row) }
             }
 
-            pub(super) static KERNELS: Kernels = Kernels { name: $name, gemm, attention, norm, qkv, swiglu };
+            pub(super) static KERNELS: Kernels = Kernels {
+                name: $name,
+                panel: &[$($panel),*],
+                accumulate: &[$($accumulate),*],
+                attention,
+                norm,
+                qkv,
+                swiglu,
+            };
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-kernels!(with_avx512, "avx512", avx512::Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]);
+kernels!(with_avx512, "avx512", avx512::Avx512, 2, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", [
+    1 panel1 accumulate1, 2 panel2 accumulate2, 3 panel3 accumulate3, 4 panel4 accumulate4,
+    5 panel5 accumulate5, 6 panel6 accumulate6, 7 panel7 accumulate7, 8 panel8 accumulate8,
+    9 panel9 accumulate9, 10 panel10 accumulate10
+]);
 #[cfg(target_arch = "x86_64")]
-kernels!(with_avx2, "avx2", avx2::Avx2, #[target_feature(enable = "avx2,fma")]);
-kernels!(with_nothing, "scalar", lanes::Scalar,);
+kernels!(with_avx2, "avx2", avx2::Avx2, 1, "avx2,fma", [
+    1 panel1 accumulate1, 2 panel2 accumulate2, 3 panel3 accumulate3, 4 panel4 accumulate4,
+    5 panel5 accumulate5, 6 panel6 accumulate6
+]);
+kernels!(with_nothing, "scalar", lanes::Scalar, 1, "sse2", [1 panel1 accumulate1, 2 panel2 accumulate2]);
 
 impl Kernels {
     /// What this CPU can run, best first.

@@ -1,154 +1,160 @@
 //! The inner tiles: a few rows of A times one or two vectors of columns of B, held in registers over all of K.
+//!
+//! Every instance is a function of its own (see `kernels!`): inlined into their callers they spill.
 
+use std::sync::atomic::{Ordering, compiler_fence};
+
+use super::gemm::PANEL;
 use super::lanes::{LANES, Lanes};
 
-/// Calls `$tile::<L, MR, NV>` for a row count known at run time, at most 12.
-macro_rules! for_rows {
-    ($rows:expr, $nv:literal, $tile:ident, $lanes:ty, $($argument:expr),*) => {
-        match $rows {
-            1 => $tile::<$lanes, 1, $nv>($($argument),*),
-            2 => $tile::<$lanes, 2, $nv>($($argument),*),
-            3 => $tile::<$lanes, 3, $nv>($($argument),*),
-            4 => $tile::<$lanes, 4, $nv>($($argument),*),
-            5 => $tile::<$lanes, 5, $nv>($($argument),*),
-            6 => $tile::<$lanes, 6, $nv>($($argument),*),
-            7 => $tile::<$lanes, 7, $nv>($($argument),*),
-            8 => $tile::<$lanes, 8, $nv>($($argument),*),
-            9 => $tile::<$lanes, 9, $nv>($($argument),*),
-            10 => $tile::<$lanes, 10, $nv>($($argument),*),
-            11 => $tile::<$lanes, 11, $nv>($($argument),*),
-            _ => $tile::<$lanes, 12, $nv>($($argument),*),
-        }
-    };
-}
-pub(super) use for_rows;
-
-/// Most rows of a tile.
-pub(super) const fn max_rows<L: Lanes>() -> usize {
-    if L::WIDE { 12 } else { 6 }
+/// Rows of A times a packed panel: `sums [rows, PANEL]`.
+pub(crate) struct PanelTile {
+    /// Pairs of inputs.
+    pub(super) pairs: usize,
+    /// `[rows, 2 · pairs]` f32, rows `lda` apart.
+    pub(super) a: *const f32,
+    pub(super) lda: usize,
+    /// `[pairs, PANEL]` words of two bf16.
+    pub(super) panel: *const u32,
+    /// `[rows, PANEL]`
+    pub(super) sums: *mut f32,
 }
 
-/// Cuts `rows` into equal tiles of at most `max_rows`.
-pub(super) fn tiles<L: Lanes>(rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = rows.div_ceil(max_rows::<L>());
-    (0..count).map(move |i| {
-        let (start, end) = (i * rows / count, (i + 1) * rows / count);
-        (start, end - start)
-    })
-}
-
-/// `A [MR, 2 · pairs] (f32) · B [pairs, .., 2] (bf16 pairs)`: the accumulators.
+/// Computes a panel tile of MR rows, NV vectors at a time.
 ///
 /// # Safety
-/// `a` valid for MR rows `lda` apart of `2 · pairs`; `b` for `pairs` rows `ldb` words apart of NV vectors;
-/// the instructions of `L`.
+/// The pointers valid for those sizes; the instructions of `L`.
+#[expect(clippy::needless_range_loop, reason = "indices name registers")]
 #[inline(always)]
-pub(super) unsafe fn pairs<L: Lanes, const MR: usize, const NV: usize>(
-    pairs: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const u32,
-    ldb: usize,
-) -> [[L; NV]; MR] {
+pub(super) unsafe fn panel<L: Lanes, const MR: usize, const NV: usize>(tile: &PanelTile) {
     // SAFETY: the caller's.
     unsafe {
-        let zero = L::splat(0.0);
-        let mut sums = [[zero; NV]; MR];
-        for pair in 0..pairs {
-            let (mut first, mut second) = ([zero; NV], [zero; NV]);
-            for v in 0..NV {
-                (first[v], second[v]) = L::load_pairs(b.add(pair * ldb + v * LANES));
-            }
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let x = L::splat(*a.add(m * lda + 2 * pair));
+        let (a, lda) = (tile.a, tile.lda);
+        for offset in (0..PANEL).step_by(NV * LANES) {
+            let zero = L::splat(0.0);
+            let mut sums = [[zero; NV]; MR];
+            let mut b = tile.panel.add(offset);
+            for pair in 0..tile.pairs {
+                let (mut first, mut second) = ([zero; NV], [zero; NV]);
                 for v in 0..NV {
-                    sums[v] = x.fma(first[v], sums[v]);
+                    (first[v], second[v]) = L::load_pairs(b.add(v * LANES));
+                }
+                b = b.add(PANEL);
+                for m in 0..MR {
+                    let x = L::splat(*a.add(m * lda + 2 * pair));
+                    for v in 0..NV {
+                        sums[m][v] = x.fma(first[v], sums[m][v]);
+                    }
+                    keep_order(m);
+                }
+                for m in 0..MR {
+                    let x = L::splat(*a.add(m * lda + 2 * pair + 1));
+                    for v in 0..NV {
+                        sums[m][v] = x.fma(second[v], sums[m][v]);
+                    }
+                    keep_order(m);
                 }
             }
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let x = L::splat(*a.add(m * lda + 2 * pair + 1));
+            for m in 0..MR {
                 for v in 0..NV {
-                    sums[v] = x.fma(second[v], sums[v]);
+                    sums[m][v].store(tile.sums.add(m * PANEL + offset + v * LANES));
                 }
             }
         }
-        sums
     }
 }
 
-/// A small f32 product.
-#[derive(Clone, Copy)]
-pub(super) struct Product {
-    /// Inner size.
-    pub(super) k: usize,
-    /// `[rows, k]`.
-    pub(super) a: *const f32,
-    pub(super) lda: usize,
-    /// `[k, columns]`.
-    pub(super) b: *const f32,
-    pub(super) ldb: usize,
-    /// `[rows, columns]`.
-    pub(super) c: *mut f32,
-    pub(super) ldc: usize,
+/// Keeps the compiler from loading all rows' numbers before the first is used, which would spill the sums. No
+/// instruction.
+#[inline(always)]
+fn keep_order(row: usize) {
+    if row % 4 == 3 {
+        compiler_fence(Ordering::SeqCst);
+    }
 }
 
-/// `C += A · B` for `rows` rows and `vectors` vectors of columns.
+/// A small f32 product: `C += A · B`.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    /// Inner size.
+    pub(super) k: usize,
+    /// `[rows, k]`, rows `lda` apart.
+    pub(super) a: *const f32,
+    pub(super) lda: usize,
+    /// `[k, vectors · LANES]`, rows `ldb` apart.
+    pub(super) b: *const f32,
+    pub(super) ldb: usize,
+    /// `[rows, vectors · LANES]`, rows `ldc` apart.
+    pub(super) c: *mut f32,
+    pub(super) ldc: usize,
+    /// Vectors of columns.
+    pub(super) vectors: usize,
+}
+
+/// Computes a product of MR rows.
 ///
 /// # Safety
 /// The pointers valid for those sizes; the instructions of `L`.
 #[inline(always)]
-pub(super) unsafe fn accumulate<L: Lanes>(product: &Product, rows: usize, vectors: usize) {
-    // SAFETY: the caller's; tiles stay inside.
-    unsafe {
-        for (start, count) in tiles::<L>(rows) {
-            let mut vector = 0;
-            while vector < vectors {
-                let part = Product {
-                    a: product.a.add(start * product.lda),
-                    b: product.b.add(vector * LANES),
-                    c: product.c.add(start * product.ldc + vector * LANES),
-                    ..*product
-                };
-                if L::WIDE && vector + 2 <= vectors {
-                    for_rows!(count, 2, accumulate_tile, L, &part);
-                    vector += 2;
-                } else {
-                    for_rows!(count, 1, accumulate_tile, L, &part);
-                    vector += 1;
-                }
+pub(super) unsafe fn accumulate<L: Lanes, const MR: usize>(product: &Product) {
+    let mut vector = 0;
+    while vector < product.vectors {
+        // SAFETY: the caller's.
+        unsafe {
+            if L::WIDE && vector + 2 <= product.vectors {
+                accumulate_columns::<L, MR, 2>(product, vector * LANES);
+                vector += 2;
+            } else {
+                accumulate_columns::<L, MR, 1>(product, vector * LANES);
+                vector += 1;
             }
         }
     }
 }
 
 /// # Safety
-/// As `accumulate`, for MR rows and NV vectors.
+/// As `accumulate`, for NV vectors from `column`.
+#[expect(clippy::needless_range_loop, reason = "indices name registers")]
 #[inline(always)]
-unsafe fn accumulate_tile<L: Lanes, const MR: usize, const NV: usize>(part: &Product) {
+unsafe fn accumulate_columns<L: Lanes, const MR: usize, const NV: usize>(product: &Product, column: usize) {
     // SAFETY: the caller's.
     unsafe {
+        let (a, lda, ldc) = (product.a, product.lda, product.ldc);
+        let c = product.c.add(column);
         let mut sums = [[L::splat(0.0); NV]; MR];
-        for (m, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = L::load(part.c.add(m * part.ldc + v * LANES));
+        for m in 0..MR {
+            for v in 0..NV {
+                sums[m][v] = L::load(c.add(m * ldc + v * LANES));
             }
         }
-        for k in 0..part.k {
+        let mut row = product.b.add(column);
+        for k in 0..product.k {
             let mut b = [L::splat(0.0); NV];
-            for (v, b) in b.iter_mut().enumerate() {
-                *b = L::load(part.b.add(k * part.ldb + v * LANES));
+            for v in 0..NV {
+                b[v] = L::load(row.add(v * LANES));
             }
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let x = L::splat(*part.a.add(m * part.lda + k));
+            row = row.add(product.ldb);
+            for m in 0..MR {
+                let x = L::splat(*a.add(m * lda + k));
                 for v in 0..NV {
-                    sums[v] = x.fma(b[v], sums[v]);
+                    sums[m][v] = x.fma(b[v], sums[m][v]);
                 }
+                keep_order(m);
             }
         }
-        for (m, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                sum.store(part.c.add(m * part.ldc + v * LANES));
+        for m in 0..MR {
+            for v in 0..NV {
+                sums[m][v].store(c.add(m * ldc + v * LANES));
             }
         }
     }
+}
+
+/// Cuts `rows` into equal tiles of at most `most`: (first, count).
+pub(super) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = rows.div_ceil(most);
+    (0..count).map(move |i| {
+        let (start, end) = (i * rows / count, (i + 1) * rows / count);
+        (start, end - start)
+    })
 }
