@@ -9,7 +9,7 @@ use cluster::MemoryRegistry;
 use proto::v1::ListWorkersRequest;
 use proto::v1::inference_client::InferenceClient;
 use router::Registry;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +37,8 @@ pub struct LocalSpec<'a> {
 pub struct LocalCluster {
     pub address: SocketAddr,
     children: Vec<(String, Child)>,
+    /// The other ends of the children's standard inputs: closing them is their sign to drain.
+    lifelines: Vec<ChildStdin>,
     router: JoinHandle<Result<(), router::RunError>>,
     stop: CancellationToken,
 }
@@ -54,11 +56,13 @@ impl LocalCluster {
         let deps = router::Deps { text, registry: Registry::Served(MemoryRegistry::new()) };
         let config = serve::router_config(spec.placement, DRAIN);
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
-        let mut cluster = Self { address, children: Vec::new(), router, stop };
+        let mut cluster = Self { address, children: Vec::new(), lifelines: Vec::new(), router, stop };
         for (role, count) in [("prefill", spec.prefill), ("decode", spec.decode)] {
             for number in 0..count {
                 let name = format!("{role}-{number}");
-                let child = spawn(role, &name, address, &spec)?;
+                let mut child = spawn(role, &name, address, &spec)?;
+                // Taken out, since waiting for a child closes what it still holds.
+                cluster.lifelines.extend(child.stdin.take());
                 cluster.children.push((name, child));
             }
         }
@@ -102,10 +106,7 @@ impl LocalCluster {
     pub async fn stop(mut self) -> anyhow::Result<()> {
         self.stop.cancel();
         let ended = (&mut self.router).await?;
-        for (_, child) in &mut self.children {
-            // The other end of the child's standard input: its sign to drain.
-            drop(child.stdin.take());
-        }
+        self.lifelines.clear();
         for (name, mut child) in std::mem::take(&mut self.children) {
             if tokio::time::timeout(CHILD_PATIENCE, child.wait()).await.is_err() {
                 tracing::warn!(worker = name, "does not end; killed");

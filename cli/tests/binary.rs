@@ -93,6 +93,30 @@ fn a_temporary_cluster_answers_from_standard_input_and_ends() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn up_serves_until_it_is_told_to_stop() {
+    let dir = tiny();
+    let address = format!("127.0.0.1:{}", free_port());
+    let mut up = tandem();
+    up.args(["up", "--listen", &address, "--kv-mib", "8", "--decode", "2", "--model"]).arg(dir.path());
+    let mut up = Process(up.stdout(Stdio::null()).spawn().unwrap());
+    let mut client = client(&address).await;
+    wait_for(&mut client, &["decode-0", "decode-1", "prefill-0"]).await;
+    let generate = || run(tandem().args(["generate", "hi", "--addr", &address, "--max-tokens", "5", "--json"]));
+    let (code, out, err) = generate();
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["finish_reason"], "length");
+
+    // Another cluster on the same port is refused and does not disturb this one.
+    let second = run(tandem().args(["up", "--listen", &address, "--model"]).arg(dir.path()));
+    assert_eq!(second.0, Some(1), "{}", second.2);
+    assert_eq!(generate().0, Some(0));
+
+    let told = Command::new("kill").args(["-TERM", &up.0.id().to_string()]).status().unwrap();
+    assert!(told.success() && up.0.wait().unwrap().success());
+    assert_eq!(generate().0, Some(3));
+}
+
 #[test]
 fn bad_requests_and_start_ups_say_what_is_wrong() {
     let dir = tiny();
