@@ -6,14 +6,14 @@ use std::sync::{Arc, Weak};
 use tokio::io::Interest;
 use tokio::time::Instant;
 
-use crate::landing::LandingShared;
+use crate::landing_shared::LandingShared;
 use crate::landing_state::{Claim, LandingPhase, Settled};
 use crate::serve::{Close, Connection};
 use crate::socket::attempt;
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind, MAX_FRAME_CELLS};
 
 /// Bytes one system call moves into place at most: small enough that the checksum finds them in the cache.
-const READ_BYTES: usize = 1 << 20;
+const READ_BYTES: usize = 256 << 10;
 /// Bytes of a discard buffer.
 const DISCARD_BYTES: usize = 64 << 10;
 /// What may follow a frame's payload and is read along with it: the next header and its descriptors.

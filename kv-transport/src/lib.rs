@@ -14,13 +14,18 @@
 //! * [`mux`] lets the transport share one port with an HTTP/2 server.
 
 mod bits;
+mod control;
+mod dial;
 pub mod error;
 pub mod grid;
 mod incoming;
+mod job;
 mod landing;
+mod landing_shared;
 pub mod landing_state;
 mod link;
 pub mod mux;
+mod outgoing;
 mod push;
 pub mod push_state;
 mod receiver;

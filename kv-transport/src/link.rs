@@ -10,7 +10,8 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{PushError, Refusal};
-use crate::push::{Job, PushShared};
+use crate::job::Job;
+use crate::push::PushShared;
 use crate::stats::SenderCounters;
 
 /// Warm connections to one incarnation of one receiver. Each is served by a task of its own; all take frames from

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout_at;
 
 use crate::error::PushError;
+use crate::job::Job;
 use crate::link::Link;
 use crate::push_state::{Next, PushPhase, PushState, QueuedCell};
 use crate::ticket::Ticket;
@@ -168,14 +169,6 @@ pub(crate) struct Inner {
     commit_ack: Option<Instant>,
 }
 
-/// What a connection needs to send a frame.
-pub(crate) enum Job {
-    Attach,
-    Write { seq: u32, cells: Vec<QueuedCell> },
-    Commit(Bytes),
-    Abort(String),
-}
-
 impl PushShared {
     pub(crate) fn new(
         ticket: Ticket,
@@ -251,6 +244,9 @@ impl PushShared {
                 if let Some(found) = look(state) {
                     return Ok(found);
                 }
+                if matches!(state.phase(), PushPhase::Closing | PushPhase::Closed) {
+                    return Err(PushError::Closed);
+                }
             }
             if timeout_at(self.deadline, changed).await.is_err() {
                 self.fail(PushError::Expired);
@@ -272,11 +268,11 @@ impl PushShared {
     }
 
     /// Runs `read` on the source unless the push is over. The source cannot be released while it runs.
-    pub(crate) fn reading<R>(self: &Arc<Self>, read: impl FnOnce(&Region) -> R) -> Option<R> {
+    pub(crate) fn reading<R>(self: &Arc<Self>, read: impl FnOnce() -> R) -> Option<R> {
         if !self.inner.lock().state.read_begins() {
             return None;
         }
-        let result = read(&self.region);
+        let result = read();
         let mut inner = self.inner.lock();
         inner.state.read_ends();
         if inner.state.phase() == PushPhase::Closed {

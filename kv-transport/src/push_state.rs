@@ -13,20 +13,8 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::bits::Bits;
 use crate::error::{PushError, Refusal};
+pub use crate::job::{FrameBounds, Next, QueuedCell};
 use crate::landing_state::MAX_REFETCHES;
-
-/// One cell to send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct QueuedCell {
-    /// Its plane.
-    pub plane: u32,
-    /// Index into the ticket's slots.
-    pub index: u32,
-    /// Slot in the sender's own grid.
-    pub src_slot: u32,
-    /// CRC-32C made by the producer.
-    pub checksum: u32,
-}
 
 /// Where a push is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -43,37 +31,6 @@ pub enum PushPhase {
     Closing,
     /// Over and quiet.
     Closed,
-}
-
-/// What a connection with nothing to do sends next.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Next {
-    /// Nothing now.
-    Nothing,
-    /// Only the attach, which precedes a transfer's first frame on every connection.
-    Attach,
-    /// Cells, as frame `seq`.
-    Write {
-        /// Number of the frame; the reply repeats it.
-        seq: u32,
-        /// The cells.
-        cells: Vec<QueuedCell>,
-    },
-    /// The commit.
-    Commit,
-    /// The abort.
-    Abort,
-}
-
-/// Bounds of the frames a push hands out.
-#[derive(Debug, Clone, Copy)]
-pub struct FrameBounds {
-    /// Most cells in a frame.
-    pub cells: usize,
-    /// Most bytes in a frame of several cells.
-    pub bytes: usize,
-    /// Most bytes sent and not acknowledged; one frame may always be in flight.
-    pub window_bytes: usize,
 }
 
 /// The state of one push.

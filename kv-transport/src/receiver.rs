@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Refusal, ReserveError, TicketError};
-use crate::landing::{LandingFacts, LandingShared};
+use crate::landing_shared::{LandingFacts, LandingShared};
 use crate::landing_state::{LandingEnd, LandingPhase};
 use crate::mux::KvIncoming;
 use crate::stats::{ReceiverCounters, ReceiverStats};
@@ -155,6 +155,7 @@ impl Receiver {
             cells,
             cell_bytes: shared.grid.cell_bytes as usize,
             deadline: tokio::time::Instant::from_std(deadline),
+            progress_timeout: shared.config.progress_timeout,
         };
         let landing = Arc::new(LandingShared::new(facts, Box::new(hold), Arc::downgrade(shared)));
         shared.insert(landing.clone())?;

@@ -5,20 +5,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use crate::error::{PushError, Refusal};
+use crate::dial::{Unreached, dial};
+use crate::error::PushError;
 use crate::link::Link;
 use crate::push::{Push, PushShared};
 use crate::push_state::{FrameBounds, PushPhase, PushState};
 use crate::stats::{SenderCounters, SenderStats};
 use crate::stream::{Limits, Stream};
 use crate::ticket::Ticket;
-use crate::wire::{self, Hello, HelloAck};
+use crate::wire;
 use crate::{Grid, Identity, Region};
 
 /// The knobs of a sender.
@@ -214,7 +214,7 @@ impl Shared {
         for endpoint in &ticket.endpoints {
             let until = deadline.min(Instant::now() + self.config.connect_timeout);
             let connects =
-                (0..self.config.streams.max(1)).map(|_| self.connect_one(endpoint, &ticket.receiver));
+                (0..self.config.streams.max(1)).map(|_| dial(endpoint, &self.identity, &ticket.receiver));
             match timeout_at(until, futures::future::try_join_all(connects)).await {
                 Ok(Ok(sockets)) => return Ok(self.start(sockets)),
                 Ok(Err(Unreached::Refused(refusal))) => return Err(PushError::Refused(refusal)),
@@ -233,40 +233,5 @@ impl Shared {
             tokio::spawn(Stream::new(link.clone(), socket, limits).run());
         }
         link
-    }
-
-    async fn connect_one(&self, endpoint: &str, peer: &Identity) -> Result<TcpStream, Unreached> {
-        let mut socket = TcpStream::connect(endpoint).await?;
-        crate::socket::tune(&socket)?;
-        let hello = Hello { from: self.identity.clone(), to: peer.clone() };
-        socket.write_all(&hello.encode().ok_or(Unreached::Refused(Refusal::Protocol))?).await?;
-        let mut ack = vec![0; 2];
-        socket.read_exact(&mut ack).await?;
-        let len = usize::from(ack.as_slice().get_u16_le());
-        if len > wire::MAX_HELLO_BYTES {
-            return Err(Unreached::Refused(Refusal::Protocol));
-        }
-        ack.resize(2 + len + 4, 0);
-        socket.read_exact(ack.get_mut(2..).unwrap_or_default()).await?;
-        let (guarded, mut crc) = ack.split_at(2 + len);
-        let intact = crc.get_u32_le() == crc32c::crc32c(guarded);
-        let parsed = guarded.get(2..).and_then(HelloAck::parse).filter(|_| intact);
-        match parsed {
-            None => Err(Unreached::Refused(Refusal::Protocol)),
-            Some(HelloAck { refused: Some(refusal), .. }) => Err(Unreached::Refused(refusal)),
-            Some(ack) if ack.from != *peer => Err(Unreached::Refused(Refusal::Stale)),
-            Some(_) => Ok(socket),
-        }
-    }
-}
-
-enum Unreached {
-    Refused(Refusal),
-    Io(std::io::Error),
-}
-
-impl From<std::io::Error> for Unreached {
-    fn from(error: std::io::Error) -> Self {
-        Self::Io(error)
     }
 }

@@ -130,6 +130,21 @@ async fn a_receiver_is_named_wrongly_or_in_another_version() {
     assert_eq!(ack.refused, Some(Refusal::Protocol));
 }
 
+/// A receiver that says hello and then whatever it is given.
+async fn false_receiver(replies: Vec<u8>) -> std::net::SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let ack = kv_transport::wire::HelloAck { from: identity("decode", 1), refused: None };
+        stream.write_all(&ack.encode().unwrap()).await.unwrap();
+        let _ = stream.write_all(&replies).await;
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest).await;
+    });
+    address
+}
+
 /// What a hostile peer sends after its hello.
 #[derive(Debug, Clone)]
 enum Blow {
@@ -246,6 +261,36 @@ proptest! {
             pair.assert_quiet().await;
             // The sender's two connections stay; the hostile one is gone.
             until("the hostile connection ends", || pair.receiver.stats().connections <= 2).await;
+        });
+    }
+
+    #[test]
+    fn a_sender_survives_any_reply(
+        replies in prop::collection::vec((blow(), any::<bool>(), any::<u64>(), 0..4_u32), 0..12),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut setup = Setup::new(2, 4, 1000);
+            setup.sender.streams = 1;
+            setup.sender.progress_timeout = std::time::Duration::from_millis(50);
+            let pair = setup.start().await;
+            let landing = pair.reserve(&[0, 1]);
+            let mut ticket = kv_transport::Ticket::decode(landing.ticket()).unwrap();
+            let mut bytes = Vec::new();
+            Header::bare(Kind::Attached, ticket.transfer, 1, 0).put(&mut bytes);
+            for (blow, plausible, arg, seq) in &replies {
+                if *plausible {
+                    let kind = [Kind::Ack, Kind::CommitAck, Kind::Attached][*arg as usize % 3];
+                    Header::bare(kind, ticket.transfer, *seq, *arg >> 2).put(&mut bytes);
+                } else {
+                    bytes.extend(wild(blow, ticket.transfer));
+                }
+            }
+            ticket.endpoints = vec![false_receiver(bytes).await.to_string()];
+            // It may fail in any way, but it ends, and lets go of its source.
+            let outcome = soon(pair.push_all(ticket.encode().unwrap(), &[2, 3])).await;
+            drop((outcome, landing));
+            pair.assert_quiet().await;
         });
     }
 }

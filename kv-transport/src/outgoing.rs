@@ -1,0 +1,117 @@
+//! A frame on its way out: an owned head, then cells read straight from the source.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::BufMut;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use crate::job::Job;
+use crate::push::PushShared;
+use crate::socket::attempt;
+use crate::wire::{ATTACH_BYTES, CELL_BYTES, CellDescriptor, Header, Kind};
+
+/// Bytes one system call sends at most.
+const WRITE_BYTES: usize = 1 << 20;
+/// What is sent instead of source bytes once their push is over: the rest of a frame must still be something.
+static FILLER: [u8; 64 << 10] = [0; 64 << 10];
+/// Sequence numbers of the frames that are not writes; all of them are answered.
+const SEQ_ATTACH: u32 = u32::MAX;
+const SEQ_COMMIT: u32 = u32::MAX - 1;
+
+/// A frame being sent.
+pub(crate) struct Outgoing {
+    push: Arc<PushShared>,
+    head: Vec<u8>,
+    places: Vec<Range<usize>>,
+    sent: usize,
+    total: usize,
+    /// Answers the receiver owes for it.
+    pub(crate) answers: usize,
+}
+
+impl Outgoing {
+    /// The frame of a job, behind an attach if this connection has not shown the ticket yet. Nothing when a cell
+    /// lies outside the source, which was checked when it was queued.
+    pub(crate) fn new(push: Arc<PushShared>, job: Job, attach: bool) -> Option<Self> {
+        let transfer = push.ticket.transfer;
+        let (mut head, mut places, mut answers) = (Vec::new(), Vec::new(), 0);
+        if attach {
+            let mut body = Vec::with_capacity(ATTACH_BYTES);
+            body.put_slice(&push.ticket.secret.0);
+            body.put_u64_le(push.ticket.generation);
+            body.put_u32_le(push.ticket.attempt);
+            Header::bare(Kind::Attach, transfer, SEQ_ATTACH, 0).put_with_body(&body, &mut head);
+            answers += 1;
+        }
+        match job {
+            Job::Attach => {}
+            Job::Write { seq, cells } => {
+                let mut body = Vec::with_capacity(cells.len() * CELL_BYTES);
+                for cell in &cells {
+                    let place = push.place(cell.plane, cell.src_slot)?;
+                    CellDescriptor { plane: cell.plane, index: cell.index, checksum: cell.checksum }
+                        .put(&mut body);
+                    places.push(place);
+                }
+                let mut header = Header::bare(Kind::Write, transfer, seq, 0);
+                header.count = u16::try_from(cells.len()).ok()?;
+                header.payload_bytes = u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
+                header.put_with_body(&body, &mut head);
+                answers += 1;
+            }
+            Job::Commit(payload) => {
+                Header::bare(Kind::Commit, transfer, SEQ_COMMIT, 0).put_with_body(&payload, &mut head);
+                answers += 1;
+            }
+            Job::Abort(reason) => {
+                Header::bare(Kind::Abort, transfer, 0, 0).put_with_body(reason.as_bytes(), &mut head);
+            }
+        }
+        let total = head.len() + places.iter().map(Range::len).sum::<usize>();
+        Some(Self { push, head, places, sent: 0, total, answers })
+    }
+
+    /// Whether all of it is with the kernel.
+    pub(crate) fn is_sent(&self) -> bool {
+        self.sent == self.total
+    }
+
+    /// Bytes of its cells.
+    pub(crate) fn payload_bytes(&self) -> u64 {
+        self.places.iter().map(|place| place.len() as u64).sum()
+    }
+
+    /// Sends what the socket takes in one call; nothing when it takes none. Once the push is over the source is
+    /// not read any more, but what was begun must be completed: with zeros, which fail their checksum.
+    pub(crate) fn send(&mut self, socket: &TcpStream) -> io::Result<Option<usize>> {
+        let head = self.head.get(self.sent.min(self.head.len())..).unwrap_or_default();
+        let region = &self.push.region;
+        let write = |bytes: &[u8]| {
+            attempt(socket, Interest::WRITABLE, |fd| region.write_to(fd, bytes, std::iter::empty()))
+        };
+        let source = || attempt(socket, Interest::WRITABLE, |fd| region.write_to(fd, head, self.rest()));
+        let sent = match self.push.reading(source) {
+            Some(sent) => sent?,
+            None if !head.is_empty() => write(head)?,
+            None => write(FILLER.get(..(self.total - self.sent).min(FILLER.len())).unwrap_or_default())?,
+        };
+        self.sent += sent.unwrap_or(0);
+        Ok(sent)
+    }
+
+    /// The cells, or parts of them, that were not sent yet; at most [`WRITE_BYTES`] of them.
+    fn rest(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut skip = self.sent.saturating_sub(self.head.len());
+        let mut room = WRITE_BYTES;
+        self.places.iter().filter_map(move |place| {
+            let start = place.start + skip.min(place.len());
+            skip -= start - place.start;
+            let end = place.end.min(start + room);
+            room -= end - start;
+            (start < end).then_some(start..end)
+        })
+    }
+}
