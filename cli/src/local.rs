@@ -102,10 +102,8 @@ impl LocalCluster {
         futures::future::select_all(ends).await.0
     }
 
-    /// Drains and ends everything.
+    /// Drains and ends everything: first the workers, while the router still relays their tokens.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        self.stop.cancel();
-        let ended = (&mut self.router).await?;
         self.lifelines.clear();
         for (name, mut child) in std::mem::take(&mut self.children) {
             if tokio::time::timeout(CHILD_PATIENCE, child.wait()).await.is_err() {
@@ -113,7 +111,8 @@ impl LocalCluster {
                 let _ = child.kill().await;
             }
         }
-        Ok(ended?)
+        self.stop.cancel();
+        Ok((&mut self.router).await??)
     }
 }
 

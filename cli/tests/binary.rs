@@ -102,7 +102,8 @@ async fn up_serves_until_it_is_told_to_stop() {
     let mut up = Process(up.stdout(Stdio::null()).spawn().unwrap());
     let mut client = client(&address).await;
     wait_for(&mut client, &["decode-0", "decode-1", "prefill-0"]).await;
-    let generate = || run(tandem().args(["generate", "hi", "--addr", &address, "--max-tokens", "5", "--json"]));
+    let generate =
+        || run(tandem().args(["generate", "hi", "--addr", &address, "--max-tokens", "5", "--json"]));
     let (code, out, err) = generate();
     assert_eq!(code, Some(0), "{err}");
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["finish_reason"], "length");
@@ -238,8 +239,15 @@ async fn processes_on_etcd_join_leave_and_die() {
         assert_eq!(output.await.unwrap().unwrap().tokens[0], expected);
     }
     wait_for(&mut client, &["d0", "p0"]).await;
-    let keys = etcd.keys("/tandem/").unwrap();
-    assert!(!keys.contains("p1") && !keys.contains("d1"), "{keys}");
+    // Their keys go when their lease of two seconds has run out.
+    let gone = |keys: &str| !keys.contains("p1") && !keys.contains("d1");
+    for _ in 0..500 {
+        if gone(&etcd.keys("/tandem/").unwrap()) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(gone(&etcd.keys("/tandem/").unwrap()));
 
     // The same name joins again, as a later incarnation.
     let mut d1 = start("decode", "d1", dir.path(), &etcd, any);

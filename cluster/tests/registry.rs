@@ -32,10 +32,10 @@ fn member(worker: &str, incarnation: u64) -> Member {
 /// Waits until the picture fulfils a condition; the deadline only ends a test that would hang.
 async fn until(seen: &mut watch::Receiver<Picture>, what: &str, holds: impl Fn(&Picture) -> bool) -> Picture {
     let waited = tokio::time::timeout(Duration::from_secs(30), seen.wait_for(|p| holds(p))).await;
-    match waited {
-        Ok(Ok(picture)) => picture.clone(),
-        _ => panic!("never saw: {what}; last: {:?}", seen.borrow().members),
+    if let Ok(Ok(picture)) = waited {
+        return picture.clone();
     }
+    panic!("never saw: {what}");
 }
 
 trait Both: Join + Watch {}

@@ -53,7 +53,6 @@ struct Group {
     /// Prefill happens here; otherwise the KV has landed.
     local: bool,
     cached_tokens: u32,
-    local_prefill: Option<v1::PrefillTiming>,
     hold: Hold,
 }
 
@@ -129,7 +128,6 @@ impl EngineLoop {
                 started: None,
                 local: first.is_empty(),
                 cached_tokens: u32::try_from(computed).unwrap_or(u32::MAX),
-                local_prefill: None,
                 hold,
             },
         );
@@ -162,10 +160,7 @@ impl EngineLoop {
         group.finishes.push(v1::ChoiceFinish { choice: choice.index, finish_reason: reason.into() });
         group.open -= 1;
         if group.open == 0 {
-            let finished = v1::Finished {
-                choices: std::mem::take(&mut group.finishes),
-                local_prefill: group.local_prefill.take(),
-            };
+            let finished = v1::Finished { choices: std::mem::take(&mut group.finishes) };
             let event =
                 v1::DecodeEvent { event: Some(Event::Finished(finished)), load: Some(load_to_wire(&load)) };
             let _ = group.events.send(Ok(event));
@@ -283,9 +278,9 @@ impl EngineLoop {
         let mut tokens: HashMap<usize, Vec<u32>> = HashMap::new();
         for (&(index, count), drawn) in run.iter().zip(&drawn) {
             self.choices[index].advance(count, &self.pool, &self.layout);
-            self.send(&self.choices[index], drawn);
-            if let Some(group) = self.groups.get_mut(&self.choices[index].group) {
-                group.note(started, !drawn.is_empty());
+            let choice = &self.choices[index];
+            if let Some(group) = self.groups.get_mut(&choice.group) {
+                group.ran(started, choice, drawn);
             }
             if !drawn.is_empty() {
                 tokens.insert(index, drawn.iter().map(|s| s.token).collect());
@@ -303,17 +298,6 @@ impl EngineLoop {
                 }
             }
         }
-    }
-
-    fn send(&self, choice: &Choice, drawn: &[Sampled]) {
-        let Some(group) = self.groups.get(&choice.group) else { return };
-        if drawn.is_empty() {
-            return;
-        }
-        let to_wire = |(index, s)| sampled_to_wire(index, s, &choice.request.sampling);
-        let tokens = (choice.index..).zip(drawn).map(to_wire).collect();
-        let event = Some(Event::Tokens(v1::Tokens { tokens }));
-        let _ = group.events.send(Ok(v1::DecodeEvent { event, load: None }));
     }
 
     fn fail(&mut self, run: &[(usize, usize)], why: &str) {
@@ -353,18 +337,23 @@ impl EngineLoop {
 }
 
 impl Group {
-    /// A step that began at `started` ran tokens of this request; `drew` a token at its end. What happens
-    /// until the first own draw of a request without landed KV is its local prefill.
-    fn note(&mut self, started: Instant, drew: bool) {
+    /// A step that began at `started` ran tokens of this choice and drew those at its end. What happens
+    /// until the first draw of a request without landed KV is its local prefill.
+    fn ran(&mut self, started: Instant, choice: &Choice, drawn: &[Sampled]) {
         let began = *self.started.get_or_insert(started);
-        if drew && self.local && self.local_prefill.is_none() {
-            self.local_prefill = Some(v1::PrefillTiming {
-                queue_ms: millis(began - self.submitted),
-                prefill_ms: millis(began.elapsed()),
-                exposed_transfer_ms: 0.0,
-                cached_tokens: self.cached_tokens,
-            });
+        if drawn.is_empty() {
+            return;
         }
+        let local_prefill = (self.local && choice.is_stem()).then(|| v1::PrefillTiming {
+            queue_ms: millis(began - self.submitted),
+            prefill_ms: millis(began.elapsed()),
+            exposed_transfer_ms: 0.0,
+            cached_tokens: self.cached_tokens,
+        });
+        let to_wire = |(index, s)| sampled_to_wire(index, s, &choice.request.sampling);
+        let tokens = (choice.index..).zip(drawn).map(to_wire).collect();
+        let event = Some(Event::Tokens(v1::Tokens { tokens, local_prefill }));
+        let _ = self.events.send(Ok(v1::DecodeEvent { event, load: None }));
     }
 }
 

@@ -67,7 +67,11 @@ pub async fn run(
         identity,
         region,
         worker::pool::grid(kv.as_ref()),
-        ReceiverConfig { endpoints: vec![address.clone()], ..ReceiverConfig::default() },
+        ReceiverConfig {
+            endpoints: vec![address.clone()],
+            progress_timeout: worker::pool::PROGRESS_TIMEOUT,
+            ..ReceiverConfig::default()
+        },
     );
     let load = Arc::new(watch::channel(Load::default()).0);
     let (inbox, submissions) = std::sync::mpsc::channel();

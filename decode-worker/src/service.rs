@@ -138,7 +138,7 @@ impl DecodeService {
             let commit = v1::Commit::decode(landed.payload)
                 .map_err(|e| Status::data_loss(format!("the commit is unreadable: {e}")))?;
             let first = self.first_tokens(&request, &commit)?;
-            let event = Some(Event::Tokens(v1::Tokens { tokens: commit.first }));
+            let event = Some(Event::Tokens(v1::Tokens { tokens: commit.first, local_prefill: None }));
             let _ = events.send(Ok(v1::DecodeEvent { event, load: None }));
             let table = cached.into_iter().chain(blocks).collect();
             self.submit(request, events.clone(), table, first, hold)

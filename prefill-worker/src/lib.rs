@@ -62,7 +62,12 @@ pub async fn run(
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
     let identity = Identity { worker: config.worker.name.clone(), incarnation: config.worker.incarnation };
-    let sender = Sender::new(identity, region, worker::pool::grid(kv.as_ref()), SenderConfig::default());
+    let sender = Sender::new(
+        identity,
+        region,
+        worker::pool::grid(kv.as_ref()),
+        SenderConfig { progress_timeout: worker::pool::PROGRESS_TIMEOUT, ..SenderConfig::default() },
+    );
     let load = Arc::new(watch::channel(Load::default()).0);
     let (inbox, jobs) = std::sync::mpsc::channel();
     let attempts = Attempts::default();

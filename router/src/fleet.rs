@@ -153,7 +153,7 @@ impl Fleet {
         }
         for (name, worker) in workers.iter_mut() {
             if !picture.members.contains_key(name) && !worker.suspect {
-                tracing::warn!(worker = %name, "gone from the registry; probing it");
+                tracing::info!(worker = %name, "gone from the registry; probing it");
                 worker.suspect = true;
             }
         }

@@ -353,14 +353,16 @@ impl Journey {
         let shared = Arc::clone(&self.shared);
         let chunks = match event {
             Some(Event::Tokens(tokens)) => {
+                if let Some(timing) = &tokens.local_prefill {
+                    self.note_timing(timing);
+                }
+                if !self.timeline.has_token() {
+                    let mut chains = Chains::new(&self.prepared.sequence.prompt);
+                    self.note_prefix(&placement.decode, &mut chains);
+                }
                 self.relay.tokens(tokens.tokens, &shared.text, &mut self.timeline)?
             }
             Some(Event::Finished(finished)) => {
-                if let Some(timing) = &finished.local_prefill {
-                    self.note_timing(timing);
-                }
-                let mut chains = Chains::new(&self.prepared.sequence.prompt);
-                self.note_prefix(&placement.decode, &mut chains);
                 self.relay.finished(&finished.choices, &shared.text, &mut self.timeline)
             }
             _ => return Err(Status::internal("the decode worker sent an unexpected message")),

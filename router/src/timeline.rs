@@ -39,6 +39,11 @@ impl Timeline {
         }
     }
 
+    /// Whether a token has come.
+    pub fn has_token(&self) -> bool {
+        self.first_token.is_some()
+    }
+
     /// Text is about to be sent.
     pub fn text(&mut self, now: Instant) {
         self.first_text.get_or_insert(now);
