@@ -1,87 +1,21 @@
 //! One step through the network: the layers' calls in order, each spread over the team.
 
+use super::buffers::{Buffers, MLP_ROWS, Side};
 use super::network::{Layer, Linear, Network};
 use super::plan::Plan;
-use super::region::{KvRegion, Region};
+use super::region::KvRegion;
 use super::simd::Kernels;
 use super::simd::attention::{AttentionLayer, AttentionTask};
 use super::simd::gemm::{Gemm, Packed};
 use super::simd::rows::{NormRow, QkvRow, SwigluRow};
 use super::team::Team;
+use crate::KvMemory;
 use crate::model::ModelConfig;
-use crate::{EngineError, KvMemory};
 
 /// Rows of a GEMM task: its activations stay in the second-level cache.
 const ROW_BLOCK: usize = 96;
-/// Rows that go through the MLP together: bounds its scratch.
-const MLP_ROWS: usize = 384;
 /// Rows of a task of row work.
 const ROWS_PER_TASK: usize = 8;
-
-/// f32 rows, a cache line more than a power of two apart where they would collide in the cache.
-pub(super) struct Buffer {
-    region: Region,
-    stride: usize,
-}
-
-impl Buffer {
-    fn new(rows: usize, width: usize) -> Result<Self, EngineError> {
-        let stride = width.next_multiple_of(16) + 16;
-        Ok(Self { region: Region::new(rows * stride * 4, "activations")?, stride })
-    }
-
-    fn at(&self) -> *mut f32 {
-        self.region.as_ptr().cast()
-    }
-
-    /// # Safety
-    /// `row` below the buffer's rows.
-    unsafe fn row(&self, row: usize) -> *mut f32 {
-        // SAFETY: inside the region.
-        unsafe { self.at().add(row * self.stride) }
-    }
-}
-
-// SAFETY: plain memory; concurrent access is to disjoint rows or read-only, as each loop below says.
-unsafe impl Sync for Buffer {}
-
-/// The activations of a step.
-pub(super) struct Buffers {
-    /// Residual stream `[tokens, hidden]`.
-    x: Buffer,
-    /// `[tokens, hidden]`
-    normed: Buffer,
-    /// `[tokens, (heads + 2 · kv_heads) · head_dim]`
-    qkv: Buffer,
-    /// `[tokens, heads · head_dim]`
-    attended: Buffer,
-    /// `[MLP_ROWS, 2 · ffn]`, gate padded to whole panels.
-    gate_up: Buffer,
-    /// `[MLP_ROWS, ffn]`
-    gated: Buffer,
-    /// `[tokens, head_dim / 2]`
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    frequencies: Vec<f32>,
-}
-
-impl Buffers {
-    pub(super) fn new(config: &ModelConfig, tokens: usize) -> Result<Self, EngineError> {
-        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let mlp_rows = tokens.min(MLP_ROWS);
-        Ok(Self {
-            x: Buffer::new(tokens, config.hidden)?,
-            normed: Buffer::new(tokens, config.hidden)?,
-            qkv: Buffer::new(tokens, q + 2 * kv)?,
-            attended: Buffer::new(tokens, q)?,
-            gate_up: Buffer::new(mlp_rows, 2 * config.ffn.next_multiple_of(32))?,
-            gated: Buffer::new(mlp_rows, config.ffn)?,
-            cos: Vec::new(),
-            sin: Vec::new(),
-            frequencies: config.rope.frequencies(config.head_dim),
-        })
-    }
-}
 
 /// What a step works with.
 pub(super) struct Step<'a> {
@@ -267,35 +201,6 @@ impl Step<'_> {
             add: to == Side::Residual,
         };
         product(self.team, self.kernels, &job, rows);
-    }
-}
-
-/// A buffer, as the source or target of a product.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Normed,
-    Qkv,
-    Attended,
-    Residual,
-    GateUp,
-    Gated,
-}
-
-impl Side {
-    fn of(self, buffers: &Buffers) -> &Buffer {
-        match self {
-            Side::Normed => &buffers.normed,
-            Side::Qkv => &buffers.qkv,
-            Side::Attended => &buffers.attended,
-            Side::Residual => &buffers.x,
-            Side::GateUp => &buffers.gate_up,
-            Side::Gated => &buffers.gated,
-        }
-    }
-
-    /// Holds only the rows that are in the MLP now.
-    fn is_mlp(self) -> bool {
-        matches!(self, Side::GateUp | Side::Gated)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The engine on CPU cores: bf16 weights, f32 arithmetic, AVX-512, AVX2 or plain code.
 
+mod buffers;
 mod forward;
 mod network;
 mod plan;
@@ -10,7 +11,8 @@ mod team;
 use std::path::Path;
 use std::sync::Arc;
 
-use self::forward::{Buffers, Step};
+use self::buffers::Buffers;
+use self::forward::Step;
 use self::network::Network;
 use self::plan::Plan;
 use self::region::KvRegion;

@@ -1,5 +1,6 @@
 //! Paged KV: layout of the pool, blocks and who owns them, and the prefix cache.
 
+mod block;
 pub mod hash;
 pub mod layout;
 pub mod pool;

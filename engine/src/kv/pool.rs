@@ -18,69 +18,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::block::State;
+pub use super::block::{Block, BlockCounts, BlockState, OutOfBlocks};
 use super::hash::BlockHash;
-
-/// What the owners of a live block do with it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum BlockState {
-    /// Holds the KV of a sequence that runs.
-    Running,
-    /// Promised to a transfer that has not committed yet.
-    Reserved,
-    /// Given up, but a remote write may still be in flight.
-    Quarantined,
-}
-
-/// There are fewer free and cached blocks than wanted. Nothing was taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{wanted} KV blocks wanted, {available} available")]
-pub struct OutOfBlocks {
-    /// Blocks asked for.
-    pub wanted: usize,
-    /// Blocks that could have been given: free and cached ones.
-    pub available: usize,
-}
-
-/// How many blocks are in which state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct BlockCounts {
-    /// Hold nothing.
-    pub free: usize,
-    /// Hold published KV that nobody uses now.
-    pub cached: usize,
-    /// In use by sequences.
-    pub running: usize,
-    /// Promised to transfers.
-    pub reserved: usize,
-    /// Waiting until no remote write can be in flight.
-    pub quarantined: usize,
-    /// All blocks of the pool.
-    pub total: usize,
-}
-
-impl BlockCounts {
-    fn of(&mut self, state: State) -> &mut usize {
-        match state {
-            State::Free => &mut self.free,
-            State::Cached => &mut self.cached,
-            State::Live(BlockState::Running) => &mut self.running,
-            State::Live(BlockState::Reserved) => &mut self.reserved,
-            State::Live(BlockState::Quarantined) => &mut self.quarantined,
-        }
-    }
-
-    /// The invariant.
-    pub fn balanced(&self) -> bool {
-        self.free + self.cached + self.running + self.reserved + self.quarantined == self.total
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Free,
-    Cached,
-    Live(BlockState),
-}
 
 #[derive(Debug, Clone)]
 struct Slot {
@@ -207,6 +147,24 @@ impl BlockPool {
         self.inner.lock().check()
     }
 
+    pub(super) fn set_state(&self, id: u32, state: BlockState) {
+        let mut inner = self.inner.lock();
+        inner.move_to(id, State::Live(state));
+        inner.debug_check();
+    }
+
+    pub(super) fn owners(&self, id: u32) -> u32 {
+        self.inner.lock().slots[id as usize].owners
+    }
+
+    pub(super) fn share(&self, id: u32) {
+        self.inner.lock().slots[id as usize].owners += 1;
+    }
+
+    pub(super) fn release(&self, id: u32) {
+        self.inner.lock().release(id);
+    }
+
     fn handle(self: &Arc<Self>, id: u32) -> Block {
         Block { id, pool: Arc::clone(self) }
     }
@@ -308,49 +266,5 @@ impl Inner {
             return Err(format!("counted {counted:?}, kept {:?}, free list {}", self.counts, free.len()));
         }
         Ok(())
-    }
-}
-
-/// One owner's handle on a live block. Clone to share, drop to release.
-pub struct Block {
-    id: u32,
-    pool: Arc<BlockPool>,
-}
-
-impl Block {
-    /// The block's id, as it stands in block tables.
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    /// Changes what the owners do with it, for all of them.
-    pub fn set_state(&self, state: BlockState) {
-        let mut inner = self.pool.inner.lock();
-        inner.move_to(self.id, State::Live(state));
-        inner.debug_check();
-    }
-
-    /// Number of handles on this block.
-    pub fn owners(&self) -> u32 {
-        self.pool.inner.lock().slots[self.id as usize].owners
-    }
-}
-
-impl Clone for Block {
-    fn clone(&self) -> Self {
-        self.pool.inner.lock().slots[self.id as usize].owners += 1;
-        Self { id: self.id, pool: Arc::clone(&self.pool) }
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        self.pool.inner.lock().release(self.id);
-    }
-}
-
-impl std::fmt::Debug for Block {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Block({})", self.id)
     }
 }

@@ -106,6 +106,11 @@ impl Lanes for Avx512 {
         unsafe { x86::_mm512_reduce_max_ps(self.0) }
     }
     #[inline(always)]
+    unsafe fn prefetch(line: *const u32) {
+        // SAFETY: see the trait.
+        unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(line.cast()) };
+    }
+    #[inline(always)]
     unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
         // SAFETY: see the trait.
         unsafe { transpose8(rows, to, stride) }

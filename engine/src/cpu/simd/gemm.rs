@@ -99,16 +99,23 @@ impl Gemm<'_> {
     /// anything of `a`; panels in range; `kernels` are supported by the CPU.
     pub(crate) unsafe fn run(&self, kernels: &Kernels, rows: Range<usize>, panels: Range<usize>) {
         let mut sums = Sums([0.0; MOST_ROWS * PANEL]);
+        let pairs = self.weights.k.div_ceil(2);
+        let last = panels.end.saturating_sub(1);
         for panel in panels {
-            for (start, count) in tiles(rows.len(), kernels.panel.len()) {
+            // Each tile fetches its share of the next panel, so that memory works all the time.
+            let next = (panel + 1).min(last);
+            let step = PANEL.div_ceil(rows.len().div_ceil(kernels.panel.len()).max(1));
+            for (index, (start, count)) in tiles(rows.len(), kernels.panel.len()).enumerate() {
                 let row = rows.start + start;
                 // SAFETY: the caller's; `count` is between 1 and the number of tile functions.
                 unsafe {
                     kernels.panel[count - 1](&PanelTile {
-                        pairs: self.weights.k.div_ceil(2),
+                        pairs,
                         a: self.a.add(row * self.lda),
                         lda: self.lda,
                         panel: self.weights.panel(panel),
+                        next: self.weights.panel(next).wrapping_add(index * step * pairs),
+                        step,
                         sums: sums.0.as_mut_ptr(),
                     });
                     self.write(&sums.0[..count * PANEL], row, panel);

@@ -35,6 +35,8 @@ pub(crate) trait Lanes: Copy {
     /// Lane i + lane i+8, then +4, +2, +1.
     unsafe fn sum(self) -> f32;
     unsafe fn largest(self) -> f32;
+    /// Brings a cache line nearer; any address is allowed.
+    unsafe fn prefetch(_line: *const u32) {}
     /// Columns of eight rows of eight 32-bit words become rows, `stride` words apart.
     unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize);
 }

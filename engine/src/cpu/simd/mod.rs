@@ -5,6 +5,7 @@
 //! prompt was cut, on the number of threads, or on the instruction set.
 
 pub(crate) mod attention;
+mod attention_work;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

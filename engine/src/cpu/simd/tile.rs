@@ -18,6 +18,9 @@ pub(crate) struct PanelTile {
     pub(super) panel: *const u32,
     /// `[rows, PANEL]`
     pub(super) sums: *mut f32,
+    /// What comes next: fetched into the cache meanwhile, `step` words per pair.
+    pub(super) next: *const u32,
+    pub(super) step: usize,
 }
 
 /// Computes a panel tile of MR rows, NV vectors at a time.
@@ -38,6 +41,7 @@ pub(super) unsafe fn panel<L: Lanes, const MR: usize, const NV: usize>(tile: &Pa
                 let (mut first, mut second) = ([zero; NV], [zero; NV]);
                 for v in 0..NV {
                     (first[v], second[v]) = L::load_pairs(b.add(v * LANES));
+                    L::prefetch(tile.next.wrapping_add(pair * tile.step + offset + v * LANES));
                 }
                 b = b.add(PANEL);
                 for m in 0..MR {
