@@ -149,7 +149,7 @@ mod tests {
                 prop_assert!(*t >= 1 && *t <= views[*i].pending);
                 prop_assert!(!p.preempt.contains(i));
                 let ends = views[*i].computed + t;
-                prop_assert!(*t == views[*i].pending || ends % 16 == 0);
+                prop_assert!(*t == views[*i].pending || ends.is_multiple_of(16));
             }
             prop_assert!(!p.preempt.contains(&0));
         }
