@@ -6,14 +6,12 @@ use super::plan::Plan;
 use super::region::KvRegion;
 use super::simd::Kernels;
 use super::simd::attention::{AttentionLayer, AttentionTask};
-use super::simd::gemm::{Gemm, Packed};
+use super::simd::gemm::{Gemm, Packed, ROW_BLOCK};
 use super::simd::rows::{NormRow, QkvRow, SwigluRow};
 use super::team::Team;
 use crate::KvMemory;
 use crate::model::ModelConfig;
 
-/// Rows of a GEMM task: its activations stay in the second-level cache.
-const ROW_BLOCK: usize = 96;
 /// Rows of a task of row work.
 const ROWS_PER_TASK: usize = 8;
 

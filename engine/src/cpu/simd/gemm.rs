@@ -98,29 +98,38 @@ impl Gemm<'_> {
     /// The job's pointers valid for these rows; nobody else writes the same rows and columns of `out` or
     /// anything of `a`; panels in range; `kernels` are supported by the CPU.
     pub(crate) unsafe fn run(&self, kernels: &Kernels, rows: Range<usize>, panels: Range<usize>) {
-        let mut sums = Sums([0.0; MOST_ROWS * PANEL]);
-        let pairs = self.weights.k.div_ceil(2);
+        assert!(rows.len() <= ROW_BLOCK);
+        let mut sums = Sums([0.0; ROW_BLOCK * PANEL]);
+        let sums = &mut sums.0[..rows.len() * PANEL];
+        let (pairs, most) = (self.weights.k.div_ceil(2), kernels.panel.len());
+        // One tile streams the panel as it is; several take turns on a slice that stays in the first cache.
+        let slice = if rows.len() > most { SLICE_PAIRS } else { pairs.max(1) };
         let last = panels.end.saturating_sub(1);
         for panel in panels {
+            sums.fill(0.0);
             // Each tile fetches its share of the next panel, so that memory works all the time.
-            let next = (panel + 1).min(last);
-            let step = PANEL.div_ceil(rows.len().div_ceil(kernels.panel.len()).max(1));
-            for (index, (start, count)) in tiles(rows.len(), kernels.panel.len()).enumerate() {
-                let row = rows.start + start;
-                // SAFETY: the caller's; `count` is between 1 and the number of tile functions.
-                unsafe {
-                    kernels.panel[count - 1](&PanelTile {
-                        pairs,
-                        a: self.a.add(row * self.lda),
-                        lda: self.lda,
-                        panel: self.weights.panel(panel),
-                        next: self.weights.panel(next).wrapping_add(index * step * pairs),
-                        step,
-                        sums: sums.0.as_mut_ptr(),
-                    });
-                    self.write(&sums.0[..count * PANEL], row, panel);
+            let step = PANEL.div_ceil(rows.len().div_ceil(most).max(1));
+            let mut fetched = 0;
+            for first in (0..pairs).step_by(slice) {
+                let pairs = slice.min(pairs - first);
+                for (start, count) in tiles(rows.len(), most) {
+                    // SAFETY: the caller's; `count` is between 1 and the number of tile functions.
+                    unsafe {
+                        kernels.panel[count - 1](&PanelTile {
+                            pairs,
+                            a: self.a.add((rows.start + start) * self.lda + 2 * first),
+                            lda: self.lda,
+                            panel: self.weights.panel(panel).add(first * PANEL),
+                            next: self.weights.panel((panel + 1).min(last)).wrapping_add(fetched),
+                            step,
+                            sums: sums[start * PANEL..].as_mut_ptr(),
+                        });
+                    }
+                    fetched += pairs * step;
                 }
             }
+            // SAFETY: the caller's.
+            unsafe { self.write(sums, rows.start, panel) };
         }
     }
 
@@ -149,8 +158,10 @@ impl Gemm<'_> {
     }
 }
 
-/// Most rows of a tile, of any instruction set.
-const MOST_ROWS: usize = 10;
+/// Most rows of one call: their activations stay in the second-level cache.
+pub(crate) const ROW_BLOCK: usize = 96;
+/// Pairs of inputs that row tiles take turns on: 16 KiB of weights.
+const SLICE_PAIRS: usize = 128;
 
 #[repr(align(64))]
-struct Sums([f32; MOST_ROWS * PANEL]);
+struct Sums([f32; ROW_BLOCK * PANEL]);

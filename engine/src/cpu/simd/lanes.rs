@@ -10,7 +10,7 @@ pub(crate) const LANES: usize = 16;
 /// All functions: the CPU must have the instructions of the implementation; pointers must be valid for the
 /// sixteen elements (`transpose`: for the rows and columns it names).
 pub(crate) trait Lanes: Copy {
-    /// Enough registers for tiles of 10 × 2 vectors (else 6 × 1).
+    /// Enough registers for tiles of 8 × 2 vectors (else 6 × 1).
     const WIDE: bool;
 
     unsafe fn splat(x: f32) -> Self;

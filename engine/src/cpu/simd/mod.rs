@@ -93,8 +93,7 @@ macro_rules! kernels {
 #[cfg(target_arch = "x86_64")]
 kernels!(with_avx512, "avx512", avx512::Avx512, 2, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", [
     1 panel1 accumulate1, 2 panel2 accumulate2, 3 panel3 accumulate3, 4 panel4 accumulate4,
-    5 panel5 accumulate5, 6 panel6 accumulate6, 7 panel7 accumulate7, 8 panel8 accumulate8,
-    9 panel9 accumulate9, 10 panel10 accumulate10
+    5 panel5 accumulate5, 6 panel6 accumulate6, 7 panel7 accumulate7, 8 panel8 accumulate8
 ]);
 #[cfg(target_arch = "x86_64")]
 kernels!(with_avx2, "avx2", avx2::Avx2, 1, "avx2,fma", [

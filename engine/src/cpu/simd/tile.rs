@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use super::gemm::PANEL;
 use super::lanes::{LANES, Lanes};
 
-/// Rows of A times a packed panel: `sums [rows, PANEL]`.
+/// Rows of A times (some pairs of inputs of) a packed panel, added to `sums [rows, PANEL]`.
 pub(crate) struct PanelTile {
     /// Pairs of inputs.
     pub(super) pairs: usize,
@@ -36,6 +36,11 @@ pub(super) unsafe fn panel<L: Lanes, const MR: usize, const NV: usize>(tile: &Pa
         for offset in (0..PANEL).step_by(NV * LANES) {
             let zero = L::splat(0.0);
             let mut sums = [[zero; NV]; MR];
+            for m in 0..MR {
+                for v in 0..NV {
+                    sums[m][v] = L::load(tile.sums.add(m * PANEL + offset + v * LANES));
+                }
+            }
             let mut b = tile.panel.add(offset);
             for pair in 0..tile.pairs {
                 let (mut first, mut second) = ([zero; NV], [zero; NV]);
