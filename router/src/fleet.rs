@@ -93,7 +93,6 @@ pub struct Fleet {
 struct Inner {
     workers: RwLock<BTreeMap<String, Worker>>,
     prefixes: Mutex<PrefixIndex>,
-    connected: std::sync::atomic::AtomicBool,
     changed: tokio::sync::Notify,
 }
 
@@ -102,7 +101,6 @@ impl Default for Inner {
         Self {
             workers: RwLock::default(),
             prefixes: Mutex::new(PrefixIndex::new(INDEX_BLOCKS)),
-            connected: false.into(),
             changed: tokio::sync::Notify::new(),
         }
     }
@@ -123,7 +121,6 @@ impl Fleet {
     }
 
     fn apply(&self, picture: &Picture) {
-        self.inner.connected.store(picture.connected, std::sync::atomic::Ordering::Relaxed);
         let mut workers = self.inner.workers.write();
         for (name, entry) in picture.members.iter() {
             match workers.get_mut(name) {
@@ -211,7 +208,13 @@ impl Fleet {
 
     /// Workers of a pool that take requests. Those that the request lost already, and those that are gone
     /// from the registry, come into question only when there is nobody else.
-    pub fn candidates(&self, role: Role, chains: &mut Chains<'_>, lost: &[String]) -> Vec<Candidate> {
+    pub fn candidates(
+        &self,
+        role: Role,
+        prompt: &[u32],
+        chains: &mut Chains,
+        lost: &[String],
+    ) -> Vec<Candidate> {
         let workers = self.inner.workers.read();
         let prefixes = self.inner.prefixes.lock();
         let pool: Vec<&Worker> =
@@ -222,7 +225,7 @@ impl Fleet {
             .filter(|w| !any_good || good(w))
             .map(|w| {
                 let block_tokens = w.member.block_tokens.max(1) as usize;
-                let chain = chains.of(&w.member.compat_hash, block_tokens);
+                let chain = chains.of(prompt, &w.member);
                 let assigned = w.assigned.lock();
                 Candidate {
                     worker: w.member.worker.clone(),
@@ -269,25 +272,20 @@ impl Fleet {
     }
 }
 
-/// The prompt's hash chain, made once per compatibility hash and block size.
-pub struct Chains<'a> {
-    prompt: &'a [u32],
-    made: Vec<(String, usize, Vec<BlockHash>)>,
+/// One prompt's hash chains, each made once per compatibility hash and block size.
+#[derive(Default)]
+pub struct Chains {
+    made: Vec<(String, u32, Vec<BlockHash>)>,
 }
 
-impl<'a> Chains<'a> {
-    /// None made yet.
-    pub fn new(prompt: &'a [u32]) -> Self {
-        Self { prompt, made: Vec::new() }
-    }
-
-    /// The chain as a worker with this hash and block size names it.
-    pub fn of(&mut self, compat_hash: &str, block_tokens: usize) -> &[BlockHash] {
-        let known = self.made.iter().position(|(c, b, _)| c == compat_hash && *b == block_tokens);
-        let at = known.unwrap_or_else(|| {
-            let root = BlockHash::root(compat_hash.as_bytes());
-            let chain = engine::kv::hash::chain(root, self.prompt, block_tokens);
-            self.made.push((compat_hash.to_owned(), block_tokens, chain));
+impl Chains {
+    /// The prompt's chain as this member names it.
+    pub fn of(&mut self, prompt: &[u32], member: &Member) -> &[BlockHash] {
+        let is_known = |(c, b, _): &(String, u32, _)| *c == member.compat_hash && *b == member.block_tokens;
+        let at = self.made.iter().position(is_known).unwrap_or_else(|| {
+            let root = BlockHash::root(member.compat_hash.as_bytes());
+            let chain = engine::kv::hash::chain(root, prompt, member.block_tokens.max(1) as usize);
+            self.made.push((member.compat_hash.clone(), member.block_tokens, chain));
             self.made.len() - 1
         });
         &self.made[at].2

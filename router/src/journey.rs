@@ -20,8 +20,8 @@ use crate::request::Prepared;
 use crate::text::model::TextModel;
 use crate::timeline::{Timeline, millis};
 
-/// Tries of one request, over all workers.
-const MAX_ATTEMPTS: u32 = 6;
+/// Tries that a request may lose to failing workers. Waiting for room is not losing.
+const MAX_LOST: usize = 6;
 /// How long one leg waits for the other's word: what it did, or that it was the cause of a failure.
 const LEG_PATIENCE: Duration = Duration::from_millis(250);
 const SHED_PAUSE: Duration = Duration::from_millis(20);
@@ -57,6 +57,7 @@ pub struct Journey {
     timeline: Timeline,
     kv: v1::KvTransfer,
     cached_tokens: u32,
+    chains: Chains,
     lost: Vec<String>,
 }
 
@@ -94,8 +95,18 @@ impl Journey {
         out: Out,
     ) -> Self {
         let relay = Relay::new(&prepared);
-        let (kv, cached_tokens, lost) = (v1::KvTransfer::default(), 0, Vec::new());
-        Self { shared, prepared, deadline, out, relay, timeline, kv, cached_tokens, lost }
+        Self {
+            shared,
+            prepared,
+            deadline,
+            out,
+            relay,
+            timeline,
+            kv: v1::KvTransfer::default(),
+            cached_tokens: 0,
+            chains: Chains::default(),
+            lost: Vec::new(),
+        }
     }
 
     /// The whole journey. The client hears of an error as the stream's status.
@@ -124,10 +135,10 @@ impl Journey {
         let entered = Instant::now();
         let shared = Arc::clone(&self.shared);
         let _place = shared.admission.enter(shared.queue_patience).await?;
-        let mut attempt = 1;
         loop {
             self.timeline.known.queue_ms = millis(entered.elapsed());
-            self.prepared.sequence.attempt = attempt;
+            // A number of its own for every try: a worker that still holds the last one lets it go for this.
+            self.prepared.sequence.attempt += 1;
             self.relay.begin_attempt();
             let Err(lost) = self.attempt().await else { return Ok(()) };
             let waited = entered.elapsed();
@@ -144,9 +155,10 @@ impl Journey {
                 | Code::Internal
                 | Code::Unknown
                 | Code::Cancelled
-                    if attempt < MAX_ATTEMPTS && lost.worker.is_some() =>
+                    if self.lost.len() + 1 < MAX_LOST && lost.worker.is_some() =>
                 {
-                    tracing::warn!(request = %self.prepared.sequence.request_id, attempt, worker = ?lost.worker,
+                    let sequence = &self.prepared.sequence;
+                    tracing::warn!(request = %sequence.request_id, attempt = sequence.attempt, worker = ?lost.worker,
                         status = %lost.status.message(), "attempt lost, trying again");
                     if let Some(worker) = &lost.worker
                         && is_dead(&lost.status)
@@ -154,7 +166,6 @@ impl Journey {
                         shared.fleet.note_unreachable(worker);
                     }
                     self.lost.extend(lost.worker);
-                    attempt += 1;
                 }
                 _ => return Err(lost.status),
             }
@@ -227,8 +238,7 @@ impl Journey {
     fn place(&mut self) -> Result<Placement, Status> {
         let sequence = &self.prepared.sequence;
         let fleet = &self.shared.fleet;
-        let mut chains = Chains::new(&sequence.prompt);
-        let mut pool = |role| fleet.candidates(role, &mut chains, &self.lost);
+        let mut pool = |role| fleet.candidates(role, &sequence.prompt, &mut self.chains, &self.lost);
         let (prefill, decode) = (pool(Role::Prefill), pool(Role::Decode));
         let demand = Demand { prompt_tokens: sequence.prompt.len(), salt: rand::random::<u32>() as usize };
         let model = *self.shared.model.lock();
@@ -317,8 +327,7 @@ impl Journey {
 
     fn note_prefill(&mut self, worker: &str, reply: v1::PrefillReply, placed_at: Instant) {
         self.shared.fleet.note_load(worker, reply.load);
-        let mut chains = Chains::new(&self.prepared.sequence.prompt);
-        self.note_prefix(worker, &mut chains);
+        self.note_prefix(worker);
         if let Some(kv) = reply.kv {
             self.kv = v1::KvTransfer { cached_blocks: self.kv.cached_blocks, ..kv };
         }
@@ -341,9 +350,9 @@ impl Journey {
         known.exposed_transfer_ms = timing.exposed_transfer_ms;
     }
 
-    fn note_prefix(&self, worker: &str, chains: &mut Chains<'_>) {
+    fn note_prefix(&mut self, worker: &str) {
         if let Some(w) = self.worker(worker) {
-            let chain = chains.of(&w.member.compat_hash, w.member.block_tokens.max(1) as usize);
+            let chain = self.chains.of(&self.prepared.sequence.prompt, &w.member);
             self.shared.fleet.note_prefix(worker, chain);
         }
     }
@@ -357,8 +366,7 @@ impl Journey {
                     self.note_timing(timing);
                 }
                 if !self.timeline.has_token() {
-                    let mut chains = Chains::new(&self.prepared.sequence.prompt);
-                    self.note_prefix(&placement.decode, &mut chains);
+                    self.note_prefix(&placement.decode);
                 }
                 self.relay.tokens(tokens.tokens, &shared.text, &mut self.timeline)?
             }

@@ -74,6 +74,7 @@ impl Relay {
             let now = Instant::now();
             timeline.token(now, choice.last_token.replace(now));
             choice.sent.push(token.token_id);
+            choice.replayed = choice.sent.len();
             let is_end = self.ends.contains(&token.token_id) && choice.sent.len() >= self.min_tokens;
             let shown = match is_end {
                 true => String::new(),
@@ -140,7 +141,6 @@ impl Choice {
     }
 
     fn show(&mut self, index: u32, token: u32, text: &TextModel) -> String {
-        self.replayed = self.sent.len();
         let new = self.detokenizer.push(token, |ids| text.decode(ids));
         self.pass(index, &new)
     }

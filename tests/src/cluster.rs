@@ -44,6 +44,8 @@ pub struct Spec {
     pub max_sequences: usize,
     /// Sequences waiting on one worker.
     pub max_waiting: usize,
+    /// Prompts that one prefill worker takes, waiting ones included, when not as many as sequences.
+    pub prefill_slots: Option<usize>,
     /// Longest wait for a place.
     pub queue_patience: Duration,
 }
@@ -59,6 +61,7 @@ impl Default for Spec {
             kv_blocks: 600,
             max_sequences: 64,
             max_waiting: 64,
+            prefill_slots: None,
             queue_patience: Duration::from_secs(60),
         }
     }
@@ -184,6 +187,10 @@ impl Cluster {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
+        let (max_sequences, max_waiting) = match spec.prefill_slots {
+            Some(slots) if is_prefill => (slots, 0),
+            _ => (spec.max_sequences, spec.max_waiting),
+        };
         let worker = WorkerConfig {
             name: name.clone(),
             model: "tiny".into(),
@@ -191,8 +198,8 @@ impl Cluster {
             zone: String::new(),
             compat_hash: ModelConfig::load(model).unwrap().compat_hash(model, "test").unwrap(),
             incarnation: cluster::member::new_incarnation(),
-            max_sequences: spec.max_sequences,
-            max_waiting: spec.max_waiting,
+            max_sequences,
+            max_waiting,
             step_tokens,
             drain_deadline: Duration::from_secs(30),
         };

@@ -215,6 +215,22 @@ async fn a_full_cluster_queues_then_sheds_with_a_hint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_full_prefill_worker_is_waited_for() {
+    // Every request finds room to decode, but the prefill worker takes one prompt at a time: the others come
+    // back at once, while the decode worker may still hold their last try.
+    let (dir, cluster) = start(Spec { prefill_slots: Some(1), ..Spec::default() }).await;
+    let mut oracle = Oracle::new(dir.path(), 1200);
+    let prompts: Vec<Vec<u32>> = (0..24).map(|i| prompt(600 + i * 17)).collect();
+    let outputs = join_all(prompts.iter().map(|p| cluster.generate(request(p, greedy(6))))).await;
+    for (p, output) in prompts.iter().zip(outputs) {
+        let expected = oracle.generate(p, &engine::SamplingParams::default(), 0, 6, &[]);
+        assert_eq!(output.unwrap().tokens[0], expected);
+    }
+    cluster.assert_nothing_leaked().await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn empty_pools_are_named() {
     let (_dir, cluster) = start(Spec { prefill: 0, decode: 0, ..Spec::default() }).await;
     let error = cluster.generate(request(&prompt(5), greedy(1))).await.unwrap_err();
