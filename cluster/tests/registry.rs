@@ -4,12 +4,11 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{EtcdRegistry, Join, Load, Member, MemoryRegistry, Picture, RegistryError, Role, Watch};
+use tandem_tests::process::{Etcd, free_port};
 use tokio::sync::watch;
 
 fn member(worker: &str, incarnation: u64) -> Member {
@@ -87,87 +86,20 @@ async fn memory_keeps_the_newer_incarnation() {
     new.leave(Duration::from_secs(1)).await;
 }
 
-/// A single etcd on free ports, with its data in a folder that goes with it.
-struct Etcd {
-    process: Child,
-    url: String,
-    peer: String,
-    dir: tempfile::TempDir,
-}
-
-impl Etcd {
-    fn start() -> Self {
-        let (client, peer) = (free_port(), free_port());
-        let dir = tempfile::tempdir().unwrap();
-        let url = format!("http://127.0.0.1:{client}");
-        let peer = format!("http://127.0.0.1:{peer}");
-        let process = spawn(&dir, &url, &peer);
-        Self { process, url, peer, dir }
-    }
-
-    async fn ready(&self) {
-        for _ in 0..300 {
-            if etcd_client::Client::connect([&self.url], None).await.is_ok_and(|_| true)
-                && let Ok(mut client) = etcd_client::Client::connect([&self.url], None).await
-                && client.get("x", None).await.is_ok()
-            {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        panic!("etcd does not answer at {}", self.url);
-    }
-
-    fn kill(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-    }
-
-    fn restart(&mut self) {
-        self.process = spawn(&self.dir, &self.url, &self.peer);
-    }
-
-    fn registry(&self) -> EtcdRegistry {
-        EtcdRegistry::new(std::slice::from_ref(&self.url), "test", Duration::from_secs(2))
-    }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-fn spawn(dir: &tempfile::TempDir, url: &str, peer: &str) -> Child {
-    Command::new("etcd")
-        .arg("--data-dir")
-        .arg(dir.path())
-        .args(["--listen-client-urls", url, "--advertise-client-urls", url])
-        .args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer])
-        .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("etcd must be on the PATH: run `make setup`")
+fn registry(etcd: &Etcd) -> EtcdRegistry {
+    EtcdRegistry::new(std::slice::from_ref(&etcd.url), "test", Duration::from_secs(2))
 }
 
 #[tokio::test]
 async fn etcd_behaves() {
-    let etcd = Etcd::start();
-    etcd.ready().await;
-    behaves(&etcd.registry()).await;
+    let etcd = Etcd::start().await;
+    behaves(&registry(&etcd)).await;
 }
 
 #[tokio::test]
 async fn etcd_away_is_not_everyone_gone() {
-    let mut etcd = Etcd::start();
-    etcd.ready().await;
-    let registry: Arc<dyn Both> = Arc::new(etcd.registry());
+    let mut etcd = Etcd::start().await;
+    let registry: Arc<dyn Both> = Arc::new(registry(&etcd));
     let mut seen = registry.watch().await.unwrap();
     let load = watch::channel(Load::default()).1;
     let a = registry.join(member("a", 7), load).await.unwrap();
@@ -199,16 +131,10 @@ async fn etcd_away_at_the_start_is_an_error() {
 
 #[tokio::test]
 async fn etcd_keys_are_readable() {
-    let etcd = Etcd::start();
-    etcd.ready().await;
+    let etcd = Etcd::start().await;
     let load = watch::channel(Load::default()).1;
-    let _a = etcd.registry().join(member("a", 7), load).await.unwrap();
-    let output = Command::new("etcdctl")
-        .args(["--endpoints", &etcd.url, "get", "--prefix", "/tandem/"])
-        .env("ETCDCTL_API", "3")
-        .output()
-        .expect("etcdctl must be on the PATH: run `make setup`");
-    let text = String::from_utf8(output.stdout).unwrap();
+    let _a = registry(&etcd).join(member("a", 7), load).await.unwrap();
+    let text = etcd.keys("/tandem/").unwrap();
     assert!(text.contains("/tandem/v1/test/members/a\n{\"worker\":\"a\",\"role\":\"decode\""), "{text}");
     assert!(text.contains("/tandem/v1/test/load/a\n{\"queued_tokens\":0"), "{text}");
 }

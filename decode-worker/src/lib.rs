@@ -11,19 +11,19 @@ mod service;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::{Join, Load, Role};
-use engine::kv::pool::BlockPool;
-use engine::{Engine, EngineError};
-use kv_transport::{Identity, Receiver, ReceiverConfig};
+use cluster::{Load, Role};
+use engine::EngineError;
+use kv_transport::{Receiver, ReceiverConfig};
 use proto::v1::decode_worker_server::DecodeWorkerServer;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::service::RoutesBuilder;
 use worker::WorkerConfig;
 use worker::attempts::Attempts;
-use worker::request::Limits;
 use worker::serve::{self, Life, LifeError};
+
+pub use worker::Deps;
 
 /// Why a decode worker's process ends badly.
 pub type RunError = LifeError<EngineError>;
@@ -35,16 +35,6 @@ pub struct DecodeConfig {
     pub worker: WorkerConfig,
     /// How long a reservation may wait for its KV. Default 120 s.
     pub reservation: Duration,
-}
-
-/// What a decode worker works with.
-pub struct Deps {
-    /// The model on its device.
-    pub engine: Box<dyn Engine>,
-    /// Who owns which block of the engine's KV pool.
-    pub pool: Arc<BlockPool>,
-    /// Where to become a member.
-    pub registry: Arc<dyn Join>,
 }
 
 /// Serves until `stop`; then takes nothing new, lets running requests end (at most the drain
@@ -62,9 +52,8 @@ pub async fn run(
     let address = config.worker.address(bound);
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
-    let identity = Identity { worker: config.worker.name.clone(), incarnation: config.worker.incarnation };
     let receiver = Receiver::new(
-        identity,
+        config.worker.identity(),
         region,
         worker::pool::grid(kv.as_ref()),
         ReceiverConfig {
@@ -77,17 +66,11 @@ pub async fn run(
     let (inbox, submissions) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
     let service = service::DecodeService {
-        limits: Arc::new(Limits {
-            vocab_size: info.vocab_size,
-            max_context_tokens: info.max_context_tokens,
-            layout,
-            compat_hash: config.worker.compat_hash.clone(),
-            incarnation: config.worker.incarnation,
-        }),
+        limits: config.worker.limits(layout, &info),
         pool: Arc::clone(&deps.pool),
         receiver: receiver.clone(),
         engine: inbox,
-        slots: Arc::new(Semaphore::new(config.worker.max_sequences + config.worker.max_waiting)),
+        slots: config.worker.slots(),
         attempts: attempts.clone(),
         load: Arc::clone(&load),
         reservation: config.reservation,

@@ -10,19 +10,19 @@ mod service;
 
 use std::sync::Arc;
 
-use cluster::{Join, Load, Role};
-use engine::kv::pool::BlockPool;
-use engine::{Engine, EngineError};
-use kv_transport::{Identity, Sender, SenderConfig};
+use cluster::{Load, Role};
+use engine::EngineError;
+use kv_transport::{Sender, SenderConfig};
 use proto::v1::prefill_worker_server::PrefillWorkerServer;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::service::RoutesBuilder;
 use worker::WorkerConfig;
 use worker::attempts::Attempts;
-use worker::request::Limits;
 use worker::serve::{self, Life, LifeError};
+
+pub use worker::Deps;
 
 /// Why a prefill worker's process ends badly.
 pub type RunError = LifeError<EngineError>;
@@ -34,16 +34,6 @@ pub struct PrefillConfig {
     pub worker: WorkerConfig,
     /// Most prompts in one engine step.
     pub max_prompts: usize,
-}
-
-/// What a prefill worker works with.
-pub struct Deps {
-    /// The model on its device.
-    pub engine: Box<dyn Engine>,
-    /// Who owns which block of the engine's KV pool.
-    pub pool: Arc<BlockPool>,
-    /// Where to become a member.
-    pub registry: Arc<dyn Join>,
 }
 
 /// Serves until `stop`; then takes nothing new, lets accepted prompts end (at most the drain deadline)
@@ -61,9 +51,8 @@ pub async fn run(
     let address = config.worker.address(bound);
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
-    let identity = Identity { worker: config.worker.name.clone(), incarnation: config.worker.incarnation };
     let sender = Sender::new(
-        identity,
+        config.worker.identity(),
         region,
         worker::pool::grid(kv.as_ref()),
         SenderConfig { progress_timeout: worker::pool::PROGRESS_TIMEOUT, ..SenderConfig::default() },
@@ -72,16 +61,10 @@ pub async fn run(
     let (inbox, jobs) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
     let service = service::PrefillService {
-        limits: Arc::new(Limits {
-            vocab_size: info.vocab_size,
-            max_context_tokens: info.max_context_tokens,
-            layout,
-            compat_hash: config.worker.compat_hash.clone(),
-            incarnation: config.worker.incarnation,
-        }),
+        limits: config.worker.limits(layout, &info),
         sender,
         engine: inbox,
-        slots: Arc::new(Semaphore::new(config.worker.max_sequences + config.worker.max_waiting)),
+        slots: config.worker.slots(),
         attempts: attempts.clone(),
         load: Arc::clone(&load),
     };

@@ -1,7 +1,7 @@
 //! The real binary and real etcd as child processes that go with the test.
 
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -31,11 +31,11 @@ pub fn free_port() -> u16 {
 
 /// A single etcd on loopback.
 pub struct Etcd {
-    /// Its process.
-    pub process: Process,
     /// Its client address.
     pub url: String,
-    _dir: tempfile::TempDir,
+    peer: String,
+    process: Process,
+    dir: tempfile::TempDir,
 }
 
 impl Etcd {
@@ -44,17 +44,8 @@ impl Etcd {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("http://127.0.0.1:{}", free_port());
         let peer = format!("http://127.0.0.1:{}", free_port());
-        let process = Command::new("etcd")
-            .arg("--data-dir")
-            .arg(dir.path())
-            .args(["--listen-client-urls", &url, "--advertise-client-urls", &url])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd must be on the PATH: run `make setup`");
-        let etcd = Self { process: Process(process), url, _dir: dir };
+        let process = Self::spawn(dir.path(), &url, &peer);
+        let etcd = Self { url, peer, process, dir };
         for _ in 0..300 {
             if etcd.keys("/").is_some() {
                 return etcd;
@@ -62,6 +53,31 @@ impl Etcd {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         panic!("etcd does not answer at {}", etcd.url);
+    }
+
+    fn spawn(dir: &Path, url: &str, peer: &str) -> Process {
+        let process = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(dir)
+            .args(["--listen-client-urls", url, "--advertise-client-urls", url])
+            .args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer])
+            .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd must be on the PATH: run `make setup`");
+        Process(process)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process.0.kill().unwrap();
+        self.process.0.wait().unwrap();
+    }
+
+    /// Starts it again after a kill, with its data.
+    pub fn restart(&mut self) {
+        self.process = Self::spawn(self.dir.path(), &self.url, &self.peer);
     }
 
     /// What `etcdctl get --prefix` prints; None when etcd does not answer.

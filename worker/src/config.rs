@@ -1,10 +1,26 @@
 //! What every worker is told, and the member it becomes.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::{Member, Role};
-use engine::{EngineInfo, KvLayout};
+use cluster::{Join, Member, Role};
+use engine::kv::pool::BlockPool;
+use engine::{Engine, EngineInfo, KvLayout};
+use kv_transport::Identity;
+use tokio::sync::Semaphore;
+
+use crate::request::Limits;
+
+/// What a worker works with.
+pub struct Deps {
+    /// The model on its device.
+    pub engine: Box<dyn Engine>,
+    /// Who owns which block of the engine's KV pool.
+    pub pool: Arc<BlockPool>,
+    /// Where to become a member.
+    pub registry: Arc<dyn Join>,
+}
 
 /// Settings that both kinds of worker share.
 #[derive(Debug, Clone)]
@@ -38,6 +54,27 @@ impl WorkerConfig {
             Some(address) => address.clone(),
             None => bound.to_string(),
         }
+    }
+
+    /// Who it is to the KV transport.
+    pub fn identity(&self) -> Identity {
+        Identity { worker: self.name.clone(), incarnation: self.incarnation }
+    }
+
+    /// What its requests are checked against.
+    pub fn limits(&self, layout: KvLayout, info: &EngineInfo) -> Arc<Limits> {
+        Arc::new(Limits {
+            vocab_size: info.vocab_size,
+            max_context_tokens: info.max_context_tokens,
+            layout,
+            compat_hash: self.compat_hash.clone(),
+            incarnation: self.incarnation,
+        })
+    }
+
+    /// Room for what may run and wait.
+    pub fn slots(&self) -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(self.max_sequences + self.max_waiting))
     }
 
     /// The member that this worker registers as.

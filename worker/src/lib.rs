@@ -11,5 +11,5 @@ pub mod rate;
 pub mod request;
 pub mod serve;
 
-pub use config::WorkerConfig;
+pub use config::{Deps, WorkerConfig};
 pub use request::Request;
