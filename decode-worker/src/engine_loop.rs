@@ -16,6 +16,7 @@ use worker::request::{load_to_wire, sampled_to_wire};
 use worker::{Request, attempts::Running};
 
 use crate::choice::Choice;
+use crate::metrics::LoopMetrics;
 use crate::scheduler::{self, Rules};
 
 /// How long to wait for blocks when every choice is blocked on ones that landings hold.
@@ -68,6 +69,7 @@ pub(crate) struct EngineLoop {
     groups: HashMap<u64, Group>,
     next_group: u64,
     rate: Rate,
+    metrics: LoopMetrics,
 }
 
 impl EngineLoop {
@@ -77,6 +79,7 @@ impl EngineLoop {
         rules: Rules,
         inbox: Receiver<Submission>,
         load: Arc<watch::Sender<Load>>,
+        metrics: LoopMetrics,
     ) -> Self {
         let layout = *engine.kv().layout();
         Self {
@@ -90,6 +93,7 @@ impl EngineLoop {
             groups: HashMap::new(),
             next_group: 0,
             rate: Rate::default(),
+            metrics,
         }
     }
 
@@ -133,6 +137,7 @@ impl EngineLoop {
         );
         let mut stem = Choice::new(request, group, 0, blocks, 0);
         stem.advance(computed, &self.pool, &self.layout);
+        self.metrics.local_prefills.increment(u64::from(first.is_empty()));
         match first.is_empty() {
             true => self.choices.push(stem),
             false => self.branch(stem, &first),
@@ -195,6 +200,7 @@ impl EngineLoop {
         for &victim in &plan.preempt {
             tracing::debug!(request = %self.choices[victim].request.id, "preempted: out of blocks");
             self.choices[victim].preempt();
+            self.metrics.preemptions.increment(1);
         }
         let run = self.grown(plan.run);
         if run.is_empty() {
@@ -206,6 +212,7 @@ impl EngineLoop {
         match outcome {
             Ok(drawn) => {
                 self.rate.add(tokens, started.elapsed());
+                self.metrics.steps.add(tokens, started.elapsed());
                 self.apply(&run, drawn, started);
                 Ok(())
             }

@@ -5,6 +5,7 @@
 mod choice;
 mod engine_loop;
 mod error;
+mod metrics;
 pub mod scheduler;
 mod service;
 
@@ -63,6 +64,15 @@ pub async fn run(
         },
     );
     let load = Arc::new(watch::channel(Load::default()).0);
+    let shown = telemetry::Metrics::default();
+    let counters = metrics::LoopMetrics::new(&shown);
+    let refusals = worker::metrics::Refusals::new(&shown);
+    let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
+    let collect_receiver = metrics::collect_receiver(&shown, receiver.clone());
+    let page = shown.page(move || {
+        collect();
+        collect_receiver();
+    });
     let (inbox, submissions) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
     let service = service::DecodeService {
@@ -74,6 +84,7 @@ pub async fn run(
         attempts: attempts.clone(),
         load: Arc::clone(&load),
         reservation: config.reservation,
+        refusals,
     };
     let rules = scheduler::Rules {
         step_tokens: config.worker.step_tokens,
@@ -81,13 +92,13 @@ pub async fn run(
         block_tokens: layout.block_tokens,
     };
     let engine_loop =
-        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, submissions, Arc::clone(&load));
+        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, submissions, Arc::clone(&load), counters);
     let engine = serve::on_thread("decode-engine", move || engine_loop.run());
 
     let mut routes = RoutesBuilder::default();
     routes.add_service(DecodeWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Decode, &address, &layout, &info);
-    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts };
+    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts, page };
     let on_kv = {
         let receiver = receiver.clone();
         move |stream| {

@@ -14,11 +14,14 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status};
 use worker::attempts::{Attempts, Running};
+use worker::metrics::Refusals;
 use worker::request::{Limits, load_to_wire};
 use worker::{Request, serve};
 
 use crate::engine_loop::{Events, Hold, Submission};
 use crate::error;
+
+type Stream = UnboundedReceiverStream<Result<v1::DecodeEvent, Status>>;
 
 /// The gRPC face of a decode worker.
 #[derive(Clone)]
@@ -31,17 +34,24 @@ pub(crate) struct DecodeService {
     pub attempts: Attempts,
     pub load: Arc<watch::Sender<Load>>,
     pub reservation: Duration,
+    pub refusals: Refusals,
 }
 
 #[tonic::async_trait]
 impl v1::decode_worker_server::DecodeWorker for DecodeService {
-    type DecodeStream = UnboundedReceiverStream<Result<v1::DecodeEvent, Status>>;
+    type DecodeStream = Stream;
 
     async fn decode(
         &self,
         call: tonic::Request<v1::DecodeRequest>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
-        let call = call.into_inner();
+        self.start(call.into_inner()).map(Response::new).map_err(|status| self.refusals.count(status))
+    }
+}
+
+impl DecodeService {
+    /// Reserves room for a request and opens its stream.
+    fn start(&self, call: v1::DecodeRequest) -> Result<Stream, Status> {
         if self.load.borrow().draining {
             return Err(Status::unavailable("this decode worker is draining"));
         }
@@ -65,11 +75,9 @@ impl v1::decode_worker_server::DecodeWorker for DecodeService {
             self.announce(&events, landing.ticket().clone(), cached.len());
             tokio::spawn(self.clone().land(request, events, cached, landing, reserved, attempt, hold));
         }
-        Ok(Response::new(UnboundedReceiverStream::new(stream)))
+        Ok(UnboundedReceiverStream::new(stream))
     }
-}
 
-impl DecodeService {
     fn announce(&self, events: &Events, ticket: bytes::Bytes, cached_blocks: usize) {
         self.load
             .send_modify(|load| load.free_blocks = u32::try_from(self.pool.available()).unwrap_or(u32::MAX));

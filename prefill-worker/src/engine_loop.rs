@@ -10,6 +10,7 @@ use engine::kv::pool::BlockPool;
 use engine::{Batch, Engine, EngineError, KvLayout, SampleRequest, Sampled, Segment};
 use tokio::sync::watch;
 use tonic::Status;
+use worker::metrics::Steps;
 use worker::rate::Rate;
 
 use crate::job::{Computed, Job};
@@ -28,6 +29,7 @@ pub(crate) struct EngineLoop {
     layout: KvLayout,
     jobs: Vec<Job>,
     rate: Rate,
+    steps: Steps,
 }
 
 impl EngineLoop {
@@ -37,9 +39,10 @@ impl EngineLoop {
         rules: Rules,
         inbox: Receiver<Job>,
         load: Arc<watch::Sender<Load>>,
+        steps: Steps,
     ) -> Self {
         let layout = *engine.kv().layout();
-        Self { engine, pool, rules, inbox, load, layout, jobs: Vec::new(), rate: Rate::default() }
+        Self { engine, pool, rules, inbox, load, layout, jobs: Vec::new(), rate: Rate::default(), steps }
     }
 
     /// Runs until every sender of jobs is gone and the last job has ended.
@@ -74,6 +77,7 @@ impl EngineLoop {
         match self.forward(&run) {
             Ok(drawn) => {
                 self.rate.add(tokens, began.elapsed());
+                self.steps.add(tokens, began.elapsed());
                 self.apply(&run, drawn);
                 Ok(())
             }

@@ -58,6 +58,15 @@ pub async fn run(
         SenderConfig { progress_timeout: worker::pool::PROGRESS_TIMEOUT, ..SenderConfig::default() },
     );
     let load = Arc::new(watch::channel(Load::default()).0);
+    let shown = telemetry::Metrics::default();
+    let steps = worker::metrics::Steps::new(&shown);
+    let refusals = worker::metrics::Refusals::new(&shown);
+    let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
+    let collect_sender = worker::metrics::collect_sender(&shown, sender.clone());
+    let page = shown.page(move || {
+        collect();
+        collect_sender();
+    });
     let (inbox, jobs) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
     let service = service::PrefillService {
@@ -67,19 +76,21 @@ pub async fn run(
         slots: config.worker.slots(),
         attempts: attempts.clone(),
         load: Arc::clone(&load),
+        refusals,
     };
     let rules = scheduler::Rules {
         step_tokens: config.worker.step_tokens,
         max_prompts: config.max_prompts,
         block_tokens: layout.block_tokens,
     };
-    let engine_loop = engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, jobs, Arc::clone(&load));
+    let engine_loop =
+        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, jobs, Arc::clone(&load), steps);
     let engine = serve::on_thread("prefill-engine", move || engine_loop.run());
 
     let mut routes = RoutesBuilder::default();
     routes.add_service(PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Prefill, &address, &layout, &info);
-    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts };
+    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts, page };
     // Nothing is pushed to a prefill worker; a KV connection to it is closed.
     life.run(listener, routes, |_stream| async {}, engine, stop).await
 }

@@ -8,9 +8,10 @@ use cluster::Load;
 use kv_transport::{Push, PushReport, Sender};
 use prost::Message;
 use proto::v1;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tonic::{Response, Status};
-use worker::attempts::Attempts;
+use worker::attempts::{Attempts, Running};
+use worker::metrics::Refusals;
 use worker::request::{Limits, load_to_wire, sampled_to_wire};
 use worker::{Request, serve};
 
@@ -26,6 +27,7 @@ pub(crate) struct PrefillService {
     pub slots: Arc<Semaphore>,
     pub attempts: Attempts,
     pub load: Arc<watch::Sender<Load>>,
+    pub refusals: Refusals,
 }
 
 #[tonic::async_trait]
@@ -35,19 +37,11 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
         call: tonic::Request<v1::PrefillRequest>,
     ) -> Result<Response<v1::PrefillReply>, Status> {
         let call = call.into_inner();
-        if self.load.borrow().draining {
-            return Err(Status::unavailable("this prefill worker is draining"));
-        }
-        let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
-        let request = Arc::new(request);
-        let attempt = self.attempts.start(&request.id, request.attempt)?;
-        let _slot = Arc::clone(&self.slots)
-            .try_acquire_owned()
-            .map_err(|_| serve::shed("the queue of this prefill worker is full"))?;
-
+        let ticket = call.ticket.clone();
+        let (request, attempt, _slot) = self.accept(call).map_err(|status| self.refusals.count(status))?;
         let work = async {
             let source = Arc::new(Source::default());
-            let push = self.sender.open(call.ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
+            let push = self.sender.open(ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
             let computed = self.compute(&request, &push, source).await?;
             let (report, exposed) = self.commit(&request, push, &computed).await?;
             Ok(self.reply(&computed, &report, exposed))
@@ -61,6 +55,21 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
 }
 
 impl PrefillService {
+    fn accept(
+        &self,
+        call: v1::PrefillRequest,
+    ) -> Result<(Arc<Request>, Running, OwnedSemaphorePermit), Status> {
+        if self.load.borrow().draining {
+            return Err(Status::unavailable("this prefill worker is draining"));
+        }
+        let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
+        let attempt = self.attempts.start(&request.id, request.attempt)?;
+        let slot = Arc::clone(&self.slots)
+            .try_acquire_owned()
+            .map_err(|_| serve::shed("the queue of this prefill worker is full"))?;
+        Ok((Arc::new(request), attempt, slot))
+    }
+
     async fn compute(
         &self,
         request: &Arc<Request>,

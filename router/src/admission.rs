@@ -16,29 +16,67 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 pub struct Admission {
     running: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
+    max_running: usize,
     max_waiting: usize,
+}
+
+/// Why a request was shed at the door.
+#[derive(Debug)]
+pub enum Turned {
+    /// The queue was full.
+    QueueFull,
+    /// No place became free in time.
+    Timeout,
+    /// The router stops.
+    Stopping,
+}
+
+impl Turned {
+    /// For the client.
+    pub fn status(&self) -> Status {
+        match self {
+            Self::QueueFull => shed("the router's queue is full"),
+            Self::Timeout => shed("no place became free in time"),
+            Self::Stopping => Status::unavailable("the router is stopping"),
+        }
+    }
 }
 
 impl Admission {
     /// At most `max_running` requests at once and `max_waiting` behind them.
     pub fn new(max_running: usize, max_waiting: usize) -> Self {
-        Self { running: Arc::new(Semaphore::new(max_running)), waiting: Arc::default(), max_waiting }
+        Self {
+            running: Arc::new(Semaphore::new(max_running)),
+            waiting: Arc::default(),
+            max_running,
+            max_waiting,
+        }
     }
 
     /// Waits for a place, first come first served. Sheds at once when the queue is full, and after `patience`.
-    pub async fn enter(&self, patience: Duration) -> Result<OwnedSemaphorePermit, Status> {
+    pub async fn enter(&self, patience: Duration) -> Result<OwnedSemaphorePermit, Turned> {
         if let Ok(permit) = Arc::clone(&self.running).try_acquire_owned() {
             return Ok(permit);
         }
         let queued = Queued::join(&self.waiting);
         if queued.position > self.max_waiting {
-            return Err(shed("the router's queue is full"));
+            return Err(Turned::QueueFull);
         }
         match tokio::time::timeout(patience, Arc::clone(&self.running).acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) => Err(Status::unavailable("the router is stopping")),
-            Err(_) => Err(shed("no place became free in time")),
+            Ok(Err(_)) => Err(Turned::Stopping),
+            Err(_) => Err(Turned::Timeout),
         }
+    }
+
+    /// Requests in a place.
+    pub fn running(&self) -> usize {
+        self.max_running - self.running.available_permits()
+    }
+
+    /// Requests waiting for one.
+    pub fn queued(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 }
 
@@ -78,13 +116,13 @@ mod tests {
             async move { door.enter(Duration::from_secs(60)).await.map(drop) }
         });
         tokio::task::yield_now().await;
-        let third = door.enter(Duration::from_secs(60)).await.unwrap_err();
+        let third = door.enter(Duration::from_secs(60)).await.unwrap_err().status();
         assert_eq!(third.code(), Code::ResourceExhausted);
         assert!(third.get_details_retry_info().is_some());
         drop(first);
         second.await.unwrap().unwrap();
         let _again = door.enter(Duration::from_secs(1)).await.unwrap();
-        let late = door.enter(Duration::from_secs(1)).await.unwrap_err();
+        let late = door.enter(Duration::from_secs(1)).await.unwrap_err().status();
         assert!(late.message().contains("in time"), "{late}");
     }
 }

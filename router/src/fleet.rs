@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Load, Member, Picture, Role};
@@ -94,6 +95,7 @@ struct Inner {
     workers: RwLock<BTreeMap<String, Worker>>,
     prefixes: Mutex<PrefixIndex>,
     changed: tokio::sync::Notify,
+    connected: AtomicBool,
 }
 
 impl Default for Inner {
@@ -102,6 +104,7 @@ impl Default for Inner {
             workers: RwLock::default(),
             prefixes: Mutex::new(PrefixIndex::new(INDEX_BLOCKS)),
             changed: tokio::sync::Notify::new(),
+            connected: AtomicBool::new(false),
         }
     }
 }
@@ -121,6 +124,7 @@ impl Fleet {
     }
 
     fn apply(&self, picture: &Picture) {
+        self.inner.connected.store(picture.connected, Ordering::Relaxed);
         let mut workers = self.inner.workers.write();
         for (name, entry) in picture.members.iter() {
             match workers.get_mut(name) {
@@ -244,6 +248,11 @@ impl Fleet {
     /// Resolves when the fleet changed, or after `patience`.
     pub async fn changed(&self, patience: Duration) {
         let _ = tokio::time::timeout(patience, self.inner.changed.notified()).await;
+    }
+
+    /// Whether the registry answers now.
+    pub fn is_connected(&self) -> bool {
+        self.inner.connected.load(Ordering::Relaxed)
     }
 
     /// For `ListWorkers`.

@@ -12,8 +12,9 @@ use proto::v1::{self, decode_event::Event};
 use tokio::sync::mpsc;
 use tonic::{Code, Status, Streaming};
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Turned};
 use crate::fleet::{Chains, Fleet, Worker};
+use crate::metrics::Metrics;
 use crate::placement::{self, Demand, Model, NoPlace, Placement, Policy};
 use crate::relay::{self, Relay};
 use crate::request::Prepared;
@@ -42,6 +43,8 @@ pub struct Shared {
     pub queue_patience: Duration,
     /// Learned speeds.
     pub model: Mutex<Model>,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// Where messages to the client go. Its bound is the client's backpressure.
@@ -119,14 +122,18 @@ impl Journey {
                 None => std::future::pending().await,
             }
         };
+        let shared = Arc::clone(&self.shared);
         let ended = tokio::select! {
             ended = self.attempts() => ended,
             () = late => Err(Status::deadline_exceeded("the request's deadline passed")),
-            () = out.closed() => return,
+            () = out.closed() => Err(Status::cancelled("the client has gone")),
         };
         let last = match ended {
             Ok(()) => Ok(relay::complete(self.complete())),
-            Err(status) => Err(status),
+            Err(status) => {
+                shared.metrics.ended_badly(&status);
+                Err(status)
+            }
         };
         let _ = out.send(last).await;
     }
@@ -134,7 +141,14 @@ impl Journey {
     async fn attempts(&mut self) -> Result<(), Status> {
         let entered = Instant::now();
         let shared = Arc::clone(&self.shared);
-        let _place = shared.admission.enter(shared.queue_patience).await?;
+        let _place = shared.admission.enter(shared.queue_patience).await.map_err(|turned| {
+            match turned {
+                Turned::QueueFull => shared.metrics.shed.of("queue_full").increment(1),
+                Turned::Timeout => shared.metrics.shed.of("queue_timeout").increment(1),
+                Turned::Stopping => {}
+            }
+            turned.status()
+        })?;
         loop {
             self.timeline.known.queue_ms = millis(entered.elapsed());
             // A number of its own for every try: a worker that still holds the last one lets it go for this.
@@ -145,6 +159,7 @@ impl Journey {
             match lost.status.code() {
                 // The worker is full: wait for room, up to the queue's patience.
                 Code::ResourceExhausted if waited < shared.queue_patience => {
+                    shared.metrics.lost(&lost.status, false);
                     shared.fleet.changed(SHED_PAUSE).await;
                     continue;
                 }
@@ -160,6 +175,7 @@ impl Journey {
                     let sequence = &self.prepared.sequence;
                     tracing::warn!(request = %sequence.request_id, attempt = sequence.attempt, worker = ?lost.worker,
                         status = %lost.status.message(), "attempt lost, trying again");
+                    shared.metrics.lost(&lost.status, is_dead(&lost.status));
                     if let Some(worker) = &lost.worker
                         && is_dead(&lost.status)
                     {
@@ -167,7 +183,12 @@ impl Journey {
                     }
                     self.lost.extend(lost.worker);
                 }
-                _ => return Err(lost.status),
+                code => {
+                    if code == Code::ResourceExhausted {
+                        shared.metrics.shed.of("workers_full").increment(1);
+                    }
+                    return Err(lost.status);
+                }
             }
         }
     }
@@ -193,6 +214,7 @@ impl Journey {
         self.kv.cached_blocks = reserved.cached_blocks;
 
         let prefill = self.prefill(&placement, reserved.ticket);
+        self.shared.metrics.placements.of(&self.timeline.known.placement_reason).increment(1);
         let mut prefilling = prefill.is_some();
         let mut prefill: OptionFuture<_> = prefill.into();
         let prefill_name = placement.prefill.as_deref().unwrap_or(&placement.decode).to_owned();
@@ -385,6 +407,7 @@ impl Journey {
     fn complete(self) -> v1::Complete {
         let sequence = &self.prepared.sequence;
         let (choices, output_tokens) = self.relay.complete();
+        self.shared.metrics.ended_well(&self.timeline, sequence.prompt.len(), output_tokens);
         v1::Complete {
             choices,
             usage: Some(v1::Usage {

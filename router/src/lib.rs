@@ -6,6 +6,7 @@
 pub mod admission;
 pub mod fleet;
 pub mod journey;
+pub mod metrics;
 pub mod placement;
 pub mod prefix_index;
 pub mod registry_service;
@@ -23,9 +24,10 @@ use parking_lot::Mutex;
 use proto::v1::inference_server::InferenceServer;
 use proto::v1::registry_server::RegistryServer;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::service::RoutesBuilder;
+use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 
 use admission::Admission;
@@ -101,23 +103,32 @@ pub async fn run(
         Registry::Watched(registry) => registry.watch().await?,
     };
     let fleet = Fleet::default();
+    let registry = telemetry::Metrics::default();
+    let counters = metrics::Metrics::new(&registry);
+    let admission = Admission::new(config.max_running, config.max_waiting);
+    let collect = metrics::collect(&registry, fleet.clone(), admission.clone());
+    let (ready, is_ready) = watch::channel(true);
     let following = tokio::spawn(fleet.clone().follow(picture));
     let shared = Arc::new(Shared {
         text: deps.text,
         fleet,
-        admission: Admission::new(config.max_running, config.max_waiting),
+        admission,
         policy: config.policy,
         queue_patience: config.queue_patience,
         model: Mutex::new(FIRST_GUESS),
+        metrics: counters,
     });
     routes.add_service(
         InferenceServer::new(InferenceService::new(shared))
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
     );
-    let (routes, health) = proto::server::with_health_and_reflection(routes)
+    let routes = proto::server::with_health_and_reflection(routes, is_ready.clone())
         .await
         .map_err(|e| RunError::Serve(e.to_string()))?;
+    let pages = telemetry::http::routes(registry.page(collect), is_ready);
+    let routes = Routes::from(routes.into_axum_router().merge(pages));
     let server = Server::builder()
+        .accept_http1(true)
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -126,7 +137,7 @@ pub async fn run(
     let mut server = tokio::spawn(server);
     let ended = tokio::select! {
         () = stop.cancelled() => {
-            health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+            ready.send_replace(false);
             close.cancel();
             match tokio::time::timeout(config.drain_deadline, &mut server).await {
                 Ok(ended) => Some(ended),

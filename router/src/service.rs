@@ -17,6 +17,8 @@ use crate::timeline::{Timeline, millis};
 /// Messages that may wait for a slow client before its request is held back.
 const CLIENT_BUFFER: usize = 64;
 
+type Chunks = ReceiverStream<Result<v1::GenerateResponse, Status>>;
+
 /// The gRPC face of the router.
 #[derive(Clone)]
 pub struct InferenceService {
@@ -42,34 +44,8 @@ impl InferenceService {
             .map_err(|_| Status::invalid_argument("input: the tokenizer failed on this text"))?
     }
 
-    fn claim(&self, id: &str) -> Result<Claim, Status> {
-        match self.running.lock().insert(id.to_owned()) {
-            true => Ok(Claim { running: Arc::clone(&self.running), id: id.to_owned() }),
-            false => Err(Status::already_exists(format!("request_id: {id} is running"))),
-        }
-    }
-}
-
-/// A request id in use; free again when dropped.
-struct Claim {
-    running: Arc<Mutex<HashSet<String>>>,
-    id: String,
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.running.lock().remove(&self.id);
-    }
-}
-
-#[tonic::async_trait]
-impl v1::inference_server::Inference for InferenceService {
-    type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
-
-    async fn generate(
-        &self,
-        call: Request<v1::GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    /// Checks a request and sends it on its journey.
+    async fn start(&self, call: Request<v1::GenerateRequest>) -> Result<Response<Chunks>, Status> {
         let received = Instant::now();
         let deadline = deadline(&call)?.map(|left| received + left);
         let call = call.into_inner();
@@ -90,6 +66,44 @@ impl v1::inference_server::Inference for InferenceService {
             drop(claim);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    fn claim(&self, id: &str) -> Result<Claim, Status> {
+        match self.running.lock().insert(id.to_owned()) {
+            true => Ok(Claim { running: Arc::clone(&self.running), id: id.to_owned() }),
+            false => {
+                self.shared.metrics.duplicates.increment(1);
+                Err(Status::already_exists(format!("request_id: {id} is running")))
+            }
+        }
+    }
+}
+
+/// A request id in use; free again when dropped.
+struct Claim {
+    running: Arc<Mutex<HashSet<String>>>,
+    id: String,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.running.lock().remove(&self.id);
+    }
+}
+
+#[tonic::async_trait]
+impl v1::inference_server::Inference for InferenceService {
+    type GenerateStream = Chunks;
+
+    async fn generate(
+        &self,
+        call: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let started = self.start(call).await;
+        if let Err(refused) = &started {
+            self.shared.metrics.ended_badly(refused);
+        }
+        started
     }
 
     async fn tokenize(

@@ -49,6 +49,21 @@ impl Timeline {
         self.first_text.get_or_insert(now);
     }
 
+    /// Seconds from received to first text, if any came.
+    pub fn ttft(&self) -> Option<f64> {
+        self.first_text.or(self.first_token).map(|at| (at - self.received).as_secs_f64())
+    }
+
+    /// Gaps between tokens of one choice.
+    pub fn gaps_ms(&self) -> &[f64] {
+        &self.gaps
+    }
+
+    /// Seconds since received.
+    pub fn elapsed(&self) -> f64 {
+        self.received.elapsed().as_secs_f64()
+    }
+
     /// Everything, at the end.
     pub fn finish(mut self) -> v1::Timeline {
         let now = Instant::now();

@@ -5,6 +5,7 @@
 pub mod cluster;
 pub mod model;
 pub mod oracle;
+pub mod page;
 pub mod process;
 
 pub use cluster::{Cluster, Spec};

@@ -55,6 +55,8 @@ pub struct Life {
     pub load: Arc<watch::Sender<Load>>,
     /// What runs, for the drain.
     pub attempts: Attempts,
+    /// What it shows of itself.
+    pub page: telemetry::http::Page,
 }
 
 /// Why a life ended badly.
@@ -89,9 +91,12 @@ impl Life {
         F: Fn(TcpStream) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        let (routes, health) = proto::server::with_health_and_reflection(routes)
+        let (ready, is_ready) = watch::channel(true);
+        let routes = proto::server::with_health_and_reflection(routes, is_ready.clone())
             .await
             .map_err(|e| ServeError::Setup(e.to_string()))?;
+        let pages = telemetry::http::routes(self.page, is_ready);
+        let routes = Routes::from(routes.into_axum_router().merge(pages));
         let close = CancellationToken::new();
         let mut server = tokio::spawn(serve(listener, routes, on_kv, close.clone()));
         let broken = |text: &str| LifeError::Broken(text.into());
@@ -117,7 +122,7 @@ impl Life {
         let running = self.attempts.len();
         tracing::info!(worker = %self.config.name, running, "draining");
         self.load.send_modify(|load| load.draining = true);
-        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        ready.send_replace(false);
         membership.leave(LEAVE_PATIENCE).await;
         tokio::select! {
             () = self.attempts.all_ended() => {}
@@ -163,6 +168,7 @@ where
         }
     });
     let served = Server::builder()
+        .accept_http1(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_routes(routes)

@@ -1,0 +1,60 @@
+//! What a decode worker counts. The table for operators is docs/METRICS.md, kept true by a test.
+
+use kv_transport::{LandingEnd, Receiver};
+use telemetry::{Counter, Metrics};
+
+/// Counted by the engine's loop.
+#[derive(Clone)]
+pub(crate) struct LoopMetrics {
+    pub steps: worker::metrics::Steps,
+    pub preemptions: Counter,
+    pub local_prefills: Counter,
+}
+
+impl LoopMetrics {
+    pub fn new(m: &Metrics) -> Self {
+        Self {
+            steps: worker::metrics::Steps::new(m),
+            preemptions: m.counter(
+                "tandem_preemptions_total",
+                "Choices that gave their blocks back and are computed again.",
+            ),
+            local_prefills: m
+                .counter("tandem_local_prefills_total", "Prompts prefilled on this decode worker."),
+        }
+    }
+}
+
+/// What is read of the receiving side of the transport when the page is asked for.
+pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + Send + Sync + use<> {
+    let outcomes: Vec<&'static str> =
+        std::iter::once("committed").chain(LandingEnd::ALL.map(LandingEnd::name)).collect();
+    let landings =
+        m.counters("tandem_kv_landings_total", "Reservations by how they ended.", "outcome", &outcomes);
+    let bytes = m.counter("tandem_kv_received_bytes_total", "KV bytes written into place.");
+    let discarded =
+        m.counter("tandem_kv_discarded_bytes_total", "KV bytes thrown away: duplicates and late writes.");
+    let duplicates =
+        m.counter("tandem_kv_duplicate_cells_total", "Cells that arrived once more although verified.");
+    let failures =
+        m.counter("tandem_kv_checksum_failures_total", "Cells whose checksum was wrong on arrival.");
+    let help = "Connections and tickets refused: of another start or an ended transfer (stale), or with a wrong secret.";
+    let refused = m.counters("tandem_kv_refused_total", help, "reason", &["stale", "forged"]);
+    let nonsense = m.counter("tandem_kv_protocol_errors_total", "KV connections closed because of nonsense.");
+    let connections = m.gauge("tandem_kv_connections", "Open KV connections.");
+    move || {
+        let stats = receiver.stats();
+        landings.of("committed").absolute(stats.committed_total);
+        for (end, total) in stats.voided_total {
+            landings.of(end.name()).absolute(total);
+        }
+        bytes.absolute(stats.bytes_total);
+        discarded.absolute(stats.discarded_bytes_total);
+        duplicates.absolute(stats.duplicate_cells_total);
+        failures.absolute(stats.checksum_failures_total);
+        refused.of("stale").absolute(stats.stale_refused_total);
+        refused.of("forged").absolute(stats.forged_refused_total);
+        nonsense.absolute(stats.protocol_errors_total);
+        connections.set(stats.connections as f64);
+    }
+}

@@ -1,0 +1,66 @@
+//! A process's HTTP pages, fetched with a socket, and Prometheus text taken apart.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// Status and body of a GET.
+pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut reply = String::new();
+    socket.read_to_string(&mut reply).await.unwrap();
+    let (head, body) = reply.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, body.to_owned())
+}
+
+/// A page of metrics.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Type by name.
+    pub types: BTreeMap<String, String>,
+    /// Label names with the values seen, by metric; `le` left out.
+    pub labels: BTreeMap<String, BTreeMap<String, BTreeSet<String>>>,
+    values: BTreeMap<String, f64>,
+}
+
+impl Metrics {
+    /// Fetches and parses.
+    pub async fn of(address: SocketAddr) -> Self {
+        let (status, text) = get(address, "/metrics").await;
+        assert_eq!(status, 200, "{text}");
+        Self::parse(&text)
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut metrics = Self::default();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = rest.split_once(' ').unwrap();
+                metrics.types.insert(name.into(), kind.into());
+            } else if !line.starts_with('#') && !line.is_empty() {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                metrics.values.insert(series.into(), value.parse().unwrap());
+                if let Some((name, labels)) = series.split_once('{') {
+                    let seen = metrics.labels.entry(name.into()).or_default();
+                    for label in labels.trim_end_matches('}').split(',') {
+                        let (label, value) = label.split_once('=').unwrap();
+                        if label != "le" {
+                            seen.entry(label.into()).or_default().insert(value.trim_matches('"').into());
+                        }
+                    }
+                }
+            }
+        }
+        metrics
+    }
+
+    /// The value of a series, written as on the page.
+    pub fn value(&self, series: &str) -> f64 {
+        *self.values.get(series).unwrap_or_else(|| panic!("{series} is not on the page"))
+    }
+}

@@ -1,0 +1,121 @@
+//! What both kinds of worker count. The table for operators is docs/METRICS.md, kept true by a test.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster::Load;
+use engine::kv::pool::BlockPool;
+use kv_transport::{Sender, SenderStats};
+use telemetry::{Counter, Family, Histogram, Metrics};
+use tokio::sync::watch;
+use tonic::{Code, Status};
+
+/// Why a call was refused.
+const REFUSALS: [&str; 7] = ["stale", "superseded", "duplicate", "full", "draining", "invalid", "other"];
+const BLOCK_STATES: [&str; 5] = ["free", "cached", "running", "reserved", "quarantined"];
+const SEQUENCE_STATES: [&str; 2] = ["running", "waiting"];
+const PUSH_OUTCOMES: [&str; 2] = ["committed", "failed"];
+
+/// Engine steps.
+#[derive(Clone)]
+pub struct Steps {
+    count: Counter,
+    tokens: Counter,
+    seconds: Histogram,
+}
+
+impl Steps {
+    /// Registers them.
+    pub fn new(m: &Metrics) -> Self {
+        Self {
+            count: m.counter("tandem_steps_total", "Engine steps."),
+            tokens: m.counter("tandem_step_tokens_total", "Tokens computed in engine steps."),
+            seconds: m.seconds("tandem_step_duration_seconds", "How long an engine step takes."),
+        }
+    }
+
+    /// One step of so many tokens.
+    pub fn add(&self, tokens: usize, took: Duration) {
+        self.count.increment(1);
+        self.tokens.increment(tokens as u64);
+        self.seconds.record(took.as_secs_f64());
+    }
+}
+
+/// Calls of the router that a worker refuses.
+#[derive(Clone)]
+pub struct Refusals {
+    by_reason: Arc<Family<Counter>>,
+}
+
+impl Refusals {
+    /// Registers them.
+    pub fn new(m: &Metrics) -> Self {
+        let help = "Calls of a router that were refused: meant for another start of this worker, superseded by a newer attempt, ...";
+        Self { by_reason: Arc::new(m.counters("tandem_calls_refused_total", help, "reason", &REFUSALS)) }
+    }
+
+    /// Counts a refusal and passes it on.
+    pub fn count(&self, status: Status) -> Status {
+        let reason = match status.code() {
+            Code::FailedPrecondition => "stale",
+            Code::Aborted => "superseded",
+            Code::AlreadyExists => "duplicate",
+            Code::ResourceExhausted => "full",
+            Code::Unavailable => "draining",
+            Code::InvalidArgument => "invalid",
+            _ => "other",
+        };
+        self.by_reason.of(reason).increment(1);
+        status
+    }
+}
+
+/// What is read of any worker when the page is asked for: its blocks and sequences.
+pub fn collect(
+    m: &Metrics,
+    pool: Arc<BlockPool>,
+    load: watch::Receiver<Load>,
+) -> impl Fn() + Send + Sync + use<> {
+    let blocks =
+        m.gauges("tandem_kv_blocks", "KV blocks by state; they add up to the pool.", "state", &BLOCK_STATES);
+    let sequences = m.gauges("tandem_sequences", "Sequences on this worker.", "state", &SEQUENCE_STATES);
+    let draining = m.gauge("tandem_draining", "1 while this worker takes nothing new.");
+    let queued = m.gauge("tandem_queued_tokens", "Prompt tokens accepted and not computed.");
+    move || {
+        let counts = pool.counts();
+        let by_state = [counts.free, counts.cached, counts.running, counts.reserved, counts.quarantined];
+        for (state, count) in BLOCK_STATES.iter().zip(by_state) {
+            blocks.of(state).set(count as f64);
+        }
+        let load = load.borrow().clone();
+        sequences.of("running").set(f64::from(load.running));
+        sequences.of("waiting").set(f64::from(load.waiting));
+        draining.set(if load.draining { 1.0 } else { 0.0 });
+        queued.set(load.queued_tokens as f64);
+    }
+}
+
+/// What is read of the sending side of the transport.
+pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + use<> {
+    let bytes = m.counter("tandem_kv_sent_bytes_total", "KV bytes handed to the network.");
+    let pushes = m.counters("tandem_kv_pushes_total", "Pushes by how they ended.", "outcome", &PUSH_OUTCOMES);
+    let refetched =
+        m.counter("tandem_kv_refetched_cells_total", "Cells sent again because of a bad checksum.");
+    let connects = m.counter("tandem_kv_connects_total", "KV connections made.");
+    move || {
+        let SenderStats {
+            committed_total,
+            failed_total,
+            bytes_total,
+            refetched_cells_total,
+            connects_total,
+            ..
+        } = sender.stats();
+        bytes.absolute(bytes_total);
+        pushes.of("committed").absolute(committed_total);
+        pushes.of("failed").absolute(failed_total);
+        refetched.absolute(refetched_cells_total);
+        connects.absolute(connects_total);
+    }
+}
