@@ -10,12 +10,13 @@ use worker::Request;
 
 use crate::scheduler::View;
 
-/// A choice. Before its first token, choice 0 of a request stands for all of them (the *stem*).
+/// A choice, or the *stem* of a request: what all its open choices begin with, computed once for all.
 pub(crate) struct Choice {
     pub request: Arc<Request>,
     /// Key of the request in the loop's table of groups.
     pub group: u64,
     pub index: u32,
+    is_stem: bool,
     /// Prompt and output.
     pub tokens: Vec<u32>,
     /// Tokens whose KV is in `blocks`.
@@ -28,12 +29,14 @@ pub(crate) struct Choice {
 }
 
 impl Choice {
-    /// A choice whose first `computed` tokens are in `blocks`.
-    pub fn new(request: Arc<Request>, group: u64, index: u32, blocks: Vec<Block>, computed: usize) -> Self {
+    /// The stem of a request; its first `computed` tokens are in `blocks`.
+    pub fn stem(request: Arc<Request>, group: u64, blocks: Vec<Block>, computed: usize) -> Self {
         let ids = blocks.iter().map(Block::id).collect();
-        let tokens = request.prompt.to_vec();
+        let tokens = request.stem.to_vec();
         let hashes = request.hashes.to_vec();
-        Self { request, group, index, tokens, computed, blocks, ids, hashes, published: 0 }
+        let index = request.open.first().copied().unwrap_or(0);
+        let is_stem = true;
+        Self { request, group, index, is_stem, tokens, computed, blocks, ids, hashes, published: 0 }
     }
 
     /// Output tokens so far.
@@ -58,29 +61,49 @@ impl Choice {
 
     /// The draws at this choice's end: one, or all choices' first ones for a stem.
     pub fn draw_requests(&self) -> Vec<SampleRequest<'_>> {
-        let indices = if self.is_stem() { 0..self.request.n } else { self.index..self.index + 1 };
-        let draw = |choice| SampleRequest {
-            params: &self.request.sampling,
-            prompt: &self.request.prompt,
-            output: self.output(),
-            banned: self.request.banned(self.output().len()),
-            choice,
-        };
-        indices.map(draw).collect()
+        match self.is_stem {
+            true => self.request.stem_draws(),
+            false => vec![self.request.draw(self.index, self.output())],
+        }
     }
 
-    /// Stands for all choices: no token drawn yet.
+    /// Stands for all choices.
     pub fn is_stem(&self) -> bool {
-        self.output().is_empty()
+        self.is_stem
     }
 
-    /// Another choice with the same prompt. It shares the full blocks and computes the tokens of the
-    /// last, partly filled one again: cheaper than copying, and nothing is ever written by two.
-    pub fn fork(&self, index: u32, layout: &KvLayout) -> Self {
-        let full = self.request.prompt.len().min(self.computed) / layout.block_tokens;
-        let blocks = self.blocks[..full.min(self.blocks.len())].to_vec();
-        let computed = blocks.len() * layout.block_tokens;
-        Self::new(Arc::clone(&self.request), self.group, index, blocks, computed)
+    /// Whether the KV of all its tokens is there.
+    pub fn is_computed(&self) -> bool {
+        self.computed == self.tokens.len()
+    }
+
+    /// The choices that a computed stem stands for. The first takes over its blocks. The others share the
+    /// full ones and compute the tokens of the last, partly filled one again: cheaper than copying, and
+    /// nothing is ever written by two.
+    pub fn branch(self, layout: &KvLayout) -> Vec<Self> {
+        let full = self.computed / layout.block_tokens;
+        let open = Arc::clone(&self.request.open);
+        let fork = |index: &u32| {
+            let request = Arc::clone(&self.request);
+            let mut choice =
+                Self::stem(request, self.group, self.blocks[..full].to_vec(), full * layout.block_tokens);
+            choice.published = full;
+            choice.becomes(*index);
+            choice
+        };
+        let mut choices: Vec<Self> = open.iter().skip(1).map(fork).collect();
+        let mut first = self;
+        first.becomes(first.index);
+        choices.insert(0, first);
+        choices
+    }
+
+    /// A stem's copy becomes one choice, with all that it has put out.
+    fn becomes(&mut self, index: u32) {
+        self.index = index;
+        self.is_stem = false;
+        self.tokens.truncate(self.request.prompt.len());
+        self.tokens.extend(&self.request.outputs[index as usize]);
     }
 
     /// Makes room for `count` more tokens. False when the pool has none left.

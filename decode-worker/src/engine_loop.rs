@@ -29,11 +29,11 @@ pub(crate) type Events = mpsc::UnboundedSender<Result<v1::DecodeEvent, Status>>;
 pub(crate) struct Submission {
     pub request: Arc<Request>,
     pub events: Events,
-    /// Blocks that hold the first `computed` prompt tokens.
+    /// Blocks that hold the first `computed` tokens of the stem.
     pub blocks: Vec<Block>,
     pub computed: usize,
-    /// First token of each choice, already sent to the client, when prefill was remote.
-    pub first: Vec<u32>,
+    /// Tokens that came with the landed KV, already sent to the client: by choice. None: prefill is local.
+    pub landed: Option<Vec<v1::SampledToken>>,
     /// Held until the request ends.
     pub hold: Hold,
 }
@@ -118,7 +118,7 @@ impl EngineLoop {
     }
 
     fn admit(&mut self, submission: Submission) {
-        let Submission { request, events, blocks, computed, first, hold } = submission;
+        let Submission { request, events, blocks, computed, landed, hold } = submission;
         let group = self.next_group;
         self.next_group += 1;
         self.groups.insert(
@@ -126,31 +126,30 @@ impl EngineLoop {
             Group {
                 request: Arc::clone(&request),
                 events,
-                open: request.n,
+                open: u32::try_from(request.open.len()).unwrap_or(u32::MAX),
                 finishes: Vec::new(),
                 submitted: Instant::now(),
                 started: None,
-                local: first.is_empty(),
+                local: landed.is_none(),
                 cached_tokens: u32::try_from(computed).unwrap_or(u32::MAX),
                 hold,
             },
         );
-        let mut stem = Choice::new(request, group, 0, blocks, 0);
+        let mut stem = Choice::stem(request, group, blocks, 0);
         stem.advance(computed, &self.pool, &self.layout);
-        self.metrics.local_prefills.increment(u64::from(first.is_empty()));
-        match first.is_empty() {
-            true => self.choices.push(stem),
-            false => self.branch(stem, &first),
+        self.metrics.local_prefills.increment(u64::from(landed.is_none()));
+        match landed {
+            None => self.choices.push(stem),
+            Some(tokens) => {
+                self.branch(stem, &tokens.iter().map(|t| (t.choice, t.token_id)).collect::<Vec<_>>());
+            }
         }
     }
 
-    /// Turns a computed prompt with its first tokens into running choices.
-    fn branch(&mut self, stem: Choice, first: &[u32]) {
-        let mut choices: Vec<Choice> =
-            (1u32..).zip(&first[1..]).map(|(index, _)| stem.fork(index, &self.layout)).collect();
-        choices.insert(0, stem);
-        for (mut choice, token) in choices.into_iter().zip(first) {
-            choice.tokens.push(*token);
+    /// Turns a computed stem and the tokens drawn at its end into running choices.
+    fn branch(&mut self, stem: Choice, drawn: &[(u32, u32)]) {
+        for mut choice in stem.branch(&self.layout) {
+            choice.tokens.extend(drawn.iter().filter(|(index, _)| *index == choice.index).map(|(_, t)| t));
             if !self.finish_if_done(&choice) {
                 self.choices.push(choice);
             }
@@ -289,16 +288,18 @@ impl EngineLoop {
             if let Some(group) = self.groups.get_mut(&choice.group) {
                 group.ran(started, choice, drawn);
             }
-            if !drawn.is_empty() {
-                tokens.insert(index, drawn.iter().map(|s| s.token).collect());
-            }
+            tokens.insert(index, drawn.iter().map(|s| s.token).collect());
         }
         for (index, mut choice) in std::mem::take(&mut self.choices).into_iter().enumerate() {
             match tokens.remove(&index) {
                 None => self.choices.push(choice),
-                Some(first) if choice.is_stem() => self.branch(choice, &first),
-                Some(next) => {
-                    choice.tokens.extend(next);
+                Some(_) if choice.is_stem() && !choice.is_computed() => self.choices.push(choice),
+                Some(drawn) if choice.is_stem() => {
+                    let indices: Vec<u32> = choice.request.drawn_at_stem().collect();
+                    self.branch(choice, &indices.into_iter().zip(drawn).collect::<Vec<_>>());
+                }
+                Some(drawn) => {
+                    choice.tokens.extend(drawn);
                     if !self.finish_if_done(&choice) {
                         self.choices.push(choice);
                     }
@@ -357,8 +358,13 @@ impl Group {
             exposed_transfer_ms: 0.0,
             cached_tokens: self.cached_tokens,
         });
-        let to_wire = |(index, s)| sampled_to_wire(index, s, &choice.request.sampling);
-        let tokens = (choice.index..).zip(drawn).map(to_wire).collect();
+        let indices: Vec<u32> = match choice.is_stem() {
+            true => choice.request.drawn_at_stem().collect(),
+            false => vec![choice.index],
+        };
+        let position = choice.output().len();
+        let to_wire = |(index, s)| sampled_to_wire(index, position, s, &choice.request.sampling);
+        let tokens = indices.into_iter().zip(drawn).map(to_wire).collect();
         let event = Some(Event::Tokens(v1::Tokens { tokens, local_prefill }));
         let _ = self.events.send(Ok(v1::DecodeEvent { event, load: None }));
     }

@@ -59,17 +59,17 @@ impl DecodeService {
         let request = Arc::new(request);
         let attempt = Arc::new(self.attempts.start(&request.id, request.attempt)?);
         let slot = Arc::clone(&self.slots)
-            .try_acquire_many_owned(request.n)
+            .try_acquire_many_owned(request.open.len() as u32)
             .map_err(|_| serve::shed("all sequence slots of this decode worker are taken"))?;
         let hold = Hold { _slot: slot, attempt: Arc::clone(&attempt) };
 
         let block_tokens = self.limits.layout.block_tokens;
         let cached = self.pool.lookup(request.reusable(block_tokens));
-        let uncached = request.prompt.len() - cached.len() * block_tokens;
+        let uncached = request.stem.len() - cached.len() * block_tokens;
         let (events, stream) = mpsc::unbounded_channel();
         if uncached <= call.local_prefill_max_tokens as usize {
             self.announce(&events, bytes::Bytes::new(), cached.len());
-            self.submit(request, events, cached, Vec::new(), hold)?;
+            self.submit(request, events, cached, None, hold)?;
         } else {
             let (landing, reserved) = self.reserve(&request, &cached)?;
             self.announce(&events, landing.ticket().clone(), cached.len());
@@ -97,7 +97,7 @@ impl DecodeService {
         request: &Request,
         cached: &[Block],
     ) -> Result<(Landing<Arc<Reserved>>, QuarantineOnDrop), Status> {
-        let missing = self.limits.layout.blocks_for(request.prompt.len()) - cached.len();
+        let missing = self.limits.layout.blocks_for(request.stem.len()) - cached.len();
         let blocks = self
             .pool
             .alloc(missing, BlockState::Reserved)
@@ -145,24 +145,27 @@ impl DecodeService {
             drop(reserved);
             let commit = v1::Commit::decode(landed.payload)
                 .map_err(|e| Status::data_loss(format!("the commit is unreadable: {e}")))?;
-            let first = self.first_tokens(&request, &commit)?;
-            let event = Some(Event::Tokens(v1::Tokens { tokens: commit.first, local_prefill: None }));
-            let _ = events.send(Ok(v1::DecodeEvent { event, load: None }));
+            self.check_first(&request, &commit.first)?;
+            let tokens = v1::Tokens { tokens: commit.first.clone(), local_prefill: None };
+            let _ = events.send(Ok(v1::DecodeEvent { event: Some(Event::Tokens(tokens)), load: None }));
             let table = cached.into_iter().chain(blocks).collect();
-            self.submit(request, events.clone(), table, first, hold)
+            self.submit(request, events.clone(), table, Some(commit.first), hold)
         });
         if let Err(status) = result {
             let _ = events.send(Err(status));
         }
     }
 
-    fn first_tokens(&self, request: &Request, commit: &v1::Commit) -> Result<Vec<u32>, Status> {
-        let in_order = (0..request.n).eq(commit.first.iter().map(|t| t.choice));
-        let known = commit.first.iter().all(|t| (t.token_id as usize) < self.limits.vocab_size);
-        if !in_order || !known {
-            return Err(Status::data_loss("the commit does not hold one first token per choice"));
+    fn check_first(&self, request: &Request, first: &[v1::SampledToken]) -> Result<(), Status> {
+        let position = request.stem_output().len();
+        let in_order = request.drawn_at_stem().eq(first.iter().map(|t| t.choice));
+        let fits = |t: &v1::SampledToken| {
+            (t.token_id as usize) < self.limits.vocab_size && t.position as usize == position
+        };
+        match in_order && first.iter().all(fits) {
+            true => Ok(()),
+            false => Err(Status::data_loss("the commit does not hold the next token of every choice")),
         }
-        Ok(commit.first.iter().map(|t| t.token_id).collect())
     }
 
     fn submit(
@@ -170,15 +173,15 @@ impl DecodeService {
         request: Arc<Request>,
         events: Events,
         blocks: Vec<Block>,
-        first: Vec<u32>,
+        landed: Option<Vec<v1::SampledToken>>,
         hold: Hold,
     ) -> Result<(), Status> {
-        let computed = match first.is_empty() {
-            true => blocks.len() * self.limits.layout.block_tokens,
-            false => request.prompt.len(),
+        let computed = match landed {
+            None => blocks.len() * self.limits.layout.block_tokens,
+            Some(_) => request.stem.len(),
         };
         self.engine
-            .send(Submission { request, events, blocks, computed, first, hold })
+            .send(Submission { request, events, blocks, computed, landed, hold })
             .map_err(|_| Status::unavailable("the engine of this decode worker has stopped"))
     }
 }

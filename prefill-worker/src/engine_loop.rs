@@ -108,7 +108,7 @@ impl EngineLoop {
                     job.push(kv.as_ref(), layer, 0, p.cached_tokens / self.layout.block_tokens);
                 }
             }
-            run.push((index, count.min(job.request.prompt.len() - p.computed)));
+            run.push((index, count.min(job.request.stem.len() - p.computed)));
         }
         run
     }
@@ -128,7 +128,7 @@ impl EngineLoop {
     fn forward(&mut self, run: &[(usize, usize)]) -> Result<Vec<Vec<Sampled>>, EngineError> {
         let (jobs, layout) = (&self.jobs, &self.layout);
         let draws: Vec<Vec<SampleRequest<'_>>> =
-            run.iter().map(|&(index, count)| first_draws(&jobs[index], count)).collect();
+            run.iter().map(|&(index, count)| jobs[index].draws(count)).collect();
         let segments = run
             .iter()
             .zip(&draws)
@@ -136,7 +136,7 @@ impl EngineLoop {
                 let job = &jobs[index];
                 let at = job.progress.computed;
                 Segment {
-                    tokens: &job.request.prompt[at..at + count],
+                    tokens: &job.request.stem[at..at + count],
                     position: at,
                     blocks: &job.progress.table,
                     samples,
@@ -156,18 +156,15 @@ impl EngineLoop {
 
     fn apply(&mut self, run: &[(usize, usize)], drawn: Vec<Vec<Sampled>>) {
         let mut drawn_by: Vec<Option<Vec<Sampled>>> = self.jobs.iter().map(|_| None).collect();
-        let mut ran = vec![false; self.jobs.len()];
         for (&(index, count), drawn) in run.iter().zip(drawn) {
             self.jobs[index].advance(count, &self.pool, &self.layout);
-            ran[index] = true;
-            drawn_by[index] = (!drawn.is_empty()).then_some(drawn);
+            drawn_by[index] = Some(drawn);
         }
-        let jobs = std::mem::take(&mut self.jobs).into_iter().zip(drawn_by).zip(ran);
-        for ((mut job, drawn), ran) in jobs {
+        for (mut job, drawn) in std::mem::take(&mut self.jobs).into_iter().zip(drawn_by) {
             match drawn {
-                Some(first) => finish(job, first),
-                None => {
-                    job.progress.waited += usize::from(!ran);
+                Some(first) if job.is_computed() => finish(job, first),
+                drawn => {
+                    job.progress.waited += usize::from(drawn.is_none());
                     self.jobs.push(job);
                 }
             }
@@ -189,7 +186,7 @@ impl EngineLoop {
 
     fn publish_load(&self) {
         let started = self.jobs.iter().filter(|job| job.progress.started.is_some()).count();
-        let remaining = |job: &Job| job.request.prompt.len() - job.progress.computed;
+        let remaining = |job: &Job| job.request.stem.len() - job.progress.computed;
         let queued: usize = self.jobs.iter().map(remaining).sum();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let now = Load {
@@ -207,22 +204,6 @@ impl EngineLoop {
             changed
         });
     }
-}
-
-/// One draw per choice where a prompt ends with this chunk.
-fn first_draws(job: &Job, count: usize) -> Vec<SampleRequest<'_>> {
-    let request = &job.request;
-    if job.progress.computed + count < request.prompt.len() {
-        return Vec::new();
-    }
-    let draw = |choice| SampleRequest {
-        params: &request.sampling,
-        prompt: &request.prompt,
-        output: &[],
-        banned: request.banned(0),
-        choice,
-    };
-    (0..request.n).map(draw).collect()
 }
 
 fn finish(job: Job, first: Vec<Sampled>) {

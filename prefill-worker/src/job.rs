@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use engine::kv::pool::{Block, BlockPool, BlockState};
-use engine::{KvLayout, KvMemory, Sampled};
+use engine::{KvLayout, KvMemory, SampleRequest, Sampled};
 use kv_transport::{Cell, CellQueue};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -53,12 +53,25 @@ pub(crate) struct Progress {
 impl Job {
     pub fn view(&self, layout: &KvLayout) -> View {
         let p = &self.progress;
-        let prompt = self.request.prompt.len();
+        let stem = self.request.stem.len();
         View {
-            remaining: prompt - p.computed,
+            remaining: stem - p.computed,
             computed: p.computed,
             waited: p.waited,
-            missing_blocks: if p.table.is_empty() { layout.blocks_for(prompt) } else { 0 },
+            missing_blocks: if p.table.is_empty() { layout.blocks_for(stem) } else { 0 },
+        }
+    }
+
+    /// Whether the KV of the whole stem is there.
+    pub fn is_computed(&self) -> bool {
+        self.progress.computed == self.request.stem.len()
+    }
+
+    /// The draws at the end of a chunk of `count` tokens: none unless the stem ends with it.
+    pub fn draws(&self, count: usize) -> Vec<SampleRequest<'_>> {
+        match self.progress.computed + count == self.request.stem.len() {
+            true => self.request.stem_draws(),
+            false => Vec::new(),
         }
     }
 
@@ -69,7 +82,7 @@ impl Job {
         }
         let mut blocks = pool.lookup(self.request.reusable(layout.block_tokens));
         let cached = blocks.len();
-        match pool.alloc(layout.blocks_for(self.request.prompt.len()) - cached, BlockState::Running) {
+        match pool.alloc(layout.blocks_for(self.request.stem.len()) - cached, BlockState::Running) {
             Ok(new) => blocks.extend(new),
             Err(_) => return false,
         }
@@ -83,7 +96,7 @@ impl Job {
         true
     }
 
-    /// Queues one layer of the blocks `from..to` of the prompt for the push.
+    /// Queues one layer of the blocks `from..to` of the stem for the push.
     pub fn push(&self, kv: &dyn KvMemory, layer: usize, from: usize, to: usize) {
         let cells: Vec<Cell> = (from.max(self.first_block)..to)
             .map(|at| Cell {
@@ -101,7 +114,7 @@ impl Job {
     /// Blocks that are final once `count` more tokens are computed.
     pub fn final_blocks_after(&self, count: usize, layout: &KvLayout) -> usize {
         let end = self.progress.computed + count;
-        if end == self.request.prompt.len() { layout.blocks_for(end) } else { end / layout.block_tokens }
+        if end == self.request.stem.len() { layout.blocks_for(end) } else { end / layout.block_tokens }
     }
 
     /// Notes that `count` more tokens are computed, and offers full blocks to the prefix cache.

@@ -79,7 +79,7 @@ impl PrefillService {
         let meta = v1::TicketMeta::decode(push.meta().clone())
             .map_err(|e| Status::invalid_argument(format!("ticket.meta: {e}")))?;
         let first_block = meta.first_block as usize;
-        let blocks = self.limits.layout.blocks_for(request.prompt.len());
+        let blocks = self.limits.layout.blocks_for(request.stem.len());
         if meta.compat_hash != self.limits.compat_hash || first_block + push.slots() != blocks {
             return Err(Status::invalid_argument(format!(
                 "ticket: {} slots from block {first_block} on do not fit a prompt of {blocks} blocks of this model",
@@ -110,9 +110,11 @@ impl PrefillService {
         push: Push,
         computed: &Computed,
     ) -> Result<(PushReport, f64), Status> {
-        let first = (0..)
+        let position = request.stem_output().len();
+        let first = request
+            .drawn_at_stem()
             .zip(&computed.first)
-            .map(|(choice, sampled)| sampled_to_wire(choice, sampled, &request.sampling))
+            .map(|(choice, sampled)| sampled_to_wire(choice, position, sampled, &request.sampling))
             .collect();
         let payload = v1::Commit { first }.encode_to_vec();
         let report = push.commit(payload.into()).await.map_err(error::push)?;

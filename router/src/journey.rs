@@ -1,33 +1,25 @@
-//! One request's journey: place → reserve → prefill → tokens, again elsewhere if a worker is lost.
+//! One request's journey: admitted, tried until it ends, on other workers if one is lost.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cluster::Role;
-use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use parking_lot::Mutex;
-use proto::v1::decode_worker_client::DecodeWorkerClient;
-use proto::v1::prefill_worker_client::PrefillWorkerClient;
-use proto::v1::{self, decode_event::Event};
+use proto::v1;
 use tokio::sync::mpsc;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use crate::admission::{Admission, Turned};
-use crate::fleet::{Chains, Fleet, Worker};
+use crate::attempt::{Lost, is_dead};
+use crate::fleet::{Chains, Fleet};
+use crate::losses::{self, Losses};
 use crate::metrics::Metrics;
-use crate::placement::{self, Demand, Model, NoPlace, Placement, Policy};
+use crate::placement::{Model, Policy};
 use crate::relay::{self, Relay};
 use crate::request::Prepared;
 use crate::text::model::TextModel;
 use crate::timeline::{Timeline, millis};
 
-/// Tries that a request may lose to failing workers. Waiting for room is not losing.
-const MAX_LOST: usize = 6;
-/// How long one leg waits for the other's word: what it did, or that it was the cause of a failure.
-const LEG_PATIENCE: Duration = Duration::from_millis(250);
 const SHED_PAUSE: Duration = Duration::from_millis(20);
-/// Weight of the newest sample in the fleet's speed model.
-const LEARN: f64 = 0.1;
 
 /// What every journey of this router shares.
 pub struct Shared {
@@ -52,40 +44,16 @@ pub type Out = mpsc::Sender<Result<v1::GenerateResponse, Status>>;
 
 /// One request on its way.
 pub struct Journey {
-    shared: Arc<Shared>,
-    prepared: Prepared,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) prepared: Prepared,
     deadline: Option<Instant>,
-    out: Out,
-    relay: Relay,
-    timeline: Timeline,
-    kv: v1::KvTransfer,
-    cached_tokens: u32,
-    chains: Chains,
-    lost: Vec<String>,
-}
-
-/// Why an attempt ended without finishing.
-struct Lost {
-    status: Status,
-    /// Who is to blame, if anybody.
-    worker: Option<String>,
-}
-
-impl Lost {
-    fn at(worker: &str) -> impl Fn(Status) -> Self + '_ {
-        move |status| Self { status, worker: Some(worker.to_owned()) }
-    }
-}
-
-impl From<Status> for Lost {
-    fn from(status: Status) -> Self {
-        Self { status, worker: None }
-    }
-}
-
-/// Whether the connection itself failed, rather than the worker saying no.
-fn is_dead(status: &Status) -> bool {
-    std::error::Error::source(status).is_some()
+    pub(crate) out: Out,
+    pub(crate) relay: Relay,
+    pub(crate) timeline: Timeline,
+    pub(crate) kv: v1::KvTransfer,
+    pub(crate) cached_tokens: u32,
+    pub(crate) chains: Chains,
+    pub(crate) losses: Losses,
 }
 
 impl Journey {
@@ -108,7 +76,7 @@ impl Journey {
             kv: v1::KvTransfer::default(),
             cached_tokens: 0,
             chains: Chains::default(),
-            lost: Vec::new(),
+            losses: Losses::default(),
         }
     }
 
@@ -149,42 +117,37 @@ impl Journey {
             }
             turned.status()
         })?;
+        // Since when it has been looking for room or for a worker, without a break.
+        let mut looking = entered;
         loop {
-            self.timeline.known.queue_ms = millis(entered.elapsed());
+            if !self.timeline.has_token() {
+                self.timeline.known.queue_ms = millis(entered.elapsed());
+            }
             // A number of its own for every try: a worker that still holds the last one lets it go for this.
             self.prepared.sequence.attempt += 1;
-            self.relay.begin_attempt();
+            let sent = self.relay.sent();
             let Err(lost) = self.attempt().await else { return Ok(()) };
-            let waited = entered.elapsed();
-            match lost.status.code() {
-                // The worker is full: wait for room, up to the queue's patience.
-                Code::ResourceExhausted if waited < shared.queue_patience => {
+            if self.relay.sent() > sent {
+                looking = Instant::now();
+            }
+            let has_time = looking.elapsed() < shared.queue_patience;
+            let pause = match lost.status.code() {
+                // Every worker is full, or, for a request that has lost one, gone: wait up to the queue's patience.
+                Code::ResourceExhausted if has_time => {
                     shared.metrics.lost(&lost.status, false);
-                    shared.fleet.changed(SHED_PAUSE).await;
-                    continue;
+                    Some(SHED_PAUSE)
                 }
-                Code::Unavailable
-                | Code::Aborted
-                | Code::DataLoss
-                | Code::FailedPrecondition
-                | Code::Internal
-                | Code::Unknown
-                | Code::Cancelled
-                    if self.lost.len() + 1 < MAX_LOST && lost.worker.is_some() =>
-                {
-                    let sequence = &self.prepared.sequence;
-                    tracing::warn!(request = %sequence.request_id, attempt = sequence.attempt, worker = ?lost.worker,
-                        status = %lost.status.message(), "attempt lost, trying again");
-                    shared.metrics.lost(&lost.status, is_dead(&lost.status));
-                    if let Some(worker) = &lost.worker
-                        && is_dead(&lost.status)
-                    {
-                        shared.fleet.note_unreachable(worker);
-                    }
-                    self.lost.extend(lost.worker);
+                Code::Unavailable if lost.worker.is_none() && self.losses.any() && has_time => {
+                    Some(SHED_PAUSE)
                 }
-                code => {
-                    if code == Code::ResourceExhausted {
+                code if losses::is_worth_retrying(code) && lost.worker.is_some() => self.lose(&lost),
+                _ => None,
+            };
+            match pause {
+                Some(pause) if pause.is_zero() => {}
+                Some(pause) => shared.fleet.changed(pause).await,
+                None => {
+                    if lost.status.code() == Code::ResourceExhausted {
                         shared.metrics.shed.of("workers_full").increment(1);
                     }
                     return Err(lost.status);
@@ -193,215 +156,25 @@ impl Journey {
         }
     }
 
-    /// One try: both legs at once; the failure of either ends the other.
-    async fn attempt(&mut self) -> Result<(), Lost> {
-        let placed_at = Instant::now();
-        let placement = self.place()?;
-        self.timeline.known.placement_ms = millis(placed_at.elapsed());
-        self.timeline.known.decode_worker.clone_from(&placement.decode);
-        self.timeline.known.placement_reason = placement.reason.into();
-        let gone = |name: &str| Status::unavailable(format!("worker {name} left"));
-        let decode = self
-            .worker(&placement.decode)
-            .ok_or_else(|| Lost::at(&placement.decode)(gone(&placement.decode)))?;
-        let _load = decode.assign(0);
-
-        let reserving = Instant::now();
-        let (reserved, mut tokens) =
-            self.reserve(&decode, &placement).await.map_err(Lost::at(&placement.decode))?;
-        self.timeline.known.reserve_ms = millis(reserving.elapsed());
-        self.cached_tokens = reserved.cached_tokens;
-        self.kv.cached_blocks = reserved.cached_blocks;
-
-        let prefill = self.prefill(&placement, reserved.ticket);
-        self.shared.metrics.placements.of(&self.timeline.known.placement_reason).increment(1);
-        let mut prefilling = prefill.is_some();
-        let mut prefill: OptionFuture<_> = prefill.into();
-        let prefill_name = placement.prefill.as_deref().unwrap_or(&placement.decode).to_owned();
-        loop {
-            tokio::select! {
-                biased;
-                Some(reply) = &mut prefill, if prefilling => {
-                    prefilling = false;
-                    match reply {
-                        Ok(reply) => self.note_prefill(&prefill_name, reply, placed_at),
-                        Err(status) => {
-                            let word = tokio::time::timeout(LEG_PATIENCE, tokens.message()).await;
-                            let decode_is_dead = matches!(&word, Ok(Err(s)) if is_dead(s));
-                            let at = if decode_is_dead { &placement.decode } else { &prefill_name };
-                            return Err(Lost::at(at)(status));
-                        }
-                    }
-                }
-                event = tokens.message() => match event {
-                    Ok(Some(event)) => {
-                        self.shared.fleet.note_load(&placement.decode, event.load);
-                        if self.pass_on(event.event, &placement).await? {
-                            // A short answer can be over before the prefill leg has reported.
-                            if prefilling
-                                && let Ok(Some(Ok(reply))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
-                            {
-                                self.note_prefill(&prefill_name, reply, placed_at);
-                            }
-                            return Ok(());
-                        }
-                    }
-                    Ok(None) => return Err(Lost::at(&placement.decode)(Status::unavailable("the decode worker closed the stream"))),
-                    // A decode worker that lives and lacks its KV is the prefill worker's victim.
-                    Err(status) => {
-                        let at = if prefilling && !is_dead(&status) { &prefill_name } else { &placement.decode };
-                        return Err(Lost::at(at)(status));
-                    }
-                },
-            }
+    /// Notes a lost attempt; the pause before the next one, if there may be one.
+    fn lose(&mut self, lost: &Lost) -> Option<Duration> {
+        let pause = self.losses.lose(lost.worker.clone(), self.relay.sent())?;
+        let dead = is_dead(&lost.status);
+        self.shared.metrics.lost(&lost.status, dead);
+        if let Some(worker) = lost.worker.as_ref().filter(|_| dead) {
+            self.shared.fleet.note_unreachable(worker);
         }
-    }
-
-    fn place(&mut self) -> Result<Placement, Status> {
         let sequence = &self.prepared.sequence;
-        let fleet = &self.shared.fleet;
-        let mut pool = |role| fleet.candidates(role, &sequence.prompt, &mut self.chains, &self.lost);
-        let (prefill, decode) = (pool(Role::Prefill), pool(Role::Decode));
-        let demand = Demand { prompt_tokens: sequence.prompt.len(), salt: rand::random::<u32>() as usize };
-        let model = *self.shared.model.lock();
-        placement::place(&demand, &prefill, &decode, self.shared.policy, &model).map_err(|e| {
-            Status::unavailable(match e {
-                NoPlace::NoDecodeWorker => "the decode pool is empty: no decode worker is registered and ready",
-                NoPlace::NoPrefillWorker => "the prefill pool is empty: no prefill worker fits a decode worker, and local prefill is off",
-            })
-        })
+        tracing::warn!(request = %sequence.request_id, attempt = sequence.attempt, worker = ?lost.worker,
+            sent = self.relay.sent(), status = %lost.status.message(), "attempt lost, trying again");
+        Some(pause)
     }
 
-    fn worker(&self, name: &str) -> Option<Worker> {
-        self.shared.fleet.get(name)
-    }
-
-    fn sequence_now(&self) -> v1::Sequence {
+    /// The request as a worker must hear of it now: with what the client has already and the time that is left.
+    pub(crate) fn sequence_now(&self) -> v1::Sequence {
         let left = |at: Instant| at.saturating_duration_since(Instant::now()).as_millis().max(1);
         let deadline_ms = self.deadline.map_or(0, |at| u64::try_from(left(at)).unwrap_or(u64::MAX));
-        v1::Sequence { deadline_ms, ..self.prepared.sequence.clone() }
-    }
-
-    async fn reserve(
-        &self,
-        decode: &Worker,
-        placement: &Placement,
-    ) -> Result<(v1::Reserved, Streaming<v1::DecodeEvent>), Status> {
-        let request = v1::DecodeRequest {
-            sequence: Some(self.sequence_now()),
-            compat_hash: decode.member.compat_hash.clone(),
-            incarnation: decode.member.incarnation,
-            local_prefill_max_tokens: placement.local_prefill_max_tokens,
-        };
-        let mut events = DecodeWorkerClient::new(decode.channel.clone())
-            .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
-            .decode(request)
-            .await?
-            .into_inner();
-        let first = events.message().await?;
-        let load = first.as_ref().and_then(|f| f.load);
-        self.shared.fleet.note_load(&placement.decode, load);
-        match first.and_then(|f| f.event) {
-            Some(Event::Reserved(reserved)) => Ok((reserved, events)),
-            _ => Err(Status::internal("the decode worker's first message is no reservation")),
-        }
-    }
-
-    /// The prefill leg, when there is one.
-    fn prefill(
-        &mut self,
-        placement: &Placement,
-        ticket: bytes::Bytes,
-    ) -> Option<BoxFuture<'static, Result<v1::PrefillReply, Status>>> {
-        let name = match &placement.prefill {
-            Some(name) if !ticket.is_empty() => name.clone(),
-            _ => {
-                self.timeline.known.prefill_worker.clone_from(&placement.decode);
-                if placement.prefill.is_some() {
-                    self.timeline.known.placement_reason = "local:prefix-hit".into();
-                }
-                self.kv.transport = "none".into();
-                return None;
-            }
-        };
-        self.timeline.known.prefill_worker.clone_from(&name);
-        let Some(worker) = self.worker(&name) else {
-            let gone = Status::unavailable(format!("prefill worker {name} left"));
-            return Some(async move { Err(gone) }.boxed());
-        };
-        let request = v1::PrefillRequest {
-            sequence: Some(self.sequence_now()),
-            compat_hash: worker.member.compat_hash.clone(),
-            incarnation: worker.member.incarnation,
-            ticket,
-        };
-        let assignment = worker.assign(self.prepared.sequence.prompt.len());
-        Some(
-            async move {
-                let _until_done = assignment;
-                let mut client = PrefillWorkerClient::new(worker.channel)
-                    .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-                client.prefill(request).await.map(tonic::Response::into_inner)
-            }
-            .boxed(),
-        )
-    }
-
-    fn note_prefill(&mut self, worker: &str, reply: v1::PrefillReply, placed_at: Instant) {
-        self.shared.fleet.note_load(worker, reply.load);
-        self.note_prefix(worker);
-        if let Some(kv) = reply.kv {
-            self.kv = v1::KvTransfer { cached_blocks: self.kv.cached_blocks, ..kv };
-        }
-        let Some(timing) = reply.timing else { return };
-        self.note_timing(&timing);
-        let computed = self.prepared.sequence.prompt.len() as f64 - f64::from(timing.cached_tokens);
-        let overhead = millis(placed_at.elapsed()) - timing.queue_ms - timing.prefill_ms;
-        let mut model = self.shared.model.lock();
-        let learn = |old: &mut f64, new: f64| *old += (new - *old) * LEARN;
-        learn(&mut model.remote_overhead_ms, overhead.clamp(0.0, 10_000.0));
-        if timing.prefill_ms > 0.0 && computed >= 64.0 {
-            learn(&mut model.default_tokens_per_second, computed / timing.prefill_ms * 1e3);
-        }
-    }
-
-    fn note_timing(&mut self, timing: &v1::PrefillTiming) {
-        let known = &mut self.timeline.known;
-        known.queue_ms += timing.queue_ms;
-        known.prefill_ms = timing.prefill_ms;
-        known.exposed_transfer_ms = timing.exposed_transfer_ms;
-    }
-
-    fn note_prefix(&mut self, worker: &str) {
-        if let Some(w) = self.worker(worker) {
-            let chain = self.chains.of(&self.prepared.sequence.prompt, &w.member);
-            self.shared.fleet.note_prefix(worker, chain);
-        }
-    }
-
-    /// Passes one event on to the client; true at the end.
-    async fn pass_on(&mut self, event: Option<Event>, placement: &Placement) -> Result<bool, Status> {
-        let shared = Arc::clone(&self.shared);
-        let chunks = match event {
-            Some(Event::Tokens(tokens)) => {
-                if let Some(timing) = &tokens.local_prefill {
-                    self.note_timing(timing);
-                }
-                if !self.timeline.has_token() {
-                    self.note_prefix(&placement.decode);
-                }
-                self.relay.tokens(tokens.tokens, &shared.text, &mut self.timeline)?
-            }
-            Some(Event::Finished(finished)) => {
-                self.relay.finished(&finished.choices, &shared.text, &mut self.timeline)
-            }
-            _ => return Err(Status::internal("the decode worker sent an unexpected message")),
-        };
-        for chunk in chunks {
-            // A closed stream is a cancelled request: `run` sees it.
-            let _ = self.out.send(Ok(relay::chunk(chunk))).await;
-        }
-        Ok(self.relay.is_done())
+        v1::Sequence { deadline_ms, outputs: self.relay.outputs(), ..self.prepared.sequence.clone() }
     }
 
     fn complete(self) -> v1::Complete {

@@ -4,8 +4,11 @@
 //! [`placement`], a pure function of the [`fleet`]'s picture.
 
 pub mod admission;
+mod attempt;
 pub mod fleet;
 pub mod journey;
+mod legs;
+mod losses;
 pub mod metrics;
 pub mod placement;
 pub mod prefix_index;

@@ -16,6 +16,7 @@ pub struct Relay {
     choices: Vec<Choice>,
     ends: Vec<u32>,
     min_tokens: usize,
+    max_tokens: usize,
 }
 
 struct Choice {
@@ -24,8 +25,6 @@ struct Choice {
     stops: Vec<String>,
     /// All tokens that the client has.
     sent: Vec<u32>,
-    /// How many of them the current attempt has produced again.
-    replayed: usize,
     last_token: Option<Instant>,
     end: Option<v1::ChoiceEnd>,
 }
@@ -38,7 +37,6 @@ impl Relay {
             stop: StopMatcher::new(&prepared.stop),
             stops: prepared.stop.clone(),
             sent: Vec::new(),
-            replayed: 0,
             last_token: None,
             end: None,
         };
@@ -46,13 +44,22 @@ impl Relay {
             choices: (0..prepared.sequence.n).map(|_| choice()).collect(),
             ends: prepared.ends.clone(),
             min_tokens: prepared.sequence.min_tokens as usize,
+            max_tokens: prepared.sequence.max_tokens as usize,
         }
     }
 
-    /// A new attempt starts from the prompt: tokens are drawn by (seed, choice, position), so it produces
-    /// what the client already has once more, and that is passed over.
-    pub fn begin_attempt(&mut self) {
-        self.choices.iter_mut().for_each(|choice| choice.replayed = 0);
+    /// What another worker needs to know to go on from here; nothing before the first token.
+    pub fn outputs(&self) -> Vec<v1::ChoiceOutput> {
+        if self.sent() == 0 {
+            return Vec::new();
+        }
+        let output = |c: &Choice| v1::ChoiceOutput { tokens: c.sent.clone(), ended: c.end.is_some() };
+        self.choices.iter().map(output).collect()
+    }
+
+    /// Tokens that the client has, over all choices.
+    pub fn sent(&self) -> usize {
+        self.choices.iter().map(|choice| choice.sent.len()).sum()
     }
 
     /// Takes tokens in; returns the chunks that go out.
@@ -68,18 +75,22 @@ impl Relay {
             let Some(choice) = self.choices.get_mut(index as usize) else {
                 return Err(Status::internal(format!("a worker sent choice {index}")));
             };
-            if choice.end.is_some() || choice.is_replay(token.token_id)? {
+            if choice.end.is_some() || choice.has(&token)? {
                 continue;
             }
             let now = Instant::now();
             timeline.token(now, choice.last_token.replace(now));
             choice.sent.push(token.token_id);
-            choice.replayed = choice.sent.len();
             let is_end = self.ends.contains(&token.token_id) && choice.sent.len() >= self.min_tokens;
-            let shown = match is_end {
+            let mut shown = match is_end {
                 true => String::new(),
                 false => choice.show(index, token.token_id, text),
             };
+            if is_end {
+                shown.push_str(&choice.flush(index, FinishReason::Stop, text));
+            } else if choice.end.is_none() && choice.sent.len() >= self.max_tokens {
+                shown.push_str(&choice.flush(index, FinishReason::Length, text));
+            }
             if !shown.is_empty() {
                 timeline.text(now);
             }
@@ -91,28 +102,6 @@ impl Relay {
             });
         }
         Ok(chunks)
-    }
-
-    /// Takes a worker's word on how choices ended; returns the text that was held back.
-    pub fn finished(
-        &mut self,
-        finishes: &[v1::ChoiceFinish],
-        text: &TextModel,
-        timeline: &mut Timeline,
-    ) -> Vec<v1::Chunk> {
-        let mut chunks = Vec::new();
-        for finish in finishes {
-            let Some(choice) = self.choices.get_mut(finish.choice as usize) else { continue };
-            if choice.end.is_some() {
-                continue;
-            }
-            let held = choice.flush(finish.choice, finish.finish_reason(), text);
-            if !held.is_empty() {
-                timeline.text(Instant::now());
-                chunks.push(v1::Chunk { index: finish.choice, text: held, ..v1::Chunk::default() });
-            }
-        }
-        chunks
     }
 
     /// Whether every choice has ended.
@@ -128,16 +117,22 @@ impl Relay {
 }
 
 impl Choice {
-    fn is_replay(&mut self, token: u32) -> Result<bool, Status> {
-        let Some(known) = self.sent.get(self.replayed) else { return Ok(false) };
-        if *known != token {
-            return Err(Status::data_loss(format!(
-                "output token {} was {known} before the worker was lost and is {token} after",
-                self.replayed
-            )));
+    /// Whether the client has this token already. A worker that goes on for another one may say again what that
+    /// one said, but nothing else, and it may leave nothing out.
+    fn has(&self, token: &v1::SampledToken) -> Result<bool, Status> {
+        let position = token.position as usize;
+        match self.sent.get(position) {
+            Some(known) if *known == token.token_id => Ok(true),
+            Some(known) => Err(Status::data_loss(format!(
+                "output token {position} was {known} and is {} on another worker",
+                token.token_id
+            ))),
+            None if position == self.sent.len() => Ok(false),
+            None => Err(Status::internal(format!(
+                "a worker sent output token {position}, the next is {}",
+                self.sent.len()
+            ))),
         }
-        self.replayed += 1;
-        Ok(true)
     }
 
     fn show(&mut self, index: u32, token: u32, text: &TextModel) -> String {

@@ -143,6 +143,7 @@ pub fn prepare(
         stop_token_ids: ends.clone(),
         n,
         deadline_ms: 0,
+        outputs: Vec::new(),
     };
     Ok(Prepared { sequence, stop: sampling.stop, ends })
 }

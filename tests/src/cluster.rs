@@ -108,6 +108,8 @@ pub struct Output {
     pub tokens: Vec<Vec<u32>>,
     /// Text by choice.
     pub text: Vec<String>,
+    /// Log-probabilities by choice, when asked for.
+    pub logprobs: Vec<Vec<v1::TokenLogprob>>,
     /// The last message.
     pub complete: v1::Complete,
 }
@@ -256,13 +258,18 @@ pub async fn collect(
 ) -> Result<Output, Status> {
     let n = request.sampling.as_ref().and_then(|s| s.n).unwrap_or(1) as usize;
     let mut stream = client.generate(request).await?.into_inner();
-    let mut output =
-        Output { tokens: vec![Vec::new(); n], text: vec![String::new(); n], ..Output::default() };
+    let mut output = Output {
+        tokens: vec![Vec::new(); n],
+        text: vec![String::new(); n],
+        logprobs: vec![Vec::new(); n],
+        ..Output::default()
+    };
     while let Some(message) = stream.message().await? {
         match message.event {
             Some(Event::Chunk(chunk)) => {
                 output.tokens[chunk.index as usize].extend(chunk.token_ids);
                 output.text[chunk.index as usize].push_str(&chunk.text);
+                output.logprobs[chunk.index as usize].extend(chunk.logprobs);
             }
             Some(Event::Complete(complete)) => {
                 output.complete = complete;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod cluster;
+pub mod cutter;
 pub mod model;
 pub mod oracle;
 pub mod page;

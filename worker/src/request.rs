@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::kv::hash::{self, BlockHash};
-use engine::{KvLayout, Sampled, SamplingParams};
+use engine::{KvLayout, SampleRequest, Sampled, SamplingParams};
 use proto::v1;
 use tonic::Status;
 
@@ -35,6 +35,12 @@ pub struct Request {
     pub attempt: u32,
     /// Prompt token ids, at least one.
     pub prompt: Arc<[u32]>,
+    /// What each choice has put out so far, on other workers.
+    pub outputs: Arc<[Vec<u32>]>,
+    /// The choices that go on.
+    pub open: Arc<[u32]>,
+    /// The prompt and what all open outputs begin with: computed once, for all of them.
+    pub stem: Arc<[u32]>,
     /// How tokens are drawn.
     pub sampling: Arc<SamplingParams>,
     /// Output tokens per choice, at most.
@@ -49,7 +55,7 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Where the chain of block hashes starts.
     pub root: BlockHash,
-    /// Hashes of the prompt's full blocks.
+    /// Hashes of the stem's full blocks.
     pub hashes: Arc<[BlockHash]>,
 }
 
@@ -109,12 +115,18 @@ impl Request {
         sampling
             .validate(limits.vocab_size)
             .map_err(|e| Status::invalid_argument(format!("sampling.{e}")))?;
+        let (outputs, open) = outputs_from_wire(s.outputs, s.n, max_tokens, limits.vocab_size)?;
+        let shared = common_prefix(open.iter().map(|choice| outputs[*choice as usize].as_slice()));
+        let stem: Arc<[u32]> = s.prompt.iter().chain(shared).copied().collect();
         let root = root(&limits.compat_hash);
-        let hashes = hash::chain(root, &s.prompt, limits.layout.block_tokens);
+        let hashes = hash::chain(root, &stem, limits.layout.block_tokens);
         Ok(Self {
             id: s.request_id,
             attempt: s.attempt,
             prompt: s.prompt.into(),
+            outputs: outputs.into(),
+            open: open.into(),
+            stem,
             sampling: Arc::new(sampling),
             max_tokens,
             min_tokens: s.min_tokens as usize,
@@ -126,16 +138,80 @@ impl Request {
         })
     }
 
-    /// Hashes of the blocks that may come from a cache: all full ones, but never the whole prompt, since
-    /// the last token must be computed for its logits.
+    /// Hashes of the blocks that may come from a cache: all full ones, but never the whole stem, since the
+    /// last token must be computed for its logits.
     pub fn reusable(&self, block_tokens: usize) -> &[BlockHash] {
-        &self.hashes[..((self.prompt.len() - 1) / block_tokens).min(self.hashes.len())]
+        &self.hashes[..((self.stem.len() - 1) / block_tokens).min(self.hashes.len())]
+    }
+
+    /// Output tokens that the stem ends with.
+    pub fn stem_output(&self) -> &[u32] {
+        &self.stem[self.prompt.len()..]
+    }
+
+    /// The choices whose next token is drawn where the stem ends; the others have put out more already.
+    pub fn drawn_at_stem(&self) -> impl Iterator<Item = u32> + '_ {
+        let end = self.stem_output().len();
+        self.open.iter().copied().filter(move |choice| self.outputs[*choice as usize].len() == end)
+    }
+
+    /// The draws at the stem's end.
+    pub fn stem_draws(&self) -> Vec<SampleRequest<'_>> {
+        let output = self.stem_output();
+        self.drawn_at_stem().map(|choice| self.draw(choice, output)).collect()
+    }
+
+    /// The next draw of a choice that has put out these tokens.
+    pub fn draw<'a>(&'a self, choice: u32, output: &'a [u32]) -> SampleRequest<'a> {
+        let banned = self.banned(output.len());
+        SampleRequest { params: &self.sampling, prompt: &self.prompt, output, banned, choice }
     }
 
     /// Stop tokens that may not be drawn as output token number `position`.
     pub fn banned(&self, position: usize) -> &[u32] {
         if position < self.min_tokens { &self.stop_token_ids } else { &[] }
     }
+}
+
+/// Checked outputs, one per choice, and the choices that go on.
+fn outputs_from_wire(
+    outputs: Vec<v1::ChoiceOutput>,
+    n: u32,
+    max_tokens: usize,
+    vocab_size: usize,
+) -> Result<(Vec<Vec<u32>>, Vec<u32>), Status> {
+    if outputs.is_empty() {
+        return Ok((vec![Vec::new(); n as usize], (0..n).collect()));
+    }
+    let invalid = |text: String| Err(Status::invalid_argument(text));
+    if outputs.len() != n as usize {
+        return invalid(format!("sequence.outputs: {} for {n} choices", outputs.len()));
+    }
+    let open: Vec<u32> = (0..n).zip(&outputs).filter(|(_, o)| !o.ended).map(|(choice, _)| choice).collect();
+    if open.is_empty() {
+        return invalid("sequence.outputs: every choice has ended".into());
+    }
+    for output in &outputs {
+        let room = if output.ended { max_tokens } else { max_tokens - 1 };
+        if output.tokens.len() > room {
+            return invalid(format!("sequence.outputs: {} tokens of {max_tokens}", output.tokens.len()));
+        }
+        if let Some(bad) = output.tokens.iter().find(|t| **t as usize >= vocab_size) {
+            return invalid(format!(
+                "sequence.outputs: token {bad} is not in the vocabulary of {vocab_size}"
+            ));
+        }
+    }
+    Ok((outputs.into_iter().map(|output| output.tokens).collect(), open))
+}
+
+/// What all of them begin with.
+fn common_prefix<'a>(mut lists: impl Iterator<Item = &'a [u32]>) -> &'a [u32] {
+    let first = lists.next().unwrap_or_default();
+    lists.fold(first, |common, list| {
+        let same = common.iter().zip(list).take_while(|(a, b)| a == b).count();
+        &common[..same]
+    })
 }
 
 /// The root of the hash chain: equal only where KV is interchangeable.
@@ -161,13 +237,19 @@ fn sampling_from_wire(s: v1::EngineSampling) -> SamplingParams {
 }
 
 /// A drawn token for the wire.
-pub fn sampled_to_wire(choice: u32, sampled: &Sampled, params: &SamplingParams) -> v1::SampledToken {
+pub fn sampled_to_wire(
+    choice: u32,
+    position: usize,
+    sampled: &Sampled,
+    params: &SamplingParams,
+) -> v1::SampledToken {
     let logprob = params.logprobs.map(|_| v1::TokenLogprob {
         token_id: sampled.token,
         logprob: sampled.logprob,
         top: sampled.top.iter().map(|&(token_id, logprob)| v1::TopLogprob { token_id, logprob }).collect(),
     });
-    v1::SampledToken { choice, token_id: sampled.token, logprob }
+    let position = u32::try_from(position).unwrap_or(u32::MAX);
+    v1::SampledToken { choice, token_id: sampled.token, logprob, position }
 }
 
 /// A load for the wire.
@@ -178,5 +260,68 @@ pub fn load_to_wire(load: &cluster::Load) -> v1::Load {
         waiting: load.waiting,
         free_blocks: load.free_blocks,
         tokens_per_second: load.tokens_per_second,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::KvDtype;
+
+    fn limits() -> Limits {
+        let layout = KvLayout {
+            layers: 1,
+            blocks: 64,
+            kv_heads: 1,
+            block_tokens: 4,
+            head_dim: 8,
+            dtype: KvDtype::F32,
+        };
+        Limits { vocab_size: 100, max_context_tokens: 256, layout, compat_hash: "c".into(), incarnation: 7 }
+    }
+
+    fn with_outputs(outputs: &[(&[u32], bool)]) -> Result<Request, Status> {
+        let outputs: Vec<_> = outputs
+            .iter()
+            .map(|(tokens, ended)| v1::ChoiceOutput { tokens: tokens.to_vec(), ended: *ended })
+            .collect();
+        let n = outputs.len().max(1) as u32;
+        let sequence = v1::Sequence {
+            request_id: "r".into(),
+            attempt: 1,
+            prompt: vec![1, 2, 3],
+            max_tokens: 4,
+            n,
+            sampling: Some(v1::EngineSampling { top_p: 1.0, repetition_penalty: 1.0, ..Default::default() }),
+            outputs,
+            ..Default::default()
+        };
+        Request::from_wire(Some(sequence), "c", 7, &limits())
+    }
+
+    #[test]
+    fn the_stem_is_what_open_choices_share() {
+        let fresh = with_outputs(&[]).unwrap();
+        assert_eq!((&*fresh.stem, &*fresh.open), (&[1, 2, 3][..], &[0][..]));
+
+        let resumed = with_outputs(&[(&[5, 6, 7], false), (&[9], true), (&[5, 6], false)]).unwrap();
+        assert_eq!(&*resumed.stem, [1, 2, 3, 5, 6]);
+        assert_eq!(&*resumed.open, [0, 2]);
+        // Choice 0 is ahead of the stem; only choice 2 draws there.
+        assert_eq!(resumed.drawn_at_stem().collect::<Vec<_>>(), [2]);
+        assert_eq!(resumed.stem_draws()[0].output, [5, 6]);
+        assert_eq!(resumed.reusable(4).len(), 1);
+    }
+
+    #[test]
+    fn outputs_are_checked() {
+        for (outputs, words) in [
+            (&[(&[1u32][..], true)][..], "every choice has ended"),
+            (&[(&[1, 2, 3, 4], false)], "4 tokens of 4"),
+            (&[(&[100], false)], "token 100"),
+        ] {
+            let error = with_outputs(outputs).unwrap_err();
+            assert!(error.message().contains(words), "{error}");
+        }
     }
 }

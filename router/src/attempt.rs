@@ -1,0 +1,232 @@
+//! One try at a request: place → reserve → prefill → tokens. Both legs at once; the failure of either ends the other.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cluster::Role;
+use futures::future::OptionFuture;
+use proto::v1::{self, decode_event::Event};
+use tonic::Status;
+
+use crate::fleet::Worker;
+use crate::journey::Journey;
+use crate::legs::{self, Prefilling};
+use crate::placement::{self, Demand, NoPlace, Placement};
+use crate::relay;
+use crate::timeline::millis;
+
+/// How long one leg waits for the other's word: what it did, or that it was the cause of a failure.
+const LEG_PATIENCE: Duration = Duration::from_millis(250);
+/// Weight of the newest sample in the fleet's speed model.
+const LEARN: f64 = 0.1;
+
+/// Why an attempt ended without finishing.
+pub(crate) struct Lost {
+    pub status: Status,
+    /// Who is to blame, if anybody.
+    pub worker: Option<String>,
+}
+
+impl Lost {
+    pub fn at(worker: &str) -> impl Fn(Status) -> Self + '_ {
+        move |status| Self { status, worker: Some(worker.to_owned()) }
+    }
+}
+
+impl From<Status> for Lost {
+    fn from(status: Status) -> Self {
+        Self { status, worker: None }
+    }
+}
+
+/// Whether the connection itself failed, rather than the worker saying no.
+pub(crate) fn is_dead(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
+impl Journey {
+    /// One try.
+    pub(crate) async fn attempt(&mut self) -> Result<(), Lost> {
+        let placed_at = Instant::now();
+        let placement = self.place()?;
+        let decode = self.worker(&placement.decode)?;
+        let at_decode = Lost::at(&placement.decode);
+        let _load = decode.assign(0);
+        let sequence = self.sequence_now();
+        if !sequence.outputs.is_empty() {
+            self.shared.metrics.resumes.increment(1);
+        }
+
+        let reserving = Instant::now();
+        let fleet = self.shared.fleet.clone();
+        let reserve = legs::reserve(&fleet, &decode, sequence, placement.local_prefill_max_tokens);
+        let (reserved, mut tokens) = reserve.await.map_err(&at_decode)?;
+        self.note_reserved(&placement, &reserved, millis(reserving - placed_at), millis(reserving.elapsed()));
+
+        let prefill = self.prefill(&placement, reserved.ticket)?;
+        self.shared.metrics.placements.of(&self.timeline.known.placement_reason).increment(1);
+        let mut prefilling = prefill.is_some();
+        let mut prefill: OptionFuture<_> = prefill.into();
+        let prefill_name = placement.prefill.as_deref().unwrap_or(&placement.decode).to_owned();
+        loop {
+            tokio::select! {
+                biased;
+                Some(reply) = &mut prefill, if prefilling => {
+                    prefilling = false;
+                    match reply {
+                        Ok(reply) => self.note_prefill(&prefill_name, reply, placed_at),
+                        Err(status) => {
+                            let word = tokio::time::timeout(LEG_PATIENCE, tokens.message()).await;
+                            let decode_is_dead = matches!(&word, Ok(Err(s)) if is_dead(s));
+                            let at = if decode_is_dead { &placement.decode } else { &prefill_name };
+                            return Err(Lost::at(at)(status));
+                        }
+                    }
+                }
+                event = tokens.message() => match event {
+                    Ok(Some(event)) => {
+                        fleet.note_load(&placement.decode, event.load);
+                        if self.pass_on(event.event, &placement).await.map_err(&at_decode)? {
+                            // A short answer can be over before the prefill leg has reported.
+                            if prefilling
+                                && let Ok(Some(Ok(reply))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
+                            {
+                                self.note_prefill(&prefill_name, reply, placed_at);
+                            }
+                            return Ok(());
+                        }
+                    }
+                    Ok(None) => return Err(at_decode(Status::unavailable("the decode worker closed the stream"))),
+                    // A decode worker that lives and lacks its KV is the prefill worker's victim.
+                    Err(status) => {
+                        let at = if prefilling && !is_dead(&status) { &prefill_name } else { &placement.decode };
+                        return Err(Lost::at(at)(status));
+                    }
+                },
+            }
+        }
+    }
+
+    fn place(&mut self) -> Result<Placement, Status> {
+        let sequence = &self.prepared.sequence;
+        let fleet = &self.shared.fleet;
+        let mut pool =
+            |role| fleet.candidates(role, &sequence.prompt, &mut self.chains, self.losses.workers());
+        let (prefill, decode) = (pool(Role::Prefill), pool(Role::Decode));
+        let prompt_tokens = sequence.prompt.len() + self.relay.sent();
+        let demand = Demand { prompt_tokens, salt: rand::random::<u32>() as usize };
+        let model = *self.shared.model.lock();
+        placement::place(&demand, &prefill, &decode, self.shared.policy, &model).map_err(|e| {
+            Status::unavailable(match e {
+                NoPlace::NoDecodeWorker => "the decode pool is empty: no decode worker is registered and ready",
+                NoPlace::NoPrefillWorker => "the prefill pool is empty: no prefill worker fits a decode worker, and local prefill is off",
+            })
+        })
+    }
+
+    fn worker(&self, name: &str) -> Result<Worker, Lost> {
+        let gone = || Lost::at(name)(Status::unavailable(format!("worker {name} left")));
+        self.shared.fleet.get(name).ok_or_else(gone)
+    }
+
+    /// The prefill leg, when there is one.
+    fn prefill(&mut self, placement: &Placement, ticket: bytes::Bytes) -> Result<Option<Prefilling>, Lost> {
+        let name = match &placement.prefill {
+            Some(name) if !ticket.is_empty() => name,
+            _ => {
+                self.timeline.known.prefill_worker.clone_from(&placement.decode);
+                if placement.prefill.is_some() {
+                    self.timeline.known.placement_reason = "local:prefix-hit".into();
+                }
+                if self.kv.transport.is_empty() {
+                    self.kv.transport = "none".into();
+                }
+                return Ok(None);
+            }
+        };
+        self.timeline.known.prefill_worker.clone_from(name);
+        Ok(Some(legs::prefill(&self.worker(name)?, self.sequence_now(), ticket)))
+    }
+
+    fn note_reserved(
+        &mut self,
+        placement: &Placement,
+        reserved: &v1::Reserved,
+        placing_ms: f64,
+        reserving_ms: f64,
+    ) {
+        let known = &mut self.timeline.known;
+        known.decode_worker.clone_from(&placement.decode);
+        known.placement_reason = placement.reason.into();
+        known.attempts = self.prepared.sequence.attempt;
+        if !self.timeline.has_token() {
+            let known = &mut self.timeline.known;
+            known.placement_ms = placing_ms;
+            known.reserve_ms = reserving_ms;
+            self.cached_tokens = reserved.cached_tokens;
+            self.kv.cached_blocks = reserved.cached_blocks;
+        }
+    }
+
+    fn note_prefill(&mut self, worker: &str, reply: v1::PrefillReply, placed_at: Instant) {
+        self.shared.fleet.note_load(worker, reply.load);
+        self.note_prefix(worker);
+        if let Some(kv) = reply.kv {
+            self.kv.bytes += kv.bytes;
+            self.kv.blocks += kv.blocks;
+            self.kv.refetched += kv.refetched;
+            self.kv.transport = kv.transport;
+        }
+        let Some(timing) = reply.timing else { return };
+        self.note_timing(&timing);
+        let computed = self.prepared.sequence.prompt.len() as f64 - f64::from(timing.cached_tokens);
+        let overhead = millis(placed_at.elapsed()) - timing.queue_ms - timing.prefill_ms;
+        let mut model = self.shared.model.lock();
+        let learn = |old: &mut f64, new: f64| *old += (new - *old) * LEARN;
+        learn(&mut model.remote_overhead_ms, overhead.clamp(0.0, 10_000.0));
+        if timing.prefill_ms > 0.0 && computed >= 64.0 {
+            learn(&mut model.default_tokens_per_second, computed / timing.prefill_ms * 1e3);
+        }
+    }
+
+    /// Times of the first prefill; what a later one costs is a gap between tokens.
+    fn note_timing(&mut self, timing: &v1::PrefillTiming) {
+        let known = &mut self.timeline.known;
+        if !self.losses.any() || known.prefill_ms == 0.0 {
+            known.queue_ms += timing.queue_ms;
+            known.prefill_ms = timing.prefill_ms;
+            known.exposed_transfer_ms = timing.exposed_transfer_ms;
+        }
+    }
+
+    fn note_prefix(&mut self, worker: &str) {
+        if let Some(w) = self.shared.fleet.get(worker) {
+            let chain = self.chains.of(&self.prepared.sequence.prompt, &w.member);
+            self.shared.fleet.note_prefix(worker, chain);
+        }
+    }
+
+    /// Passes one event on to the client; true at the end.
+    async fn pass_on(&mut self, event: Option<Event>, placement: &Placement) -> Result<bool, Status> {
+        let shared = Arc::clone(&self.shared);
+        match event {
+            Some(Event::Tokens(tokens)) => {
+                if let Some(timing) = &tokens.local_prefill {
+                    self.note_timing(timing);
+                }
+                if !self.timeline.has_token() {
+                    self.note_prefix(&placement.decode);
+                }
+                for chunk in self.relay.tokens(tokens.tokens, &shared.text, &mut self.timeline)? {
+                    // A closed stream is a cancelled request: `run` sees it.
+                    let _ = self.out.send(Ok(relay::chunk(chunk))).await;
+                }
+                Ok(self.relay.is_done())
+            }
+            Some(Event::Finished(_)) => {
+                Err(Status::internal("the decode worker ended choices before their end"))
+            }
+            _ => Err(Status::internal("the decode worker sent an unexpected message")),
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The calls to workers that make up an attempt.
+
+use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt};
+use proto::v1::decode_worker_client::DecodeWorkerClient;
+use proto::v1::prefill_worker_client::PrefillWorkerClient;
+use proto::v1::{self, decode_event::Event};
+use tonic::{Status, Streaming};
+
+use crate::fleet::{Fleet, Worker};
+
+/// A prefill leg under way. Dropping it cancels it.
+pub(crate) type Prefilling = BoxFuture<'static, Result<v1::PrefillReply, Status>>;
+
+/// Opens the stream of a request on a decode worker: its first message is the reservation.
+pub(crate) async fn reserve(
+    fleet: &Fleet,
+    decode: &Worker,
+    sequence: v1::Sequence,
+    local_prefill_max_tokens: u32,
+) -> Result<(v1::Reserved, Streaming<v1::DecodeEvent>), Status> {
+    let request = v1::DecodeRequest {
+        sequence: Some(sequence),
+        compat_hash: decode.member.compat_hash.clone(),
+        incarnation: decode.member.incarnation,
+        local_prefill_max_tokens,
+    };
+    let mut events = DecodeWorkerClient::new(decode.channel.clone())
+        .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
+        .decode(request)
+        .await?
+        .into_inner();
+    let first = events.message().await?;
+    fleet.note_load(&decode.member.worker, first.as_ref().and_then(|f| f.load));
+    match first.and_then(|f| f.event) {
+        Some(Event::Reserved(reserved)) => Ok((reserved, events)),
+        _ => Err(Status::internal("the decode worker's first message is no reservation")),
+    }
+}
+
+/// Has a prompt computed and pushed to the ticket's owner.
+pub(crate) fn prefill(worker: &Worker, sequence: v1::Sequence, ticket: Bytes) -> Prefilling {
+    let assignment = worker.assign(sequence.prompt.len());
+    let request = v1::PrefillRequest {
+        sequence: Some(sequence),
+        compat_hash: worker.member.compat_hash.clone(),
+        incarnation: worker.member.incarnation,
+        ticket,
+    };
+    let channel = worker.channel.clone();
+    async move {
+        let _until_done = assignment;
+        let mut client =
+            PrefillWorkerClient::new(channel).max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
+        client.prefill(request).await.map(tonic::Response::into_inner)
+    }
+    .boxed()
+}
