@@ -6,6 +6,7 @@
 
 pub mod batch;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod import;
 pub mod kv;
@@ -27,8 +28,13 @@ pub trait KvMemory: Send + Sync {
     /// Start address of the pool in host memory, if the pool lives there. The pool is
     /// `layout().total_bytes()` long and stays valid and unmoved for as long as this value lives.
     fn host_address(&self) -> Option<*mut u8>;
-    /// CRC-32C of one block of one layer, as it stands in memory now.
+    /// CRC-32C of one block of one layer, as it stands in host memory now.
     fn checksum(&self, layer: usize, block: u32) -> u32;
+    /// CRC-32C of one block of one layer, as close to where it was computed as the device can: what a push sends
+    /// along. Differs from [`KvMemory::checksum`] only if the way from the device to host memory broke it.
+    fn source_checksum(&self, layer: usize, block: u32) -> u32 {
+        self.checksum(layer, block)
+    }
 }
 
 /// What an engine is, for logs, membership and compatibility checks.
@@ -72,4 +78,15 @@ pub trait Engine: Send {
 
     /// Copies whole blocks, all layers, `(from, to)`: a forked sequence gets its own last block.
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), EngineError>;
+
+    /// Brings whole blocks, all layers, to the host side of the pool, for a transport to read. Nothing to do
+    /// where the pool is in host memory. A prefill tuning does it by itself, before `on_layer`.
+    fn publish_blocks(&mut self, _blocks: &[u32]) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// The reverse, after a transport has written the host side and before the blocks are used.
+    fn load_blocks(&mut self, _blocks: &[u32]) -> Result<(), EngineError> {
+        Ok(())
+    }
 }

@@ -6,9 +6,6 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::weights::{Matrix, WeightSource};
 use crate::EngineError;
 
-/// Standard deviation of matrices, as networks are usually initialised.
-const DEVIATION: f32 = 0.02;
-
 /// Matrices near N(0, 0.02) (a sum of four uniform numbers), norms at 1, biases at 0.
 #[derive(Debug, Clone, Copy)]
 pub struct RandomWeights {
@@ -16,9 +13,19 @@ pub struct RandomWeights {
     pub seed: u64,
 }
 
+impl RandomWeights {
+    /// Standard deviation of matrices, as networks are usually initialised.
+    pub(crate) const DEVIATION: f32 = 0.02;
+
+    /// Where the sequence of a tensor's numbers starts.
+    pub(crate) fn state(&self, name: &str) -> u64 {
+        xxh3_64_with_seed(name.as_bytes(), self.seed)
+    }
+}
+
 impl WeightSource for RandomWeights {
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix, EngineError> {
-        let mut state = xxh3_64_with_seed(name.as_bytes(), self.seed);
+        let mut state = self.state(name);
         let numbers: Vec<bf16> = (0..rows * columns).map(|_| normal(&mut state)).collect();
         Ok(Matrix::from(numbers))
     }
@@ -41,5 +48,5 @@ fn normal(state: &mut u64) -> bf16 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^= z >> 31;
     let sum = (z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48);
-    bf16::from_f32((sum as f32 - 131_070.0) * (DEVIATION / 37_837.227))
+    bf16::from_f32((sum as f32 - 131_070.0) * (RandomWeights::DEVIATION / 37_837.227))
 }

@@ -42,6 +42,18 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> Sampled {
     Sampled { token, logprob, top: raw.map(|raw| raw.top).unwrap_or_default() }
 }
 
+/// Whether [`sample`] returns [`argmax`] of the unchanged logits and nothing else: what a device can do by itself.
+pub(crate) fn is_argmax(request: &SampleRequest<'_>) -> bool {
+    let params = request.params;
+    params.temperature < GREEDY_BELOW
+        && params.logprobs.is_none()
+        && params.logit_bias.is_empty()
+        && params.repetition_penalty == 1.0
+        && params.presence_penalty == 0.0
+        && params.frequency_penalty == 0.0
+        && request.banned.is_empty()
+}
+
 /// The token with the largest logit, the lowest id among equals.
 pub fn argmax(logits: &[f32]) -> u32 {
     let mut best = (0, f32::NEG_INFINITY);

@@ -1,0 +1,362 @@
+//! The driver's objects with their lifetimes: device, stream, event, memory, kernel.
+//!
+//! Everything here is made and used by the thread that owns the engine, with the device's context current
+//! (`Device::enter`); memory may be dropped by any thread.
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::{DriverError, result, sys};
+
+use crate::EngineError;
+
+/// A failed call, in words.
+pub(super) fn failed(what: &str) -> impl Fn(DriverError) -> EngineError {
+    move |error| EngineError::Device(format!("{what}: {error:?}"))
+}
+
+/// One GPU, with its primary context.
+pub(super) struct Device {
+    handle: sys::CUdevice,
+    context: sys::CUcontext,
+    pub(super) name: String,
+    /// Compute capability, e.g. (9, 0).
+    pub(super) capability: (i32, i32),
+    pub(super) multiprocessors: u32,
+    pub(super) total_bytes: usize,
+}
+
+impl Device {
+    pub(super) fn open(ordinal: usize) -> Result<Arc<Self>, EngineError> {
+        super::libraries::find()?;
+        result::init().map_err(|e| EngineError::Unsupported(format!("no usable CUDA device: {e:?}")))?;
+        let count = result::device::get_count().map_err(failed("counting devices"))?;
+        let index = i32::try_from(ordinal).ok().filter(|&index| index < count).ok_or_else(|| {
+            EngineError::Unsupported(format!("there is no CUDA device {ordinal}; {count} are visible"))
+        })?;
+        let handle = result::device::get(index).map_err(failed("opening the device"))?;
+        let name = result::device::get_name(handle).map_err(failed("the device's name"))?;
+        use sys::CUdevice_attribute_enum as Attribute;
+        // SAFETY: `handle` is a device.
+        let attribute = |which| unsafe {
+            result::device::get_attribute(handle, which).map_err(failed("a device attribute"))
+        };
+        let capability = (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        if capability.0 < 8 {
+            let (major, minor) = capability;
+            return Err(EngineError::Unsupported(format!(
+                "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later"
+            )));
+        }
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.unsigned_abs();
+        // SAFETY: `handle` is a device; the context is released on drop.
+        let (context, total_bytes) = unsafe {
+            let total = result::device::total_mem(handle).map_err(failed("the device's memory"))?;
+            (result::primary_ctx::retain(handle).map_err(failed("the device's context"))?, total)
+        };
+        let device = Arc::new(Self { handle, context, name, capability, multiprocessors, total_bytes });
+        device.enter()?;
+        Ok(device)
+    }
+
+    /// Makes the context current on this thread.
+    pub(super) fn enter(&self) -> Result<(), EngineError> {
+        // SAFETY: retained until drop.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("entering the device"))
+    }
+
+    pub(super) fn free_bytes(&self) -> usize {
+        result::mem_get_info().map_or(0, |(free, _)| free)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained once in `open`; every object of the context holds this device and is gone.
+        let _ = unsafe { result::primary_ctx::release(self.handle) };
+    }
+}
+
+// SAFETY: a context handle may be made current on any thread.
+unsafe impl Send for Device {}
+// SAFETY: as above; all methods only read.
+unsafe impl Sync for Device {}
+
+/// A queue of work.
+pub(super) struct Stream {
+    pub(super) raw: sys::CUstream,
+    _device: Arc<Device>,
+}
+
+impl Stream {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, EngineError> {
+        let raw = result::stream::create(result::stream::StreamKind::NonBlocking);
+        Ok(Self { raw: raw.map_err(failed("a stream"))?, _device: Arc::clone(device) })
+    }
+
+    /// Waits until all that was queued is done; reports what failed since the last call.
+    pub(super) fn synchronize(&self) -> Result<(), EngineError> {
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(self.raw) }.map_err(failed("a step on the device"))
+    }
+
+    /// Later work waits for what the event marks.
+    pub(super) fn wait(&self, event: &Event) -> Result<(), EngineError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both live.
+        unsafe { result::stream::wait_event(self.raw, event.raw, flags) }
+            .map_err(failed("waiting for an event"))
+    }
+
+    /// Host memory → device, asynchronous for pinned memory.
+    pub(super) fn upload<T>(&self, to: u64, from: &[T]) -> Result<(), EngineError> {
+        // SAFETY: callers size the target by the same numbers; pinned sources stay until the step is synchronised.
+        unsafe { result::memcpy_htod_async(to, from, self.raw) }.map_err(failed("a copy to the device"))
+    }
+
+    /// Device → host memory, asynchronous for pinned memory.
+    pub(super) fn download<T>(&self, to: &mut [T], from: u64) -> Result<(), EngineError> {
+        // SAFETY: as for `upload`.
+        unsafe { result::memcpy_dtoh_async(to, from, self.raw) }.map_err(failed("a copy from the device"))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`.
+        let _ = unsafe { result::stream::destroy(self.raw) };
+    }
+}
+
+// SAFETY: stream handles have no thread affinity.
+unsafe impl Send for Stream {}
+
+/// A mark in a stream.
+pub(super) struct Event {
+    raw: sys::CUevent,
+}
+
+impl Event {
+    /// With a time stamp if `timed`; waiting sleeps instead of spinning where it is not.
+    pub(super) fn new(timed: bool) -> Result<Self, EngineError> {
+        let flags = if timed {
+            sys::CUevent_flags::CU_EVENT_DEFAULT
+        } else {
+            sys::CUevent_flags::CU_EVENT_DISABLE_TIMING
+        };
+        Ok(Self { raw: result::event::create(flags).map_err(failed("an event"))? })
+    }
+
+    pub(super) fn record(&self, stream: &Stream) -> Result<(), EngineError> {
+        // SAFETY: both live.
+        unsafe { result::event::record(self.raw, stream.raw) }.map_err(failed("recording an event"))
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), EngineError> {
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.raw) }.map_err(failed("work on the device"))
+    }
+
+    /// Milliseconds from `earlier` to this; both recorded and passed.
+    pub(super) fn since(&self, earlier: &Event) -> Result<f32, EngineError> {
+        // SAFETY: both live.
+        unsafe { result::event::elapsed(earlier.raw, self.raw) }.map_err(failed("timing"))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`.
+        let _ = unsafe { result::event::destroy(self.raw) };
+    }
+}
+
+// SAFETY: event handles have no thread affinity.
+unsafe impl Send for Event {}
+
+/// Device memory from cuMemAlloc, zeroed (not from the asynchronous pool, whose memory other processes cannot open).
+pub(super) struct Memory {
+    pub(super) at: u64,
+    pub(super) bytes: usize,
+    device: Arc<Device>,
+}
+
+impl Memory {
+    pub(super) fn new(device: &Arc<Device>, bytes: usize, what: &str) -> Result<Self, EngineError> {
+        let bytes = bytes.max(16);
+        // SAFETY: freed on drop.
+        let at = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
+            let (free, total) = (device.free_bytes(), device.total_bytes);
+            EngineError::OutOfMemory(format!(
+                "{what} needs {bytes} bytes of {}; {free} of {total} are free ({e:?})",
+                device.name
+            ))
+        })?;
+        // SAFETY: `bytes` bytes were allocated.
+        unsafe { result::memset_d8_sync(at, 0, bytes) }.map_err(failed("clearing memory"))?;
+        Ok(Self { at, bytes, device: Arc::clone(device) })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = self.device.enter();
+        // SAFETY: allocated in `new`; the engine's streams are synchronised before its memory goes.
+        let _ = unsafe { result::free_sync(self.at) };
+    }
+}
+
+/// Page-locked host memory that the device can read and write, zeroed.
+pub(super) struct Pinned {
+    pub(super) at: *mut u8,
+    pub(super) bytes: usize,
+    device: Arc<Device>,
+}
+
+impl Pinned {
+    pub(super) fn new(device: &Arc<Device>, bytes: usize, what: &str) -> Result<Self, EngineError> {
+        let bytes = bytes.max(16);
+        // Not write-combined: the transport and the checksums read it. Usable from every context.
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: freed on drop.
+        let at = unsafe { result::malloc_host(bytes, flags) }.map_err(|e| {
+            EngineError::OutOfMemory(format!("{what} needs {bytes} bytes of page-locked host memory ({e:?})"))
+        })?;
+        // SAFETY: `bytes` bytes were allocated.
+        unsafe { std::ptr::write_bytes(at.cast::<u8>(), 0, bytes) };
+        Ok(Self { at: at.cast(), bytes, device: Arc::clone(device) })
+    }
+
+    /// The same memory as the device addresses it (unified addressing: the same number).
+    pub(super) fn device_address(&self) -> u64 {
+        self.at as u64
+    }
+
+    pub(super) fn as_slice<T: bytemuck::Pod>(&self) -> &[T] {
+        // SAFETY: `bytes` initialised bytes, aligned to a page; the device writes only between a launch and
+        // the synchronisation that precedes reading.
+        bytemuck::cast_slice(unsafe {
+            std::slice::from_raw_parts(self.at, self.bytes / size_of::<T>() * size_of::<T>())
+        })
+    }
+
+    pub(super) fn as_mut_slice<T: bytemuck::Pod>(&mut self) -> &mut [T] {
+        let bytes = self.bytes / size_of::<T>() * size_of::<T>();
+        // SAFETY: as above, borrowed mutably.
+        bytemuck::cast_slice_mut(unsafe { std::slice::from_raw_parts_mut(self.at, bytes) })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = self.device.enter();
+        // SAFETY: allocated in `new`.
+        let _ = unsafe { result::free_host(self.at.cast()) };
+    }
+}
+
+// SAFETY: plain memory.
+unsafe impl Send for Pinned {}
+// SAFETY: plain memory; who may write when is decided by its users.
+unsafe impl Sync for Pinned {}
+
+/// Compiled kernels, loaded.
+pub(super) struct Module {
+    raw: sys::CUmodule,
+    _device: Arc<Device>,
+}
+
+impl Module {
+    pub(super) fn load(device: &Arc<Device>, image: &[u8]) -> Result<Arc<Self>, EngineError> {
+        // SAFETY: a whole cubin, made by the compiler for this device.
+        let raw =
+            unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(failed("loading kernels"))?;
+        Ok(Arc::new(Self { raw, _device: Arc::clone(device) }))
+    }
+
+    pub(super) fn kernel(self: &Arc<Self>, name: &str) -> Result<Kernel, EngineError> {
+        let symbol = CString::new(name).map_err(|_| EngineError::Device("a kernel's name".into()))?;
+        // SAFETY: the module is loaded, and lives as long as the kernel.
+        let raw = unsafe { result::module::get_function(self.raw, symbol) }
+            .map_err(|e| EngineError::Device(format!("kernel {name}: {e:?}")))?;
+        Ok(Kernel { raw, name: name.to_owned(), _module: Arc::clone(self) })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: loaded in `load`; its kernels hold it.
+        let _ = unsafe { result::module::unload(self.raw) };
+    }
+}
+
+// SAFETY: module handles have no thread affinity.
+unsafe impl Send for Module {}
+// SAFETY: as above; only read.
+unsafe impl Sync for Module {}
+
+/// One kernel.
+pub(super) struct Kernel {
+    raw: sys::CUfunction,
+    name: String,
+    _module: Arc<Module>,
+}
+
+/// How a kernel is spread.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grid {
+    pub(super) blocks: (usize, usize, usize),
+    pub(super) threads: u32,
+    /// Dynamic shared memory in bytes.
+    pub(super) shared: u32,
+}
+
+impl Grid {
+    pub(super) fn new(blocks: (usize, usize, usize), threads: u32) -> Self {
+        Self { blocks, threads, shared: 0 }
+    }
+}
+
+impl Kernel {
+    /// Allows this much dynamic shared memory.
+    pub(super) fn allow_shared(&self, bytes: usize) -> Result<(), EngineError> {
+        let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the kernel lives.
+        unsafe { result::function::set_function_attribute(self.raw, which, bytes as i32) }
+            .map_err(failed("shared memory"))
+    }
+
+    /// Queues the kernel. `args` are addresses of its parameters, in order and of the kernel's types.
+    pub(super) fn launch(
+        &self,
+        stream: &Stream,
+        grid: Grid,
+        args: &mut [*mut c_void],
+    ) -> Result<(), EngineError> {
+        let (x, y, z) = grid.blocks;
+        if x == 0 || y == 0 || z == 0 {
+            return Ok(());
+        }
+        let blocks = (x as u32, y as u32, z as u32);
+        // SAFETY: the parameters match the kernel's signature beside it in `kernels/`; the memory that they name
+        // belongs to the engine, which outlives the step.
+        unsafe {
+            result::launch_kernel(self.raw, blocks, (grid.threads, 1, 1), grid.shared, stream.raw, args)
+        }
+        .map_err(|e| EngineError::Device(format!("launching {} on {grid:?}: {e:?}", self.name)))
+    }
+}
+
+// SAFETY: kernel handles have no thread affinity.
+unsafe impl Send for Kernel {}
+
+/// Addresses of a kernel's parameters.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => {
+        &mut [$(std::ptr::from_ref(&$arg).cast_mut().cast::<std::ffi::c_void>()),*]
+    };
+}
+pub(super) use args;

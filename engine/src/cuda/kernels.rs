@@ -1,0 +1,202 @@
+//! The kernels: compiled at run time for the device at hand, and kept on disk.
+//!
+//! At run time, because then one binary serves every device, no CUDA toolkit is needed to build it, and what
+//! depends on the device (`sm_90a`) is only compiled where it is. The first start pays some seconds,
+//! later ones read the cache.
+
+use std::ffi::{CStr, CString, c_char};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use cudarc::nvrtc::{result as compiler, sys};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::driver::{Device, Kernel, Module};
+use crate::EngineError;
+
+const COMMON: &str = include_str!("kernels/common.cuh");
+
+/// What a file of `kernels/` needs.
+struct Source {
+    name: &'static str,
+    text: &'static str,
+    /// Uses Hopper's own instructions.
+    hopper: bool,
+}
+
+macro_rules! source {
+    ($name:literal, $hopper:literal) => {
+        Source { name: $name, text: include_str!(concat!("kernels/", $name, ".cu")), hopper: $hopper }
+    };
+}
+
+const ROWS: Source = source!("rows", false);
+const BLOCKS: Source = source!("blocks", false);
+const ATTENTION_ANY: Source = source!("attention_any", false);
+const DECODE: Source = source!("attention_decode", false);
+const PREFILL: Source = source!("attention_prefill", false);
+const PREFILL_SM90: Source = source!("attention_prefill_sm90", true);
+
+/// Every kernel of the engine.
+pub(super) struct Kernels {
+    pub(super) embed: Kernel,
+    pub(super) pick_rows: Kernel,
+    pub(super) rms_norm: Kernel,
+    pub(super) swiglu: Kernel,
+    pub(super) rotation_table: Kernel,
+    pub(super) rotate_and_store: Kernel,
+    pub(super) argmax: Kernel,
+    pub(super) random_weights: Kernel,
+    pub(super) copy_blocks_of_layer: Kernel,
+    pub(super) fork_blocks: Kernel,
+    pub(super) checksums: Kernel,
+    pub(super) attention_any: Kernel,
+    /// For the model's head size, where there is one.
+    pub(super) fast: Option<FastAttention>,
+}
+
+/// Attention through tensor cores.
+pub(super) struct FastAttention {
+    pub(super) decode: Kernel,
+    pub(super) join: Kernel,
+    pub(super) prefill: Kernel,
+    /// On Hopper.
+    pub(super) prefill_sm90: Option<Kernel>,
+}
+
+impl Kernels {
+    pub(super) fn load(device: &Arc<Device>, head_dim: usize) -> Result<Self, EngineError> {
+        let module = |source: &Source| Module::load(device, &compiled(device, source)?);
+        let (rows, blocks, any) = (module(&ROWS)?, module(&BLOCKS)?, module(&ATTENTION_ANY)?);
+        let fast = || -> Result<FastAttention, EngineError> {
+            let decode = module(&DECODE)?;
+            let sm90 = || module(&PREFILL_SM90)?.kernel(&format!("prefill_attention_sm90_{head_dim}"));
+            Ok(FastAttention {
+                decode: decode.kernel(&format!("decode_attention_{head_dim}"))?,
+                join: decode.kernel("decode_join")?,
+                prefill: module(&PREFILL)?.kernel(&format!("prefill_attention_{head_dim}"))?,
+                prefill_sm90: (device.capability == (9, 0)).then(sm90).transpose()?,
+            })
+        };
+        Ok(Self {
+            embed: rows.kernel("embed")?,
+            pick_rows: rows.kernel("pick_rows")?,
+            rms_norm: rows.kernel("rms_norm")?,
+            swiglu: rows.kernel("swiglu")?,
+            rotation_table: rows.kernel("rotation_table")?,
+            rotate_and_store: rows.kernel("rotate_and_store")?,
+            argmax: rows.kernel("argmax")?,
+            random_weights: rows.kernel("random_weights")?,
+            copy_blocks_of_layer: blocks.kernel("copy_blocks_of_layer")?,
+            fork_blocks: blocks.kernel("fork_blocks")?,
+            checksums: blocks.kernel("checksums")?,
+            attention_any: any.kernel("attention_any")?,
+            fast: matches!(head_dim, 64 | 128).then(fast).transpose()?,
+        })
+    }
+}
+
+/// The machine code for this device, from the cache or the compiler.
+fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
+    let (major, minor) = device.capability;
+    let architecture = format!("sm_{major}{minor}{}", if source.hopper { "a" } else { "" });
+    let text = whole(source);
+    let (mut newest, mut oldest) = (0, 0);
+    // SAFETY: two integers to write to.
+    unsafe { sys::nvrtcVersion(&mut newest, &mut oldest) }.result().map_err(|e| compile_error(source, e))?;
+    let key = format!("{architecture} {newest}.{oldest} {text}");
+    let cached =
+        cache_folder().map(|f| f.join(format!("{}-{:032x}.cubin", source.name, xxh3_128(key.as_bytes()))));
+    if let Some(code) = cached.as_ref().and_then(|path| std::fs::read(path).ok()) {
+        return Ok(code);
+    }
+    let started = std::time::Instant::now();
+    let code = compile(source, &text, &architecture)?;
+    let (name, ms) = (source.name, started.elapsed().as_millis());
+    tracing::info!(name, architecture, ms, "kernels compiled");
+    if let Some(path) = cached {
+        keep(&path, &code);
+    }
+    Ok(code)
+}
+
+fn whole(source: &Source) -> String {
+    format!("{COMMON}\n{}", source.text)
+}
+
+/// `$XDG_CACHE_HOME/tandem/kernels`, or the same under `~/.cache`.
+fn cache_folder() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+    Some(base.join("tandem").join("kernels"))
+}
+
+/// Whole or not at all: another process may be starting beside this one. Failing costs the next start some seconds.
+fn keep(path: &std::path::Path, code: &[u8]) {
+    let Some(folder) = path.parent() else { return };
+    let partial = path.with_extension(format!("{}", std::process::id()));
+    let written = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&partial, code))
+        .and_then(|()| std::fs::rename(&partial, path));
+    if let Err(error) = written {
+        tracing::debug!(%error, path = %path.display(), "compiled kernels are not kept");
+    }
+}
+
+fn compile(source: &Source, text: &str, architecture: &str) -> Result<Vec<u8>, EngineError> {
+    let text = CString::new(text).map_err(|_| EngineError::Device("a kernel source has a NUL".into()))?;
+    let program = compiler::create_program(&text, None).map_err(|e| compile_error(source, e))?;
+    let arch = format!("--gpu-architecture={architecture}");
+    let options = [arch.as_str(), "--std=c++17"];
+    // SAFETY: the program lives until it is destroyed below.
+    let outcome = unsafe { compiler::compile_program(program, &options) };
+    let code = match outcome {
+        Ok(()) => machine_code(program).map_err(|e| compile_error(source, e)),
+        Err(e) => {
+            // SAFETY: as above.
+            let log = unsafe { compiler::get_program_log(program) }.unwrap_or_default();
+            // SAFETY: the compiler ends its log with a NUL.
+            let log = unsafe { CStr::from_ptr(log.as_ptr()) }.to_string_lossy().into_owned();
+            Err(EngineError::Device(format!("kernels {} do not compile: {e:?}: {log}", source.name)))
+        }
+    };
+    // SAFETY: made above, not used again.
+    let _ = unsafe { compiler::destroy_program(program) };
+    code
+}
+
+fn machine_code(program: sys::nvrtcProgram) -> Result<Vec<u8>, compiler::NvrtcError> {
+    let mut size = 0;
+    // SAFETY: a compiled program, and a place for the size.
+    unsafe { sys::nvrtcGetCUBINSize(program, &mut size) }.result()?;
+    let mut code = vec![0u8; size];
+    // SAFETY: `size` bytes.
+    unsafe { sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast::<c_char>()) }.result()?;
+    Ok(code)
+}
+
+fn compile_error(source: &Source, error: compiler::NvrtcError) -> EngineError {
+    EngineError::Device(format!("compiling kernels {}: {error:?}", source.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Needs the compiler but no GPU.
+    #[test]
+    fn every_kernel_compiles() {
+        if let Err(missing) = crate::cuda::libraries::find_compiler() {
+            eprintln!("skipped: {missing}");
+            return;
+        }
+        for source in [&ROWS, &BLOCKS, &ATTENTION_ANY, &DECODE, &PREFILL, &PREFILL_SM90] {
+            let architectures: &[&str] =
+                if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
+            for architecture in architectures {
+                let code = compile(source, &whole(source), architecture);
+                assert!(code.is_ok_and(|code| !code.is_empty()), "{} for {architecture}", source.name);
+            }
+        }
+    }
+}

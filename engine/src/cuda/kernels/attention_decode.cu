@@ -1,0 +1,176 @@
+// Attention of one new token per sequence over its paged KV, split along the keys.
+//
+// Memory-bound: every key and value is read once from device memory, straight into the registers that feed the tensor
+// cores, for all query heads that share it. A warp takes whole 16-key groups; heads are the n side of
+// mma.m16n8k16, so a group of up to 8 heads costs what one does.
+//
+// The order of the head's dimensions inside a fragment is free as long as both operands agree. So each lane loads 16
+// consecutive bytes: for K lane (g, t) of a 32-dimension chunk holds 8t.. of keys g and g+8; for V it holds dimensions
+// 8g.. of keys 2t, 2t+1, 2t+8, 2t+9.
+
+DEVICE u32 transposed8x8(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+DEVICE u32 lows(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+DEVICE u32 highs(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+template <int DIM>
+struct Keys16 {
+    uint4 k[DIM / 32][2];
+    uint4 v[DIM / 64][4];
+
+    // `k_at` is the start of 16 keys of [16 (or more), DIM]; `v_at` the same of the values.
+    __device__ __forceinline__ void load(const u16 *k_at, const u16 *v_at, int g, int t) {
+        for (int c = 0; c < DIM / 32; c++) {
+            k[c][0] = load_stream(k_at + g * DIM + c * 32 + t * 8);
+            k[c][1] = load_stream(k_at + (g + 8) * DIM + c * 32 + t * 8);
+        }
+        for (int c = 0; c < DIM / 64; c++)
+            for (int i = 0; i < 4; i++)
+                v[c][i] = load_stream(v_at + (2 * t + (i & 1) + (i >> 1) * 8) * DIM + c * 64 + g * 8);
+    }
+};
+
+// Grid: (kv_heads * head groups, splits, sequences); 128 threads. A "head group" is up to 8 query heads of one kv head.
+// partial: [sequences, heads, splits, DIM] f32 and stats [.., 2] when there is more than one split; otherwise `out`.
+template <int DIM>
+DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 *q, const u16 *pool_layer,
+                             const int *tables, const int *table_of_row, const int *positions, const int *rows,
+                             int q_stride, int heads, int kv_heads, int block_tokens, int window, float scale_log2) {
+    constexpr int WARPS = 4;
+    __shared__ float merged[WARPS][8][DIM];
+    __shared__ float2 merged_stats[WARPS][8];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int group = heads / kv_heads, parts = (group + 7) / 8;
+    int kv_head = blockIdx.x / parts, first_head = kv_head * group + blockIdx.x % parts * 8;
+    int count = min(8, (kv_head + 1) * group - first_head);
+    int split = blockIdx.y, splits = gridDim.y, row = rows[blockIdx.z];
+    if (row < 0) return;
+    int keys = positions[row] + 1;
+    const int *table = tables + table_of_row[row];
+    int first = window > 0 && keys > window ? keys - window : 0;
+    int groups16 = (keys + 15) / 16 - first / 16, each = (groups16 + splits - 1) / splits;
+    int from = first / 16 + split * each, to = min(from + each, first / 16 + groups16);
+
+    // Query heads as the B operand: lane holds head g, dimensions 8t.. of each 32.
+    uint4 query[DIM / 32];
+    const u16 *q_at = q + (size_t)row * q_stride + (size_t)(first_head + g) * DIM + t * 8;
+    for (int c = 0; c < DIM / 32; c++) query[c] = g < count ? *(const uint4 *)(q_at + c * 32) : make_uint4(0, 0, 0, 0);
+
+    float o[DIM / 16][4];
+    for (int i = 0; i < DIM / 16; i++)
+        for (int j = 0; j < 4; j++) o[i][j] = 0.0f;
+    float best[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+
+    size_t head_size = (size_t)block_tokens * DIM, v_offset = kv_heads * head_size;
+    Keys16<DIM> now, next;
+    auto fetch = [&](Keys16<DIM> &keys16, int group16) {
+        int key = group16 * 16, block = table[key / block_tokens];
+        const u16 *k_at = pool_layer + ((size_t)block * 2 * kv_heads + kv_head) * head_size + key % block_tokens * DIM;
+        keys16.load(k_at, k_at + v_offset, g, t);
+    };
+    if (from + warp < to) fetch(now, from + warp);
+    for (int group16 = from + warp; group16 < to; group16 += WARPS) {
+        if (group16 + WARPS < to) fetch(next, group16 + WARPS);
+        float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int c = 0; c < DIM / 32; c++) {
+            mma_bf16(s, now.k[c][0].x, now.k[c][1].x, now.k[c][0].y, now.k[c][1].y, query[c].x, query[c].y);
+            mma_bf16(s, now.k[c][0].z, now.k[c][1].z, now.k[c][0].w, now.k[c][1].w, query[c].z, query[c].w);
+        }
+        // s[0], s[1]: key g, heads 2t, 2t+1; s[2], s[3]: key g + 8.
+        int key = group16 * 16 + g;
+        for (int i = 0; i < 4; i++) {
+            int at = key + (i / 2) * 8;
+            s[i] = at >= first && at < keys ? s[i] * scale_log2 : -INFINITY;
+        }
+        float shrink[2];
+        for (int h = 0; h < 2; h++) {
+            float top = fmaxf(s[h], s[h + 2]);
+            for (int step = 4; step < 32; step <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+            top = fmaxf(top, best[h]);
+            shrink[h] = top == -INFINITY ? 1.0f : exp2_fast(best[h] - top);
+            s[h] = s[h] == -INFINITY ? 0.0f : exp2_fast(s[h] - top);
+            s[h + 2] = s[h + 2] == -INFINITY ? 0.0f : exp2_fast(s[h + 2] - top);
+            total[h] = total[h] * shrink[h] + s[h] + s[h + 2];
+            best[h] = top;
+        }
+        u32 p0 = transposed8x8(bf16_pair(s[0], s[1])), p1 = transposed8x8(bf16_pair(s[2], s[3]));
+        for (int c = 0; c < DIM / 64; c++) {
+            u32 w[4][4];
+            for (int i = 0; i < 4; i++) {
+                w[i][0] = now.v[c][i].x, w[i][1] = now.v[c][i].y, w[i][2] = now.v[c][i].z, w[i][3] = now.v[c][i].w;
+            }
+            for (int j = 0; j < 4; j++) {
+                float *acc = o[c * 4 + j];
+                acc[0] *= shrink[0], acc[1] *= shrink[1], acc[2] *= shrink[0], acc[3] *= shrink[1];
+                mma_bf16(acc, lows(w[0][j], w[1][j]), highs(w[0][j], w[1][j]), lows(w[2][j], w[3][j]),
+                         highs(w[2][j], w[3][j]), p0, p1);
+            }
+        }
+        now = next;
+    }
+    // o[c*4+j][..]: dimension 64c + 8g + 2j (+1 for [2], [3]); heads 2t, 2t+1.
+    for (int h = 0; h < 2; h++)
+        for (int step = 4; step < 32; step <<= 1) total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
+    for (int i = 0; i < DIM / 16; i++) {
+        int dim = i / 4 * 64 + g * 8 + i % 4 * 2;
+        merged[warp][2 * t][dim] = o[i][0];
+        merged[warp][2 * t + 1][dim] = o[i][1];
+        merged[warp][2 * t][dim + 1] = o[i][2];
+        merged[warp][2 * t + 1][dim + 1] = o[i][3];
+    }
+    if (g == 0) {
+        merged_stats[warp][2 * t] = make_float2(best[0], total[0]);
+        merged_stats[warp][2 * t + 1] = make_float2(best[1], total[1]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * DIM; i += WARPS * 32) {
+        int head = i / DIM, dim = i % DIM;
+        float top = -INFINITY, sum = 0.0f, value = 0.0f;
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, merged_stats[w][head].x);
+        for (int w = 0; w < WARPS; w++) {
+            float2 stat = merged_stats[w][head];
+            float share = stat.x == -INFINITY ? 0.0f : exp2_fast(stat.x - top);
+            sum += stat.y * share;
+            value += merged[w][head][dim] * share;
+        }
+        size_t at = (size_t)row * heads + first_head + head;
+        if (splits == 1) {
+            out[at * DIM + dim] = bf16_of(value / sum);
+        } else {
+            at = (size_t)blockIdx.z * heads + first_head + head;
+            partial[(at * splits + split) * DIM + dim] = value;
+            if (dim == 0) stats[at * splits + split] = make_float2(top, sum);
+        }
+    }
+}
+
+#define DECODE(DIM)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128, 2) decode_attention_##DIM(                                      \
+        u16 *out, float *partial, float2 *stats, const u16 *q, const u16 *pool_layer, const int *tables,               \
+        const int *table_of_row, const int *positions, const int *rows, int q_stride, int heads, int kv_heads,         \
+        int block_tokens, int window, float scale_log2) {                                                              \
+        decode_attention<DIM>(out, partial, stats, q, pool_layer, tables, table_of_row, positions, rows, q_stride,     \
+                              heads, kv_heads, block_tokens, window, scale_log2);                                      \
+    }
+DECODE(64)
+DECODE(128)
+
+// Joins the splits. Grid: (heads, sequences); DIM threads.
+extern "C" __global__ void decode_join(u16 *out, const float *partial, const float2 *stats, const int *rows, int splits) {
+    int heads = gridDim.x, dim = blockDim.x, row = rows[blockIdx.y];
+    if (row < 0) return;
+    size_t at = (size_t)blockIdx.y * heads + blockIdx.x;
+    float top = -INFINITY, sum = 0.0f, value = 0.0f;
+    for (int i = 0; i < splits; i++) top = fmaxf(top, stats[at * splits + i].x);
+    for (int i = 0; i < splits; i++) {
+        float2 stat = stats[at * splits + i];
+        if (stat.x == -INFINITY) continue;
+        float share = exp2_fast(stat.x - top);
+        sum += stat.y * share;
+        value += partial[(at * splits + i) * dim + threadIdx.x] * share;
+    }
+    out[((size_t)row * heads + blockIdx.x) * dim + threadIdx.x] = bf16_of(value / sum);
+}

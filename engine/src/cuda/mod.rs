@@ -1,0 +1,443 @@
+//! The engine on an NVIDIA GPU: bf16 weights and KV, tensor cores, CUDA graphs.
+//!
+//! CUDA is loaded at run time. Prefill is bound by arithmetic: cuBLASLt products chosen by measurement, tiled attention
+//! on the tensor cores, several prompts in one step. Decode is bound by memory: one captured graph per batch
+//! size, attention split along the keys. Both are the same step; [`Tuning`] says what is prepared at start-up.
+
+mod driver;
+mod gemm;
+mod graphs;
+mod kernels;
+mod libraries;
+mod network;
+mod plan;
+mod pool;
+mod step;
+mod tensor_map;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use self::driver::{Device, Event, Pinned, Stream};
+use self::gemm::Gemms;
+use self::graphs::Graphs;
+use self::kernels::Kernels;
+use self::network::{Loader, Network, Origin};
+use self::plan::{List, Plan};
+use self::pool::DevicePool;
+use self::step::{Capacity, Fixed, Step};
+use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
+use crate::sampling::{self, sample};
+use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Sampled};
+
+/// Rows of logits that come to the host at once, for draws that the device does not make.
+const HOST_LOGITS: usize = 32;
+
+/// What is prepared at start-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tuning {
+    /// Large products; every step's KV is brought to the host side for the push.
+    Prefill,
+    /// Thin products, graphs.
+    Decode,
+    /// Nothing: for tests, which start many engines.
+    None,
+}
+
+/// Attention kernels, for comparing them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// The fastest that fits the device and the head size.
+    Best,
+    /// What devices before Hopper run.
+    Portable,
+    /// One warp per query and head, any head size.
+    Plain,
+}
+
+/// Size and preparation of the engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Which device.
+    pub device: usize,
+    /// Blocks of the KV pool.
+    pub kv_blocks: usize,
+    /// Tokens per block.
+    pub block_tokens: usize,
+    /// Element type of the KV pool; bf16 only.
+    pub kv_dtype: KvDtype,
+    /// Most tokens of one step.
+    pub max_batch_tokens: usize,
+    /// Most segments of one step.
+    pub max_sequences: usize,
+    /// What is prepared.
+    pub tuning: Tuning,
+    /// Decode steps are replayed from captured graphs.
+    pub graphs: bool,
+    /// Which kernels attend.
+    pub attention: Attention,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self {
+            device: 0,
+            kv_blocks: 1024,
+            block_tokens: 16,
+            kv_dtype: KvDtype::Bf16,
+            max_batch_tokens: 2048,
+            max_sequences: 256,
+            tuning: Tuning::None,
+            graphs: true,
+            attention: Attention::Best,
+        }
+    }
+}
+
+/// A model on a GPU. See [`Engine`].
+///
+/// Products are not batch-invariant: a token's logits may differ in the last bits with the batch around it, as with
+/// other GPU engines.
+pub struct CudaEngine {
+    fixed: Fixed,
+    gemms: Gemms,
+    graphs: Graphs,
+    stream: Stream,
+    copies: Stream,
+    /// Per layer: KV in the pool; KV on the host side.
+    layer_events: Vec<Event>,
+    host_events: Vec<Event>,
+    /// The plan's numbers on their way; drawn tokens and logits on theirs.
+    inputs: Pinned,
+    tokens: Pinned,
+    logits: Pinned,
+    info: EngineInfo,
+    options: CudaOptions,
+}
+
+impl CudaEngine {
+    /// Loads a Hugging Face folder.
+    pub fn load(dir: &Path, options: CudaOptions) -> Result<Self, EngineError> {
+        let config = ModelConfig::load(dir)?;
+        let weights = Weights::open(dir)?;
+        Self::build(config, Origin::Source(&weights), options)
+    }
+
+    /// A network of this shape with weights near N(0, 0.02), drawn on the device; equal to what the CPU engine
+    /// draws from the seed.
+    pub fn from_random(config: ModelConfig, seed: u64, options: CudaOptions) -> Result<Self, EngineError> {
+        Self::build(config, Origin::Random(RandomWeights { seed }), options)
+    }
+
+    /// A network from any source.
+    pub fn from_source(
+        config: ModelConfig,
+        source: &dyn WeightSource,
+        options: CudaOptions,
+    ) -> Result<Self, EngineError> {
+        Self::build(config, Origin::Source(source), options)
+    }
+
+    fn build(config: ModelConfig, origin: Origin<'_>, options: CudaOptions) -> Result<Self, EngineError> {
+        check(&config, &options)?;
+        let device = Device::open(options.device)?;
+        let layout = KvLayout {
+            layers: config.layers,
+            blocks: options.kv_blocks,
+            kv_heads: config.kv_heads,
+            block_tokens: options.block_tokens,
+            head_dim: config.head_dim,
+            dtype: options.kv_dtype,
+        };
+        check_memory(&device, &config, &layout)?;
+        let kernels = Kernels::load(&device, config.head_dim)?;
+        let stream = Stream::new(&device)?;
+        let loader = Loader { device: &device, kernels: &kernels, stream: &stream, origin };
+        let network = Network::load(&loader, &config)?;
+        stream.synchronize()?;
+        let capacity = capacity(&config, &options);
+        let pool = DevicePool::new(&device, layout)?;
+        let info = EngineInfo {
+            backend: "cuda",
+            device: device.name.clone(),
+            max_context_tokens: config.max_context,
+            vocab_size: config.vocab,
+        };
+        let events = || (0..config.layers).map(|_| Event::new(false)).collect::<Result<Vec<_>, _>>();
+        let (layer_events, host_events) = (events()?, events()?);
+        let logits = HOST_LOGITS.min(capacity.wanted) * config.vocab * 4;
+        let mut engine = Self {
+            layer_events,
+            host_events,
+            inputs: Pinned::new(&device, capacity.inputs * 4, "the step's inputs")?,
+            tokens: Pinned::new(&device, capacity.wanted * 4, "the drawn tokens")?,
+            logits: Pinned::new(&device, logits, "logits")?,
+            gemms: Gemms::new(&device)?,
+            graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
+            copies: Stream::new(&device)?,
+            fixed: Fixed::new(
+                Arc::clone(&device),
+                config,
+                kernels,
+                network,
+                pool,
+                capacity,
+                &stream,
+                options.attention,
+            )?,
+            stream,
+            info,
+            options,
+        };
+        engine.prepare()?;
+        Ok(engine)
+    }
+
+    /// Measures products and captures graphs, as the tuning says.
+    fn prepare(&mut self) -> Result<(), EngineError> {
+        let started = std::time::Instant::now();
+        match self.options.tuning {
+            Tuning::None => {}
+            Tuning::Prefill => self.fixed.tune(&mut self.gemms, &self.stream, &PREFILL_ROWS)?,
+            Tuning::Decode => {
+                let sizes: Vec<usize> = self.graphs.sizes().to_vec();
+                self.fixed.tune(&mut self.gemms, &self.stream, &sizes)?;
+                if self.options.graphs {
+                    for size in sizes {
+                        self.graphs.capture(&self.fixed, &mut self.gemms, &self.stream, size)?;
+                    }
+                }
+            }
+        }
+        let (device, tuning, ms) = (&self.info.device, self.options.tuning, started.elapsed().as_millis());
+        tracing::info!(device, ?tuning, ms, "engine ready");
+        Ok(())
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.fixed.config
+    }
+
+    /// Bytes of weights that one decode step reads.
+    pub fn streamed_bytes(&self) -> usize {
+        self.fixed.network.streamed_bytes()
+    }
+
+    /// Queues a step: what comes out lies in the buffers when the stream has passed it.
+    fn queue(&mut self, batch: &Batch<'_>, all_logits: bool) -> Result<Plan, EngineError> {
+        self.fixed.device.enter()?;
+        batch.validate(self.fixed.pool.layout(), &self.info)?;
+        let (tokens, segments) = (batch.tokens(), batch.segments.len());
+        let CudaOptions { max_batch_tokens, max_sequences, .. } = self.options;
+        if tokens > max_batch_tokens || segments > max_sequences {
+            return Err(EngineError::BadBatch(format!(
+                "{tokens} tokens in {segments} segments in a step of at most {max_batch_tokens} in {max_sequences}"
+            )));
+        }
+        let single = |s: &crate::Segment<'_>| s.tokens.len() == 1 && (all_logits || !s.samples.is_empty());
+        let graph = self.options.graphs && batch.segments.iter().all(single);
+        let size = if graph { self.graphs.size_for(tokens) } else { None };
+        let layout = *self.fixed.pool.layout();
+        let mut plan = Plan::new(batch, &layout, self.fixed.tiling(), size.unwrap_or(0), all_logits);
+        let room = self.inputs.as_mut_slice::<i32>();
+        let Some(room) = room.get_mut(..plan.numbers.len()) else {
+            let needed = plan.numbers.len();
+            return Err(EngineError::BadBatch(format!("block tables of {needed} entries in one step")));
+        };
+        room.copy_from_slice(&plan.numbers);
+        self.stream.upload(self.fixed.buffers.inputs.at, room)?;
+        match size {
+            Some(size) => self.graphs.run(&self.fixed, &mut self.gemms, &self.stream, size)?,
+            None => {
+                let layer_events = (self.options.tuning == Tuning::Prefill).then_some(&self.layer_events[..]);
+                let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
+                Step { fixed, gemms, stream, plan: &plan, layer_events }.queue()?;
+            }
+        }
+        if self.options.tuning == Tuning::Prefill {
+            plan.written.sort_unstable();
+            plan.written.dedup();
+        }
+        Ok(plan)
+    }
+
+    /// Brings what the step wrote to the host side, layer by layer behind the compute, and says so.
+    fn publish_layers(&mut self, plan: &Plan, on_layer: &mut dyn FnMut(usize)) -> Result<(), EngineError> {
+        let blocks = self.fixed.buffers.inputs.at + 4 * plan.start(List::Written) as u64;
+        let (kernels, pool) = (&self.fixed.kernels, &self.fixed.pool);
+        for layer in 0..self.layer_events.len() {
+            self.copies.wait(&self.layer_events[layer])?;
+            pool.publish(kernels, &self.copies, layer, blocks, plan.written.len())?;
+            self.host_events[layer].record(&self.copies)?;
+        }
+        for (layer, event) in self.host_events.iter().enumerate() {
+            event.synchronize()?;
+            pool.mark(layer, &plan.written, true);
+            on_layer(layer);
+        }
+        Ok(())
+    }
+
+    /// The logits of wanted rows `rows`, for the host.
+    fn fetch_logits(&mut self, rows: std::ops::Range<usize>) -> Result<Vec<Vec<f32>>, EngineError> {
+        let vocab = self.fixed.config.vocab;
+        let mut all = Vec::with_capacity(rows.len());
+        for first in rows.clone().step_by(HOST_LOGITS) {
+            let count = HOST_LOGITS.min(rows.end - first);
+            let room = &mut self.logits.as_mut_slice::<f32>()[..count * vocab];
+            self.stream.download(room, self.fixed.buffers.logits.at + (first * vocab * 4) as u64)?;
+            self.stream.synchronize()?;
+            all.extend(
+                self.logits.as_slice::<f32>()[..count * vocab].chunks_exact(vocab).map(<[f32]>::to_vec),
+            );
+        }
+        Ok(all)
+    }
+
+    /// Block ids on the device, behind everything that was queued.
+    fn upload_blocks(&mut self, blocks: &[i32]) -> Result<u64, EngineError> {
+        self.fixed.device.enter()?;
+        self.stream.synchronize()?;
+        let room = self.inputs.as_mut_slice::<i32>().get_mut(..blocks.len());
+        let room = room.ok_or_else(|| EngineError::BadBatch(format!("{} blocks at once", blocks.len())))?;
+        room.copy_from_slice(blocks);
+        self.stream.upload(self.fixed.buffers.inputs.at, room)?;
+        Ok(self.fixed.buffers.inputs.at)
+    }
+
+    fn known(&self, blocks: impl Iterator<Item = u32>) -> Result<Vec<i32>, EngineError> {
+        let most = self.fixed.pool.layout().blocks;
+        let known = |block: u32| ((block as usize) < most).then_some(block as i32);
+        let all: Option<Vec<i32>> = blocks.map(known).collect();
+        all.ok_or_else(|| EngineError::BadBatch(format!("a block beyond the pool's {most}")))
+    }
+}
+
+impl Engine for CudaEngine {
+    fn info(&self) -> &EngineInfo {
+        &self.info
+    }
+
+    fn kv(&self) -> Arc<dyn KvMemory> {
+        Arc::clone(&self.fixed.pool) as Arc<dyn KvMemory>
+    }
+
+    fn forward(
+        &mut self,
+        batch: &Batch<'_>,
+        on_layer: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Vec<Sampled>>, EngineError> {
+        let plan = self.queue(batch, false)?;
+        let wanted = plan.wanted.len();
+        self.stream
+            .download(&mut self.tokens.as_mut_slice::<i32>()[..wanted], self.fixed.buffers.tokens.at)?;
+        if self.options.tuning == Tuning::Prefill {
+            self.publish_layers(&plan, on_layer)?;
+        }
+        self.stream.synchronize()?;
+        if self.options.tuning != Tuning::Prefill {
+            (0..self.fixed.config.layers).for_each(on_layer);
+        }
+        let mut sampled = vec![Vec::new(); batch.segments.len()];
+        for (row, &index) in plan.wanted_segments.iter().enumerate() {
+            let requests = batch.segments[index].samples;
+            if requests.iter().all(sampling::is_argmax) {
+                let token = self.tokens.as_slice::<i32>()[row] as u32;
+                let drawn = Sampled { token, logprob: f32::NAN, top: Vec::new() };
+                sampled[index] = vec![drawn; requests.len()];
+            } else {
+                let logits = self.fetch_logits(row..row + 1)?.pop().unwrap_or_default();
+                sampled[index] =
+                    requests.iter().map(|request| sample(&mut logits.clone(), request)).collect();
+            }
+        }
+        Ok(sampled)
+    }
+
+    fn forward_logits(&mut self, batch: &Batch<'_>) -> Result<Vec<Vec<f32>>, EngineError> {
+        let plan = self.queue(batch, true)?;
+        self.fetch_logits(0..plan.wanted.len())
+    }
+
+    fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), EngineError> {
+        let flat = self.known(pairs.iter().flat_map(|&(from, to)| [from, to]))?;
+        let at = self.upload_blocks(&flat)?;
+        self.fixed.pool.fork(&self.fixed.kernels, &self.stream, at, pairs.len())?;
+        self.stream.synchronize()
+    }
+
+    fn publish_blocks(&mut self, blocks: &[u32]) -> Result<(), EngineError> {
+        let ids = self.known(blocks.iter().copied())?;
+        let at = self.upload_blocks(&ids)?;
+        for layer in 0..self.fixed.config.layers {
+            self.fixed.pool.publish(&self.fixed.kernels, &self.stream, layer, at, ids.len())?;
+        }
+        self.stream.synchronize()?;
+        (0..self.fixed.config.layers).for_each(|layer| self.fixed.pool.mark(layer, &ids, true));
+        Ok(())
+    }
+
+    fn load_blocks(&mut self, blocks: &[u32]) -> Result<(), EngineError> {
+        let ids = self.known(blocks.iter().copied())?;
+        let at = self.upload_blocks(&ids)?;
+        for layer in 0..self.fixed.config.layers {
+            self.fixed.pool.load(&self.fixed.kernels, &self.stream, layer, at, ids.len())?;
+            self.fixed.pool.mark(layer, &ids, false);
+        }
+        self.stream.synchronize()
+    }
+}
+
+impl Drop for CudaEngine {
+    fn drop(&mut self) {
+        // Memory goes next: nothing may still run.
+        let _ = self.fixed.device.enter();
+        let _ = self.stream.synchronize();
+        let _ = self.copies.synchronize();
+    }
+}
+
+/// Rows at which large products are measured.
+const PREFILL_ROWS: [usize; 7] = [128, 256, 512, 1024, 2048, 4096, 8192];
+
+/// Refuses what the kernels cannot do, before anything is loaded.
+fn check(config: &ModelConfig, options: &CudaOptions) -> Result<(), EngineError> {
+    let refuse = |what: String| Err(EngineError::Unsupported(format!("on a cuda device: {what}")));
+    if options.kv_dtype != KvDtype::Bf16 {
+        return refuse("the KV pool is bf16 only; leave --kv-dtype at bf16".into());
+    }
+    if options.max_batch_tokens == 0 || options.max_sequences == 0 {
+        return refuse("a step of no tokens".into());
+    }
+    for (name, size) in
+        [("hidden_size", config.hidden), ("intermediate_size", config.ffn), ("head_dim", config.head_dim)]
+    {
+        if size % 8 != 0 {
+            return refuse(format!("{name} {size} is not a multiple of 8"));
+        }
+    }
+    Ok(())
+}
+
+fn check_memory(device: &Device, config: &ModelConfig, layout: &KvLayout) -> Result<(), EngineError> {
+    let (weights, free) = (config.parameters() * 2, device.free_bytes());
+    let pool = layout.total_bytes();
+    if weights.saturating_add(pool) > free {
+        return Err(EngineError::OutOfMemory(format!(
+            "{}: the weights need {weights} bytes and the KV pool {pool}, {free} of {} are free; use fewer KV \
+             blocks (--kv-mib), a smaller model or another device",
+            device.name, device.total_bytes
+        )));
+    }
+    Ok(())
+}
+
+fn capacity(config: &ModelConfig, options: &CudaOptions) -> Capacity {
+    let rows = options.max_batch_tokens.max(options.max_sequences);
+    let per_sequence = config.max_context.div_ceil(options.block_tokens);
+    // Tables of all sequences at full length, and once more the blocks written; no more than the pool has, shared or not.
+    let tables = options.max_sequences * per_sequence.min(options.kv_blocks);
+    let lists = 10 * rows + 4 * options.max_sequences;
+    Capacity { rows, wanted: options.max_sequences, inputs: lists + 2 * tables + 2 * options.kv_blocks }
+}

@@ -1,0 +1,144 @@
+//! The KV pool on the device, and its host side that transports read and write.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::driver::{Device, Grid, Memory, Pinned, Stream, args};
+use super::kernels::Kernels;
+use crate::{EngineError, KvLayout, KvMemory};
+
+/// Blocks that copy at once: enough to fill the bus, few enough to leave the device to the compute.
+const COPY_BLOCKS: usize = 32;
+const CHECKSUM_THREADS: usize = 256;
+
+/// One allocation on the device and one of the same layout in page-locked host memory.
+///
+/// Transports know host memory only: blocks are published to the host side before they are pushed and loaded from
+/// it after they have landed. The host side costs as much memory as the pool, and in return any block
+/// that was published once, say a cached prefix, is pushed again without a copy.
+pub(super) struct DevicePool {
+    layout: KvLayout,
+    memory: Memory,
+    host: Pinned,
+    /// CRC-32C of each (layer, block), made by a kernel from device memory when it was published.
+    sums: Pinned,
+    /// Whether `sums` speaks of what the host side holds.
+    published: Vec<AtomicBool>,
+}
+
+impl DevicePool {
+    pub(super) fn new(device: &Arc<Device>, layout: KvLayout) -> Result<Arc<Self>, EngineError> {
+        let sizes =
+            [layout.blocks, layout.kv_heads, layout.block_tokens, layout.head_dim, 2 * layout.dtype.bytes()];
+        let bytes = sizes.iter().try_fold(layout.layers, |n, &size| n.checked_mul(size));
+        let bytes = bytes.filter(|&n| n > 0 && layout.block_bytes() % 16 == 0).ok_or_else(|| {
+            EngineError::Unsupported(format!("a KV pool of {layout:?}: blocks must be multiples of 16 bytes"))
+        })?;
+        let cells = layout.layers * layout.blocks;
+        Ok(Arc::new(Self {
+            layout,
+            memory: Memory::new(device, bytes, "the KV pool")?,
+            host: Pinned::new(device, bytes, "the KV pool's host side")?,
+            sums: Pinned::new(device, cells * 4, "the KV pool's checksums")?,
+            published: (0..cells).map(|_| AtomicBool::new(false)).collect(),
+        }))
+    }
+
+    /// Start of a layer on the device.
+    pub(super) fn layer(&self, layer: usize) -> u64 {
+        self.memory.at + (layer * self.layout.layer_bytes()) as u64
+    }
+
+    /// Queues one layer of `count` blocks, whose ids lie at `blocks` on the device, for the host side,
+    /// with their checksums.
+    pub(super) fn publish(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        layer: usize,
+        blocks: u64,
+        count: usize,
+    ) -> Result<(), EngineError> {
+        let offset = (layer * self.layout.layer_bytes()) as u64;
+        let sums = self.sums.device_address() + (layer * self.layout.blocks * 4) as u64;
+        let bytes = self.layout.block_bytes();
+        let slice = (bytes.div_ceil(CHECKSUM_THREADS).next_multiple_of(4)) as i32;
+        let (from, bytes_i32) = (self.layer(layer), bytes as i32);
+        let grid = Grid::new((count, 1, 1), CHECKSUM_THREADS as u32);
+        kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])?;
+        let to = self.host.device_address() + offset;
+        self.copy(kernels, stream, to, from, blocks, count)
+    }
+
+    /// Queues one layer of blocks from the host side to the device.
+    pub(super) fn load(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        layer: usize,
+        blocks: u64,
+        count: usize,
+    ) -> Result<(), EngineError> {
+        let from = self.host.device_address() + (layer * self.layout.layer_bytes()) as u64;
+        self.copy(kernels, stream, self.layer(layer), from, blocks, count)
+    }
+
+    fn copy(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        to: u64,
+        from: u64,
+        blocks: u64,
+        count: usize,
+    ) -> Result<(), EngineError> {
+        let (count, vectors) = (count as i32, (self.layout.block_bytes() / 16) as i32);
+        let grid = Grid::new((COPY_BLOCKS, 1, 1), 512);
+        kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, blocks, count, vectors])
+    }
+
+    /// Queues copies of whole blocks on the device; `pairs` (from, to) lie there.
+    pub(super) fn fork(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        pairs: u64,
+        count: usize,
+    ) -> Result<(), EngineError> {
+        let (pool, layer) = (self.memory.at, self.layout.layer_bytes() / 16);
+        let vectors = (self.layout.block_bytes() / 16) as i32;
+        let grid = Grid::new((self.layout.layers, count, 1), 256);
+        kernels.fork_blocks.launch(stream, grid, args![pool, pairs, layer, vectors])
+    }
+
+    /// Whether the device's checksums speak of what the host side holds: not after someone else wrote it.
+    pub(super) fn mark(&self, layer: usize, blocks: &[i32], published: bool) {
+        for &block in blocks {
+            self.published[layer * self.layout.blocks + block as usize].store(published, Ordering::Release);
+        }
+    }
+}
+
+impl KvMemory for DevicePool {
+    fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    fn host_address(&self) -> Option<*mut u8> {
+        Some(self.host.at)
+    }
+
+    fn checksum(&self, layer: usize, block: u32) -> u32 {
+        let (start, bytes) = (self.layout.offset(layer, block), self.layout.block_bytes());
+        crc32c::crc32c(&self.host.as_slice::<u8>()[start..start + bytes])
+    }
+
+    fn source_checksum(&self, layer: usize, block: u32) -> u32 {
+        let cell = layer * self.layout.blocks + block as usize;
+        if self.published[cell].load(Ordering::Acquire) {
+            self.sums.as_slice::<u32>()[cell]
+        } else {
+            self.checksum(layer, block)
+        }
+    }
+}

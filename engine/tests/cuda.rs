@@ -1,0 +1,272 @@
+//! The CUDA engine against the CPU engine, and its kernels against each other. Without a usable GPU every test says
+//! so and passes: the same tests run on a machine that has one.
+
+#![allow(clippy::unwrap_used)]
+
+use engine::cpu::{CpuEngine, CpuOptions};
+use engine::cuda::{Attention, CudaEngine, CudaOptions, Tuning};
+use engine::model::{Architecture, ModelConfig, RandomWeights, Rope, RopeScaling};
+use engine::{Batch, Engine, EngineError, KvDtype, SampleRequest, SamplingParams, Segment};
+
+const BLOCKS: usize = 512;
+const BLOCK_TOKENS: usize = 16;
+
+/// A small network of a kind.
+fn shape(head_dim: usize, heads: usize, kv_heads: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        layers: 3,
+        hidden: 512,
+        ffn: 1024,
+        heads,
+        kv_heads,
+        head_dim,
+        vocab: 2048,
+        max_context: 4096,
+        rms_eps: 1e-5,
+        rope: Rope { theta: 1e5, scaling: RopeScaling::None },
+        qkv_bias: false,
+        o_bias: false,
+        qk_norm: false,
+        windows: vec![None; 3],
+        tie_embeddings: false,
+        bos: None,
+        eos: Vec::new(),
+    }
+}
+
+fn kinds() -> Vec<(&'static str, ModelConfig)> {
+    let norms = ModelConfig { qk_norm: true, architecture: Architecture::Qwen3, ..shape(128, 8, 2) };
+    let biases = ModelConfig { qkv_bias: true, tie_embeddings: true, ..shape(64, 14, 2) };
+    let window = ModelConfig { windows: vec![Some(100); 3], ..shape(128, 8, 8) };
+    vec![
+        ("dim 64, 9/3 heads", shape(64, 9, 3)),
+        ("dim 128, 32/8 heads", shape(128, 32, 8)),
+        ("dim 128, 16/1 heads", shape(128, 16, 1)),
+        ("query and key norms", norms),
+        ("biases, tied", biases),
+        ("window", window),
+        ("dim 32: plain attention", shape(32, 8, 4)),
+    ]
+}
+
+fn options() -> CudaOptions {
+    CudaOptions { kv_blocks: BLOCKS, block_tokens: BLOCK_TOKENS, max_sequences: 64, ..CudaOptions::default() }
+}
+
+/// The engine, or `None` (said aloud) where there is no GPU. Anything else that goes wrong fails the test.
+fn cuda(config: &ModelConfig, options: CudaOptions) -> Option<CudaEngine> {
+    match CudaEngine::from_random(config.clone(), 7, options) {
+        Ok(engine) => Some(engine),
+        Err(EngineError::Unsupported(why)) => {
+            assert!(std::env::var_os("TANDEM_REQUIRE_CUDA").is_none(), "{why}");
+            eprintln!("skipped: {why}");
+            None
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+fn cpu(config: &ModelConfig) -> CpuEngine {
+    let options = CpuOptions { kv_blocks: BLOCKS, kv_dtype: KvDtype::F32, ..CpuOptions::default() };
+    CpuEngine::from_random(config.clone(), 7, options).unwrap()
+}
+
+fn prompt(length: usize, seed: u32) -> Vec<u32> {
+    (0..length as u32).map(|i| (i.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)) % 2048).collect()
+}
+
+/// Block tables that are not in order, as real ones are not.
+fn table(sequence: usize, tokens: usize) -> Vec<u32> {
+    let count = tokens.div_ceil(BLOCK_TOKENS);
+    assert!(count <= 56);
+    (0..count).map(|i| (sequence * 56 + count - 1 - i) as u32).collect()
+}
+
+/// Logits of the last token of each prompt, run in chunks of at most `chunk`.
+fn logits(engine: &mut dyn Engine, prompts: &[Vec<u32>], chunk: usize) -> Vec<Vec<f32>> {
+    let tables: Vec<_> = prompts.iter().enumerate().map(|(i, p)| table(i, p.len())).collect();
+    let mut last = vec![Vec::new(); prompts.len()];
+    let mut done = vec![0; prompts.len()];
+    while done.iter().zip(prompts).any(|(done, prompt)| *done < prompt.len()) {
+        let open: Vec<usize> = (0..prompts.len()).filter(|&i| done[i] < prompts[i].len()).collect();
+        let end = |i: usize| prompts[i].len().min(done[i] + chunk);
+        let segments = open.iter().map(|&i| Segment {
+            tokens: &prompts[i][done[i]..end(i)],
+            position: done[i],
+            blocks: &tables[i],
+            samples: &[],
+        });
+        let out = engine.forward_logits(&Batch { segments: segments.collect() }).unwrap();
+        let ends: Vec<usize> = open.iter().map(|&i| end(i)).collect();
+        for ((i, end), out) in open.into_iter().zip(ends).zip(out) {
+            (done[i], last[i]) = (end, out);
+        }
+    }
+    last
+}
+
+/// ‖a − b‖ / ‖b‖
+fn error(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+    let pairs = || a.iter().flatten().zip(b.iter().flatten());
+    assert_eq!(a.iter().flatten().count(), b.iter().flatten().count());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let (off, size) =
+        pairs().fold((0.0, 0.0), |(off, size), (a, b)| (off + square(a - b), size + square(*b)));
+    (off / size).sqrt()
+}
+
+const LENGTHS: [usize; 9] = [1, 5, 16, 64, 127, 128, 129, 300, 700];
+
+fn prompts() -> Vec<Vec<u32>> {
+    LENGTHS.iter().zip(1..).map(|(&length, seed)| prompt(length, seed)).collect()
+}
+
+#[test]
+fn logits_agree_with_the_cpu_engine() {
+    for (kind, config) in kinds() {
+        let Some(mut gpu) = cuda(&config, options()) else { return };
+        let expected = logits(&mut cpu(&config), &prompts(), 4096);
+        let off = error(&logits(&mut gpu, &prompts(), 4096), &expected);
+        println!("{kind}: relative error of logits against f32 activations {off:.4}");
+        assert!(off < 0.02, "{kind}: {off}");
+    }
+}
+
+#[test]
+fn kernels_agree_with_each_other() {
+    for (kind, config) in kinds() {
+        let Some(mut plain) = cuda(&config, CudaOptions { attention: Attention::Plain, ..options() }) else {
+            return;
+        };
+        let expected = logits(&mut plain, &prompts(), 4096);
+        for attention in [Attention::Best, Attention::Portable] {
+            let mut engine = cuda(&config, CudaOptions { attention, ..options() }).unwrap();
+            for chunk in [4096, 200, 64, 17] {
+                let off = error(&logits(&mut engine, &prompts(), chunk), &expected);
+                println!("{kind}, {attention:?}, chunks of {chunk}: {off:.5}");
+                assert!(off < 0.012, "{kind}, {attention:?}, chunks of {chunk}: {off}");
+            }
+        }
+    }
+}
+
+/// Greedy continuation of all prompts together: prompts in one step, then decode steps.
+fn continuation(engine: &mut dyn Engine, prompts: &[Vec<u32>], steps: usize) -> Vec<Vec<u32>> {
+    let params = SamplingParams::default();
+    let mut sequences = prompts.to_vec();
+    let tables: Vec<_> = prompts.iter().enumerate().map(|(i, p)| table(i, p.len() + steps)).collect();
+    let mut done = vec![0; prompts.len()];
+    for _ in 0..steps {
+        let samples: Vec<_> = prompts
+            .iter()
+            .zip(&sequences)
+            .map(|(prompt, all)| {
+                let output = &all[prompt.len()..];
+                [SampleRequest { params: &params, prompt, output, banned: &[], choice: 0 }]
+            })
+            .collect();
+        let segments = (0..prompts.len()).map(|i| Segment {
+            tokens: &sequences[i][done[i]..],
+            position: done[i],
+            blocks: &tables[i],
+            samples: &samples[i],
+        });
+        let drawn = engine.forward(&Batch { segments: segments.collect() }, &mut |_| {}).unwrap();
+        for (i, drawn) in drawn.iter().enumerate() {
+            done[i] = sequences[i].len();
+            sequences[i].push(drawn[0].token);
+        }
+    }
+    sequences.iter().zip(prompts).map(|(all, prompt)| all[prompt.len()..].to_vec()).collect()
+}
+
+#[test]
+fn graphs_change_nothing() {
+    for (kind, config) in kinds() {
+        let Some(mut with) = cuda(&config, CudaOptions { tuning: Tuning::None, ..options() }) else { return };
+        let mut without = cuda(&config, CudaOptions { graphs: false, ..options() }).unwrap();
+        let tokens = continuation(&mut with, &prompts(), 12);
+        assert_eq!(tokens, continuation(&mut without, &prompts(), 12), "{kind}");
+    }
+}
+
+#[test]
+fn blocks_go_to_the_host_and_back_with_their_checksums() {
+    let config = shape(128, 8, 2);
+    let Some(mut sender) = cuda(&config, CudaOptions { tuning: Tuning::Prefill, ..options() }) else {
+        return;
+    };
+    let mut receiver = cuda(&config, options()).unwrap();
+    let prompt = prompt(333, 3);
+    let blocks = table(0, 400);
+    let segment =
+        |position: usize| Segment { tokens: &prompt[position..], position, blocks: &blocks, samples: &[] };
+    let mut layers = Vec::new();
+    let first = Batch { segments: vec![Segment { tokens: &prompt[..332], ..segment(0) }] };
+    sender.forward(&first, &mut |layer| layers.push(layer)).unwrap();
+    assert_eq!(layers, [0, 1, 2]);
+    let (from, to) = (sender.kv(), receiver.kv());
+    let layout = *from.layout();
+    for layer in 0..layout.layers {
+        for &block in &blocks[..21] {
+            assert_eq!(
+                from.source_checksum(layer, block),
+                from.checksum(layer, block),
+                "layer {layer} block {block}"
+            );
+            let (offset, bytes) = (layout.offset(layer, block), layout.block_bytes());
+            // SAFETY: both pools have this layout, and neither engine runs.
+            unsafe {
+                let (from, to) = (from.host_address().unwrap(), to.host_address().unwrap());
+                std::ptr::copy_nonoverlapping(from.add(offset), to.add(offset), bytes);
+            }
+        }
+    }
+    receiver.load_blocks(&blocks[..21]).unwrap();
+    let last = Batch { segments: vec![segment(332)] };
+    let (here, there) = (sender.forward_logits(&last).unwrap(), receiver.forward_logits(&last).unwrap());
+    assert_eq!(here, there);
+}
+
+#[test]
+fn forked_blocks_hold_the_same() {
+    let Some(mut engine) = cuda(&shape(64, 4, 2), options()) else { return };
+    let prompt = prompt(17, 5);
+    let run = |engine: &mut CudaEngine, blocks: &[u32], from: usize| {
+        let segment = Segment { tokens: &prompt[from..], position: from, blocks, samples: &[] };
+        engine.forward_logits(&Batch { segments: vec![segment] }).unwrap()
+    };
+    run(&mut engine, &[3, 4], 0);
+    engine.copy_blocks(&[(3, 9)]).unwrap();
+    let from_original = run(&mut engine, &[3, 4], 16);
+    assert_eq!(run(&mut engine, &[9, 5], 16), from_original);
+    assert!(engine.copy_blocks(&[(0, BLOCKS as u32)]).is_err());
+}
+
+#[test]
+fn device_and_host_draw_the_same_weights() {
+    let config = shape(64, 4, 2);
+    let Some(mut drawn) = cuda(&config, options()) else { return };
+    let mut uploaded = CudaEngine::from_source(config, &RandomWeights { seed: 7 }, options()).unwrap();
+    assert_eq!(logits(&mut drawn, &prompts(), 4096), logits(&mut uploaded, &prompts(), 4096));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_numbers() {
+    let config = shape(64, 4, 2);
+    if cuda(&config, options()).is_none() {
+        return;
+    }
+    let huge = CudaOptions { kv_blocks: 1 << 30, ..options() };
+    let refused = CudaEngine::from_random(config.clone(), 7, huge).err().unwrap();
+    assert!(matches!(&refused, EngineError::OutOfMemory(why) if why.contains("are free")), "{refused}");
+    let absent = CudaOptions { device: 99, ..options() };
+    let refused = CudaEngine::from_random(config.clone(), 7, absent).err().unwrap();
+    assert!(
+        matches!(&refused, EngineError::Unsupported(why) if why.contains("no CUDA device 99")),
+        "{refused}"
+    );
+    let wide = CudaOptions { kv_dtype: KvDtype::F32, ..options() };
+    assert!(matches!(CudaEngine::from_random(config, 7, wide), Err(EngineError::Unsupported(_))));
+}
