@@ -31,7 +31,7 @@ impl DevicePool {
         let sizes =
             [layout.blocks, layout.kv_heads, layout.block_tokens, layout.head_dim, 2 * layout.dtype.bytes()];
         let bytes = sizes.iter().try_fold(layout.layers, |n, &size| n.checked_mul(size));
-        let bytes = bytes.filter(|&n| n > 0 && layout.block_bytes() % 16 == 0).ok_or_else(|| {
+        let bytes = bytes.filter(|&n| n > 0 && layout.block_bytes().is_multiple_of(16)).ok_or_else(|| {
             EngineError::Unsupported(format!("a KV pool of {layout:?}: blocks must be multiples of 16 bytes"))
         })?;
         let cells = layout.layers * layout.blocks;

@@ -183,7 +183,7 @@ impl Fixed {
 
     /// The tensor-core kernels, where they know the head and block size.
     fn fast(&self) -> Option<&FastAttention> {
-        let fits = self.pool.layout().block_tokens % 16 == 0 && self.attention != Attention::Plain;
+        let fits = self.pool.layout().block_tokens.is_multiple_of(16) && self.attention != Attention::Plain;
         self.kernels.fast.as_ref().filter(|_| fits)
     }
 
