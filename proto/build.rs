@@ -3,7 +3,8 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let protos = ["inference", "worker", "registry"].map(|name| format!("tandem/v1/{name}.proto"));
+    let protos =
+        ["inference", "operator", "worker", "registry"].map(|name| format!("tandem/v1/{name}.proto"));
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }
@@ -13,6 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .bytes(".tandem.v1.Reserved.ticket")
         .bytes(".tandem.v1.PrefillRequest.ticket")
+        .bytes(".tandem.v1.MoveRequest.ticket")
         .compile_fds(descriptors)?;
     Ok(())
 }

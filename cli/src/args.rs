@@ -51,6 +51,10 @@ pub enum Command {
     Decode(WorkerArgs),
     /// Send prompts to a cluster and stream the answers
     Generate(GenerateArgs),
+    /// Take a worker out of placement: its running sequences move to others, nothing new comes
+    Drain(DrainArgs),
+    /// Let a drained worker take requests again
+    Undrain(DrainArgs),
     /// Fetch, import and inspect models
     Model(ModelArgs),
 }
@@ -258,6 +262,22 @@ pub struct GenerateArgs {
     pub engine: EngineArgs,
     #[command(flatten)]
     pub placement: PlacementArgs,
+}
+
+/// Settings of `drain` and `undrain`.
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// The worker's name, as `tandem.v1.Inference/ListWorkers` shows it
+    pub worker: String,
+    /// Router of the cluster, host:port
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub addr: String,
+    /// Return once nothing runs on it, at most after that many seconds (drain only)
+    #[arg(long)]
+    pub wait: Option<u64>,
+    /// One JSON object instead of words
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How tokens are drawn.

@@ -51,7 +51,7 @@ fn code(error: &anyhow::Error) -> u8 {
     }
     match error.downcast_ref::<Status>().map(Status::code) {
         Some(Code::Unavailable) => 3,
-        Some(Code::InvalidArgument | Code::NotFound | Code::AlreadyExists) => 4,
+        Some(Code::InvalidArgument | Code::NotFound | Code::AlreadyExists | Code::FailedPrecondition) => 4,
         Some(Code::ResourceExhausted) => 5,
         Some(Code::DeadlineExceeded) => 6,
         _ => 1,

@@ -6,16 +6,15 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use futures::{StreamExt, stream};
 use proto::v1::{self, generate_response::Event, inference_client::InferenceClient};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::args::{GenerateArgs, SamplingArgs};
+use crate::dial;
 use crate::exit::{self, Interrupted};
 use crate::local::{LocalCluster, LocalSpec, log_level};
 use crate::prompts::{self, Prompt};
 use crate::report::{self, ChoiceOutcome, Outcome};
 use crate::signal;
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs the command; a temporary cluster is drained whatever happens.
 pub async fn run(args: GenerateArgs) -> anyhow::Result<()> {
@@ -54,7 +53,8 @@ fn spec(args: &GenerateArgs) -> LocalSpec<'_> {
 }
 
 async fn ask(args: &GenerateArgs, address: &str) -> anyhow::Result<()> {
-    let mut client = connect(address).await?;
+    let mut client = InferenceClient::new(dial::router(address).await?)
+        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
     let info = client.get_model_info(v1::GetModelInfoRequest {}).await?.into_inner();
     let prompts = prompts::read(args, info.has_chat_template)?;
     if !args.json && prompts.len() == 1 {
@@ -65,19 +65,6 @@ async fn ask(args: &GenerateArgs, address: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     many(client, args, prompts).await
-}
-
-async fn connect(address: &str) -> anyhow::Result<InferenceClient<Channel>> {
-    let uri = match address.contains("://") {
-        true => address.to_owned(),
-        false => format!("http://{address}"),
-    };
-    let endpoint = Endpoint::from_shared(uri)
-        .with_context(|| format!("--addr {address} is not host:port"))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true);
-    let channel = endpoint.connect().await.with_context(|| format!("no router answers at {address}"))?;
-    Ok(InferenceClient::new(channel).max_decoding_message_size(proto::MAX_MESSAGE_BYTES))
 }
 
 /// Every prompt, several at once, in the file's order; one that fails does not end the others.

@@ -1,6 +1,8 @@
 //! `tandem`: one binary for every process of a cluster, its clients and its tools.
 
 mod args;
+mod dial;
+mod drain;
 mod engines;
 mod exit;
 mod generate;
@@ -29,6 +31,8 @@ fn main() -> std::process::ExitCode {
             Command::Prefill(args) => serve::prefill(args).await,
             Command::Decode(args) => serve::decode(args).await,
             Command::Generate(args) => generate::run(args).await,
+            Command::Drain(args) => drain::run(args, true).await,
+            Command::Undrain(args) => drain::run(args, false).await,
             Command::Model(args) => model::run(args).await,
         }
     });

@@ -39,6 +39,21 @@ impl Choice {
         Self { request, group, index, is_stem, tokens, computed, blocks, ids, hashes, published: 0 }
     }
 
+    /// One choice that ran elsewhere: `blocks` hold the KV of its first tokens, `since` is what it put out
+    /// besides the request's outputs.
+    pub fn moved(request: Arc<Request>, group: u64, index: u32, blocks: Vec<Block>, since: Vec<u32>) -> Self {
+        let mut choice = Self::stem(request, group, blocks, 0);
+        choice.becomes(index);
+        choice.tokens.extend(since);
+        choice
+    }
+
+    /// Handles on the blocks that are full and never change again.
+    pub fn full_blocks(&self, layout: &KvLayout) -> &[Block] {
+        let full = self.computed / layout.block_tokens;
+        &self.blocks[..full.min(self.blocks.len())]
+    }
+
     /// Output tokens so far.
     pub fn output(&self) -> &[u32] {
         &self.tokens[self.request.prompt.len()..]

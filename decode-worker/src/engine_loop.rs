@@ -9,7 +9,7 @@ use cluster::Load;
 use engine::kv::pool::{Block, BlockPool};
 use engine::{Batch, Engine, EngineError, KvLayout, Sampled, Segment};
 use proto::v1::{self, decode_event::Event};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tonic::Status;
 use worker::rate::Rate;
 use worker::request::{load_to_wire, sampled_to_wire};
@@ -32,10 +32,54 @@ pub(crate) struct Submission {
     /// Blocks that hold the first `computed` tokens of the stem.
     pub blocks: Vec<Block>,
     pub computed: usize,
-    /// Tokens that came with the landed KV, already sent to the client: by choice. None: prefill is local.
-    pub landed: Option<Vec<v1::SampledToken>>,
+    /// How it begins.
+    pub start: Start,
     /// Held until the request ends.
     pub hold: Hold,
+}
+
+/// How a request begins here.
+pub(crate) enum Start {
+    /// Its stem is prefilled here.
+    Local,
+    /// Its stem landed, with the tokens drawn at its end, already sent to the client.
+    Landed(Vec<v1::SampledToken>),
+    /// It ran elsewhere: by open choice, the blocks beyond the shared ones and the tokens drawn meanwhile.
+    Moved(Vec<(Vec<Block>, Vec<u32>)>),
+}
+
+/// What the loop is told. Moves are described in [`crate::moving`].
+pub(crate) enum Order {
+    /// Run this.
+    Run(Submission),
+    /// Show what a running request consists of.
+    Portray { id: String, attempt: u32, reply: oneshot::Sender<Option<Portrait>> },
+    /// Let a request stand still; the reply has the tokens of these choices beyond those that are known.
+    /// Nothing is stopped when one of them has ended.
+    Stop { group: u64, known: Vec<(u32, usize)>, reply: oneshot::Sender<Option<Vec<v1::SampledToken>>> },
+    /// A request that stands still goes on.
+    GoOn(u64),
+    /// A request runs elsewhere now.
+    Moved(u64),
+}
+
+/// A running request at one instant. Keeps its blocks.
+pub(crate) struct Portrait {
+    pub group: u64,
+    choices: Vec<(u32, Vec<Block>)>,
+}
+
+impl Portrait {
+    /// Ids of the choice's full blocks, from the start of the sequence.
+    pub fn full_blocks(&self, choice: u32) -> Option<Vec<u32>> {
+        let (_, blocks) = self.choices.iter().find(|(index, _)| *index == choice)?;
+        Some(blocks.iter().map(Block::id).collect())
+    }
+
+    /// What must be kept while it is read.
+    pub fn into_blocks(self) -> Vec<Block> {
+        self.choices.into_iter().flat_map(|(_, blocks)| blocks).collect()
+    }
 }
 
 /// What a running request occupies besides blocks.
@@ -54,6 +98,10 @@ struct Group {
     /// Prefill happens here; otherwise the KV has landed.
     local: bool,
     cached_tokens: u32,
+    /// Stands still because it is about to run elsewhere.
+    stopped: bool,
+    /// The router was asked to move it.
+    leaving: bool,
     hold: Hold,
 }
 
@@ -62,7 +110,7 @@ pub(crate) struct EngineLoop {
     pub engine: Box<dyn Engine>,
     pub pool: Arc<BlockPool>,
     pub rules: Rules,
-    pub inbox: Receiver<Submission>,
+    pub inbox: Receiver<Order>,
     pub load: Arc<watch::Sender<Load>>,
     layout: KvLayout,
     choices: Vec<Choice>,
@@ -77,7 +125,7 @@ impl EngineLoop {
         engine: Box<dyn Engine>,
         pool: Arc<BlockPool>,
         rules: Rules,
-        inbox: Receiver<Submission>,
+        inbox: Receiver<Order>,
         load: Arc<watch::Sender<Load>>,
         metrics: LoopMetrics,
     ) -> Self {
@@ -103,22 +151,90 @@ impl EngineLoop {
             if self.choices.is_empty() {
                 self.publish_load();
                 match self.inbox.recv() {
-                    Ok(submission) => self.admit(submission),
+                    Ok(order) => self.obey(order),
                     Err(_) => return Ok(()),
                 }
             }
-            while let Ok(submission) = self.inbox.try_recv() {
-                self.admit(submission);
+            while let Ok(order) = self.inbox.try_recv() {
+                self.obey(order);
             }
             self.drop_abandoned();
+            self.ask_to_leave();
             self.step()?;
             debug_assert_eq!(self.pool.check(), Ok(()));
             self.publish_load();
         }
     }
 
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Run(submission) => self.admit(submission),
+            Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt))),
+            Order::Stop { group, known, reply } => {
+                let tokens = self.stop(group, &known);
+                let stopped = tokens.is_some();
+                if reply.send(tokens).is_err() && stopped {
+                    self.set_stopped(group, false);
+                }
+            }
+            Order::GoOn(group) => self.set_stopped(group, false),
+            Order::Moved(group) => {
+                if let Some(group) = self.groups.remove(&group) {
+                    let event = Some(Event::Moved(v1::Moved {}));
+                    let _ = group.events.send(Ok(v1::DecodeEvent { event, load: None }));
+                }
+                self.drop_abandoned();
+            }
+        }
+    }
+
+    fn portray(&self, id: &str, attempt: u32) -> Option<Portrait> {
+        let is_it = |group: &Group| group.request.id == id && group.request.attempt == attempt;
+        let group = self.groups.iter().find(|(_, group)| is_it(group)).map(|(key, _)| *key)?;
+        let ours = self.choices.iter().filter(|c| c.group == group && !c.is_stem());
+        let choices = ours.map(|c| (c.index, c.full_blocks(&self.layout).to_vec())).collect();
+        Some(Portrait { group, choices })
+    }
+
+    fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Option<Vec<v1::SampledToken>> {
+        let mut since = Vec::new();
+        for (index, known) in known {
+            let choice =
+                self.choices.iter().find(|c| c.group == group && c.index == *index && !c.is_stem())?;
+            for (position, token_id) in choice.output().iter().enumerate().skip(*known) {
+                let position = u32::try_from(position).unwrap_or(u32::MAX);
+                since.push(v1::SampledToken { choice: *index, token_id: *token_id, logprob: None, position });
+            }
+        }
+        self.set_stopped(group, true);
+        Some(since)
+    }
+
+    fn set_stopped(&mut self, group: u64, stopped: bool) {
+        if let Some(group) = self.groups.get_mut(&group) {
+            group.stopped = stopped;
+        }
+    }
+
+    /// While draining, every request whose choices all decode asks to be moved.
+    fn ask_to_leave(&mut self) {
+        if !self.load.borrow().draining {
+            self.groups.values_mut().for_each(|group| group.leaving = false);
+            return;
+        }
+        let load = load_to_wire(&self.load_now());
+        for (key, group) in self.groups.iter_mut().filter(|(_, group)| !group.leaving) {
+            if self.choices.iter().any(|c| c.group == *key && (c.is_stem() || c.view().pending > 1)) {
+                continue;
+            }
+            group.leaving = true;
+            let event = Some(Event::Leaving(v1::Leaving {}));
+            let _ = group.events.send(Ok(v1::DecodeEvent { event, load: Some(load) }));
+        }
+    }
+
     fn admit(&mut self, submission: Submission) {
-        let Submission { request, events, blocks, computed, landed, hold } = submission;
+        let Submission { request, events, blocks, computed, start, hold } = submission;
         let group = self.next_group;
         self.next_group += 1;
         self.groups.insert(
@@ -130,18 +246,37 @@ impl EngineLoop {
                 finishes: Vec::new(),
                 submitted: Instant::now(),
                 started: None,
-                local: landed.is_none(),
+                local: matches!(start, Start::Local),
                 cached_tokens: u32::try_from(computed).unwrap_or(u32::MAX),
+                stopped: false,
+                leaving: false,
                 hold,
             },
         );
-        let mut stem = Choice::stem(request, group, blocks, 0);
-        stem.advance(computed, &self.pool, &self.layout);
-        self.metrics.local_prefills.increment(u64::from(landed.is_none()));
-        match landed {
-            None => self.choices.push(stem),
-            Some(tokens) => {
+        let stem = |blocks| {
+            let mut stem = Choice::stem(Arc::clone(&request), group, blocks, 0);
+            stem.advance(computed, &self.pool, &self.layout);
+            stem
+        };
+        match start {
+            Start::Local => {
+                self.metrics.local_prefills.increment(1);
+                self.choices.push(stem(blocks));
+            }
+            Start::Landed(tokens) => {
+                let stem = stem(blocks);
                 self.branch(stem, &tokens.iter().map(|t| (t.choice, t.token_id)).collect::<Vec<_>>());
+            }
+            Start::Moved(choices) => {
+                for (index, (own, since)) in request.open.iter().zip(choices) {
+                    let table: Vec<Block> = blocks.iter().cloned().chain(own).collect();
+                    let computed = table.len() * self.layout.block_tokens;
+                    let mut choice = Choice::moved(Arc::clone(&request), group, *index, table, since);
+                    choice.advance(computed, &self.pool, &self.layout);
+                    if !self.finish_if_done(&choice) {
+                        self.choices.push(choice);
+                    }
+                }
             }
         }
     }
@@ -194,8 +329,12 @@ impl EngineLoop {
     }
 
     fn step(&mut self) -> Result<(), EngineError> {
-        let views: Vec<_> = self.choices.iter().map(Choice::view).collect();
-        let plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        let going = |choice: &Choice| self.groups.get(&choice.group).is_some_and(|group| !group.stopped);
+        let (indices, views): (Vec<usize>, Vec<_>) =
+            self.choices.iter().enumerate().filter(|(_, c)| going(c)).map(|(i, c)| (i, c.view())).unzip();
+        let mut plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        plan.run.iter_mut().for_each(|(index, _)| *index = indices[*index]);
+        plan.preempt.iter_mut().for_each(|index| *index = indices[*index]);
         for &victim in &plan.preempt {
             tracing::debug!(request = %self.choices[victim].request.id, "preempted: out of blocks");
             self.choices[victim].preempt();
@@ -248,7 +387,7 @@ impl EngineLoop {
             return Ok(());
         }
         match self.inbox.recv_timeout(BLOCKED_WAIT) {
-            Ok(submission) => self.admit(submission),
+            Ok(order) => self.obey(order),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(BLOCKED_WAIT),
         }

@@ -2,10 +2,13 @@
 //!
 //! [`run`] is a process's whole life: serve until `stop`, drain, end.
 
+mod cargo;
 mod choice;
 mod engine_loop;
 mod error;
+mod landing;
 mod metrics;
+mod moving;
 pub mod scheduler;
 mod service;
 
@@ -14,7 +17,7 @@ use std::time::Duration;
 
 use cluster::{Load, Role};
 use engine::EngineError;
-use kv_transport::{Receiver, ReceiverConfig};
+use kv_transport::{Receiver, ReceiverConfig, Sender, SenderConfig};
 use proto::v1::decode_worker_server::DecodeWorkerServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -53,6 +56,12 @@ pub async fn run(
     let address = config.worker.address(bound);
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
+    let sender = Sender::new(
+        config.worker.identity(),
+        region.clone(),
+        worker::pool::grid(kv.as_ref()),
+        SenderConfig { progress_timeout: worker::pool::PROGRESS_TIMEOUT, ..SenderConfig::default() },
+    );
     let receiver = Receiver::new(
         config.worker.identity(),
         region,
@@ -69,8 +78,10 @@ pub async fn run(
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
     let collect_receiver = metrics::collect_receiver(&shown, receiver.clone());
+    let collect_sender = worker::metrics::collect_sender(&shown, sender.clone());
     let page = shown.page(move || {
         collect();
+        collect_sender();
         collect_receiver();
     });
     let (inbox, submissions) = std::sync::mpsc::channel();
@@ -78,7 +89,9 @@ pub async fn run(
     let service = service::DecodeService {
         limits: config.worker.limits(layout, &info),
         pool: Arc::clone(&deps.pool),
+        kv,
         receiver: receiver.clone(),
+        sender,
         engine: inbox,
         slots: config.worker.slots(),
         attempts: attempts.clone(),

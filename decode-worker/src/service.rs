@@ -1,25 +1,24 @@
 //! `DecodeWorker.Decode`: reserve → land → tokens. One request, one screen.
 
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::mpsc::Sender as Inbox;
+use std::time::Duration;
 
 use cluster::Load;
-use engine::kv::pool::{Block, BlockPool, BlockState};
-use kv_transport::{Landing, Receiver, Reserve};
-use parking_lot::Mutex;
-use prost::Message;
+use engine::KvMemory;
+use engine::kv::pool::{Block, BlockPool};
+use kv_transport::{Receiver, Sender};
 use proto::v1::{self, decode_event::Event};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status};
-use worker::attempts::{Attempts, Running};
+use worker::attempts::Attempts;
 use worker::metrics::Refusals;
 use worker::request::{Limits, load_to_wire};
 use worker::{Request, serve};
 
-use crate::engine_loop::{Events, Hold, Submission};
-use crate::error;
+use crate::cargo::Cargo;
+use crate::engine_loop::{Events, Hold, Order, Start, Submission};
 
 type Stream = UnboundedReceiverStream<Result<v1::DecodeEvent, Status>>;
 
@@ -28,8 +27,10 @@ type Stream = UnboundedReceiverStream<Result<v1::DecodeEvent, Status>>;
 pub(crate) struct DecodeService {
     pub limits: Arc<Limits>,
     pub pool: Arc<BlockPool>,
+    pub kv: Arc<dyn KvMemory>,
     pub receiver: Receiver,
-    pub engine: Sender<Submission>,
+    pub sender: Sender,
+    pub engine: Inbox<Order>,
     pub slots: Arc<Semaphore>,
     pub attempts: Attempts,
     pub load: Arc<watch::Sender<Load>>,
@@ -47,6 +48,13 @@ impl v1::decode_worker_server::DecodeWorker for DecodeService {
     ) -> Result<Response<Self::DecodeStream>, Status> {
         self.start(call.into_inner()).map(Response::new).map_err(|status| self.refusals.count(status))
     }
+
+    async fn r#move(&self, call: tonic::Request<v1::MoveRequest>) -> Result<Response<v1::MoveReply>, Status> {
+        self.move_out(call.into_inner())
+            .await
+            .map(Response::new)
+            .map_err(|status| self.refusals.count(status))
+    }
 }
 
 impl DecodeService {
@@ -58,22 +66,28 @@ impl DecodeService {
         let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
         let request = Arc::new(request);
         let attempt = Arc::new(self.attempts.start(&request.id, request.attempt)?);
+        let open = u32::try_from(request.open.len()).unwrap_or(u32::MAX);
         let slot = Arc::clone(&self.slots)
-            .try_acquire_many_owned(request.open.len() as u32)
+            .try_acquire_many_owned(open)
             .map_err(|_| serve::shed("all sequence slots of this decode worker are taken"))?;
-        let hold = Hold { _slot: slot, attempt: Arc::clone(&attempt) };
+        let hold = Hold { _slot: slot, attempt };
 
         let block_tokens = self.limits.layout.block_tokens;
-        let cached = self.pool.lookup(request.reusable(block_tokens));
-        let uncached = request.stem.len() - cached.len() * block_tokens;
+        let cargo = call.moving.then(|| Cargo::of(&request, block_tokens));
+        let reusable = request.reusable(block_tokens);
+        let reusable = &reusable[..cargo.as_ref().map_or(reusable.len(), |c| c.shared.min(reusable.len()))];
+        let cached = self.pool.lookup(reusable);
+        let cached_blocks = cached.len();
+        let uncached = request.stem.len() - cached_blocks * block_tokens;
         let (events, stream) = mpsc::unbounded_channel();
-        if uncached <= call.local_prefill_max_tokens as usize {
-            self.announce(&events, bytes::Bytes::new(), cached.len());
-            self.submit(request, events, cached, None, hold)?;
+        if cargo.is_none() && uncached <= call.local_prefill_max_tokens as usize {
+            self.announce(&events, bytes::Bytes::new(), cached_blocks);
+            let computed = cached_blocks * block_tokens;
+            self.submit(Submission { request, events, blocks: cached, computed, start: Start::Local, hold })?;
         } else {
-            let (landing, reserved) = self.reserve(&request, &cached)?;
-            self.announce(&events, landing.ticket().clone(), cached.len());
-            tokio::spawn(self.clone().land(request, events, cached, landing, reserved, attempt, hold));
+            let waiting = self.reserve(request, events, cached, cargo, hold)?;
+            self.announce(&waiting.events, waiting.ticket(), cached_blocks);
+            tokio::spawn(self.clone().land(waiting));
         }
         Ok(UnboundedReceiverStream::new(stream))
     }
@@ -91,122 +105,19 @@ impl DecodeService {
         let _ = events.send(Ok(v1::DecodeEvent { event, load: Some(load_to_wire(&self.load.borrow())) }));
     }
 
-    /// Room for the blocks that this worker lacks, and the ticket that gives the right to fill them.
-    fn reserve(
-        &self,
-        request: &Request,
-        cached: &[Block],
-    ) -> Result<(Landing<Arc<Reserved>>, QuarantineOnDrop), Status> {
-        let missing = self.limits.layout.blocks_for(request.stem.len()) - cached.len();
-        let blocks = self
-            .pool
-            .alloc(missing, BlockState::Reserved)
-            .map_err(|e| serve::shed(&format!("out of KV blocks on this decode worker: {e}")))?;
-        let slots = blocks.iter().map(Block::id).collect();
-        let hold = Arc::new(Reserved(Mutex::new(blocks)));
-        let guard = QuarantineOnDrop(Arc::downgrade(&hold));
-        let meta = v1::TicketMeta {
-            first_block: u32::try_from(cached.len()).unwrap_or(u32::MAX),
-            compat_hash: self.limits.compat_hash.clone(),
-        };
-        let latest = Instant::now() + self.reservation;
-        let landing = self
-            .receiver
-            .reserve(Reserve {
-                slots,
-                meta: meta.encode_to_vec().into(),
-                attempt: request.attempt,
-                deadline: request.deadline.map_or(latest, |d| d.min(latest)),
-                hold,
-            })
-            .map_err(error::reserve)?;
-        Ok((landing, guard))
+    pub(crate) fn submit(&self, submission: Submission) -> Result<(), Status> {
+        self.order(Order::Run(submission))
     }
 
-    /// Waits for the KV and the first tokens, then hands the sequence to the engine.
-    #[allow(clippy::too_many_arguments)]
-    async fn land(
-        self,
-        request: Arc<Request>,
-        events: Events,
-        cached: Vec<Block>,
-        mut landing: Landing<Arc<Reserved>>,
-        reserved: QuarantineOnDrop,
-        attempt: Arc<Running>,
-        hold: Hold,
-    ) {
-        let landed = tokio::select! {
-            landed = landing.committed() => landed.map_err(error::landing),
-            () = events.closed() => return,
-            () = attempt.superseded() => Err(Status::aborted("a newer attempt took over")),
-        };
-        let result = landed.and_then(|landed| {
-            let blocks = landed.hold.take(BlockState::Running);
-            drop(reserved);
-            let commit = v1::Commit::decode(landed.payload)
-                .map_err(|e| Status::data_loss(format!("the commit is unreadable: {e}")))?;
-            self.check_first(&request, &commit.first)?;
-            let tokens = v1::Tokens { tokens: commit.first.clone(), local_prefill: None };
-            let _ = events.send(Ok(v1::DecodeEvent { event: Some(Event::Tokens(tokens)), load: None }));
-            let table = cached.into_iter().chain(blocks).collect();
-            self.submit(request, events.clone(), table, Some(commit.first), hold)
-        });
-        if let Err(status) = result {
-            let _ = events.send(Err(status));
-        }
-    }
-
-    fn check_first(&self, request: &Request, first: &[v1::SampledToken]) -> Result<(), Status> {
-        let position = request.stem_output().len();
-        let in_order = request.drawn_at_stem().eq(first.iter().map(|t| t.choice));
-        let fits = |t: &v1::SampledToken| {
-            (t.token_id as usize) < self.limits.vocab_size && t.position as usize == position
-        };
-        match in_order && first.iter().all(fits) {
-            true => Ok(()),
-            false => Err(Status::data_loss("the commit does not hold the next token of every choice")),
-        }
-    }
-
-    fn submit(
-        &self,
-        request: Arc<Request>,
-        events: Events,
-        blocks: Vec<Block>,
-        landed: Option<Vec<v1::SampledToken>>,
-        hold: Hold,
-    ) -> Result<(), Status> {
-        let computed = match landed {
-            None => blocks.len() * self.limits.layout.block_tokens,
-            Some(_) => request.stem.len(),
-        };
+    /// Tells the engine's loop something.
+    pub(crate) fn order(&self, order: Order) -> Result<(), Status> {
         self.engine
-            .send(Submission { request, events, blocks, computed, landed, hold })
+            .send(order)
             .map_err(|_| Status::unavailable("the engine of this decode worker has stopped"))
     }
 }
 
-/// Blocks that a peer may write into. The transport keeps them until no write can be in flight.
-pub(crate) struct Reserved(Mutex<Vec<Block>>);
-
-impl Reserved {
-    fn set_state(&self, state: BlockState) {
-        self.0.lock().iter().for_each(|block| block.set_state(state));
-    }
-
-    fn take(&self, state: BlockState) -> Vec<Block> {
-        self.set_state(state);
-        std::mem::take(&mut *self.0.lock())
-    }
-}
-
-/// A reservation that ends without landing: what the transport still keeps is in quarantine.
-pub(crate) struct QuarantineOnDrop(Weak<Reserved>);
-
-impl Drop for QuarantineOnDrop {
-    fn drop(&mut self) {
-        if let Some(reserved) = self.0.upgrade() {
-            reserved.set_state(BlockState::Quarantined);
-        }
-    }
+/// Blocks kept for as long as a push reads them.
+pub(crate) struct Kept {
+    pub _blocks: Vec<Block>,
 }

@@ -98,6 +98,11 @@ impl Push {
         Ok(())
     }
 
+    /// Waits until every cell queued so far is acknowledged.
+    pub async fn settled(&self) -> Result<(), PushError> {
+        self.shared.wait(|state| (state.outstanding_bytes() == 0).then_some(())).await
+    }
+
     /// A handle that queues without waiting, for threads outside the runtime.
     pub fn queue(&self) -> CellQueue {
         CellQueue { shared: self.shared.clone() }

@@ -59,9 +59,25 @@ impl EngineLoop {
                 self.jobs.push(job);
             }
             self.jobs.retain(|job| !job.done.is_closed());
+            self.hand_back();
             self.publish_load();
             self.step()?;
             debug_assert_eq!(self.pool.check(), Ok(()));
+        }
+    }
+
+    /// While draining, prompts that were not started go elsewhere.
+    fn hand_back(&mut self) {
+        if !self.load.borrow().draining {
+            return;
+        }
+        let (started, queued): (Vec<Job>, Vec<Job>) =
+            std::mem::take(&mut self.jobs).into_iter().partition(|job| job.progress.started.is_some());
+        self.jobs = started;
+        for job in queued {
+            let _ = job
+                .done
+                .send(Err(Status::unavailable("this prefill worker drains and hands back its queue")));
         }
     }
 

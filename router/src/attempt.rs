@@ -10,7 +10,8 @@ use tonic::Status;
 
 use crate::fleet::Worker;
 use crate::journey::Journey;
-use crate::legs::{self, Prefilling};
+use crate::legs::{self, KvFrom, Prefilling};
+use crate::moving::{Decoding, Moving};
 use crate::placement::{self, Demand, NoPlace, Placement};
 use crate::relay;
 use crate::timeline::millis;
@@ -49,25 +50,13 @@ impl Journey {
     pub(crate) async fn attempt(&mut self) -> Result<(), Lost> {
         let placed_at = Instant::now();
         let placement = self.place()?;
-        let decode = self.worker(&placement.decode)?;
-        let at_decode = Lost::at(&placement.decode);
-        let _load = decode.assign(0);
-        let sequence = self.sequence_now();
-        if !sequence.outputs.is_empty() {
-            self.shared.metrics.resumes.increment(1);
-        }
-
-        let reserving = Instant::now();
-        let fleet = self.shared.fleet.clone();
-        let reserve = legs::reserve(&fleet, &decode, sequence, placement.local_prefill_max_tokens);
-        let (reserved, mut tokens) = reserve.await.map_err(&at_decode)?;
-        self.note_reserved(&placement, &reserved, millis(reserving - placed_at), millis(reserving.elapsed()));
-
+        let (mut decoding, reserved) = self.reserve(&placement, placed_at).await?;
         let prefill = self.prefill(&placement, reserved.ticket)?;
         self.shared.metrics.placements.of(&self.timeline.known.placement_reason).increment(1);
         let mut prefilling = prefill.is_some();
         let mut prefill: OptionFuture<_> = prefill.into();
         let prefill_name = placement.prefill.as_deref().unwrap_or(&placement.decode).to_owned();
+        let mut moving = Moving::default();
         loop {
             tokio::select! {
                 biased;
@@ -76,35 +65,83 @@ impl Journey {
                     match reply {
                         Ok(reply) => self.note_prefill(&prefill_name, reply, placed_at),
                         Err(status) => {
-                            let word = tokio::time::timeout(LEG_PATIENCE, tokens.message()).await;
+                            let word = tokio::time::timeout(LEG_PATIENCE, decoding.tokens.message()).await;
                             let decode_is_dead = matches!(&word, Ok(Err(s)) if is_dead(s));
-                            let at = if decode_is_dead { &placement.decode } else { &prefill_name };
+                            let at = if decode_is_dead { decoding.name() } else { &prefill_name };
                             return Err(Lost::at(at)(status));
                         }
                     }
                 }
-                event = tokens.message() => match event {
+                stepped = moving.step() => self.advance_move(&mut moving, &decoding, stepped),
+                event = decoding.tokens.message() => match event {
                     Ok(Some(event)) => {
-                        fleet.note_load(&placement.decode, event.load);
-                        if self.pass_on(event.event, &placement).await.map_err(&at_decode)? {
-                            // A short answer can be over before the prefill leg has reported.
-                            if prefilling
-                                && let Ok(Some(Ok(reply))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
-                            {
-                                self.note_prefill(&prefill_name, reply, placed_at);
+                        self.shared.fleet.note_load(decoding.name(), event.load);
+                        match event.event {
+                            Some(Event::Leaving(_)) => moving.want(),
+                            Some(Event::Moved(_)) => decoding = self.follow(&mut moving, &decoding).await?,
+                            event => {
+                                let at_decode = Lost::at(decoding.name());
+                                if self.pass_on(event, decoding.name()).await.map_err(at_decode)? {
+                                    // A short answer can be over before the prefill leg has reported.
+                                    if prefilling
+                                        && let Ok(Some(Ok(reply))) = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await
+                                    {
+                                        self.note_prefill(&prefill_name, reply, placed_at);
+                                    }
+                                    return Ok(());
+                                }
                             }
-                            return Ok(());
                         }
                     }
-                    Ok(None) => return Err(at_decode(Status::unavailable("the decode worker closed the stream"))),
+                    // Its last word is lost, but not the sequence. What is missing shows as a gap.
+                    Ok(None) | Err(_) if moving.arrived.is_some() => {
+                        decoding = self.follow(&mut moving, &decoding).await?;
+                    }
+                    Ok(None) => return Err(Lost::at(decoding.name())(Status::unavailable("the decode worker closed the stream"))),
                     // A decode worker that lives and lacks its KV is the prefill worker's victim.
                     Err(status) => {
-                        let at = if prefilling && !is_dead(&status) { &prefill_name } else { &placement.decode };
+                        let at = if prefilling && !is_dead(&status) { &prefill_name } else { decoding.name() };
                         return Err(Lost::at(at)(status));
                     }
                 },
             }
         }
+    }
+
+    /// The first worker has said its last word: from here on the other one's tokens count.
+    async fn follow(&mut self, moving: &mut Moving, from: &Decoding) -> Result<Decoding, Lost> {
+        if moving.arrived.is_none()
+            && let Ok(stepped) = tokio::time::timeout(LEG_PATIENCE, moving.step()).await
+        {
+            self.advance_move(moving, from, stepped);
+        }
+        let arrived = std::mem::take(moving).arrived;
+        let lost =
+            || Lost::at(from.name())(Status::unavailable("the sequence moved, but nobody knows where to"));
+        let arrived = arrived.ok_or_else(lost)?;
+        arrived.name().clone_into(&mut self.timeline.known.decode_worker);
+        Ok(arrived)
+    }
+
+    async fn reserve(
+        &mut self,
+        placement: &Placement,
+        placed_at: Instant,
+    ) -> Result<(Decoding, v1::Reserved), Lost> {
+        let worker = self.worker(&placement.decode)?;
+        let load = worker.assign(0);
+        let sequence = self.sequence_now();
+        if !sequence.outputs.is_empty() {
+            self.shared.metrics.resumes.increment(1);
+        }
+        let attempt = sequence.attempt;
+        let reserving = Instant::now();
+        let from = KvFrom::Prefill { local_max_tokens: placement.local_prefill_max_tokens };
+        let (reserved, tokens) = legs::reserve(&self.shared.fleet, &worker, sequence, from)
+            .await
+            .map_err(Lost::at(&placement.decode))?;
+        self.note_reserved(placement, &reserved, millis(reserving - placed_at), millis(reserving.elapsed()));
+        Ok((Decoding { worker, tokens, attempt, _load: load }, reserved))
     }
 
     fn place(&mut self) -> Result<Placement, Status> {
@@ -207,7 +244,7 @@ impl Journey {
     }
 
     /// Passes one event on to the client; true at the end.
-    async fn pass_on(&mut self, event: Option<Event>, placement: &Placement) -> Result<bool, Status> {
+    async fn pass_on(&mut self, event: Option<Event>, decode: &str) -> Result<bool, Status> {
         let shared = Arc::clone(&self.shared);
         match event {
             Some(Event::Tokens(tokens)) => {
@@ -215,7 +252,7 @@ impl Journey {
                     self.note_timing(timing);
                 }
                 if !self.timeline.has_token() {
-                    self.note_prefix(&placement.decode);
+                    self.note_prefix(decode);
                 }
                 for chunk in self.relay.tokens(tokens.tokens, &shared.text, &mut self.timeline)? {
                     // A closed stream is a cancelled request: `run` sees it.

@@ -72,6 +72,11 @@ impl Worker {
         Assignment { assigned: Arc::clone(&self.assigned), tokens }
     }
 
+    /// Whether it takes nothing new.
+    pub fn is_draining(&self) -> bool {
+        self.load.draining
+    }
+
     fn is_good(&self) -> bool {
         !self.suspect && self.cooling_until.is_none_or(|until| until < Instant::now())
     }
@@ -195,7 +200,16 @@ impl Fleet {
             worker.load.waiting = load.waiting;
             worker.load.free_blocks = load.free_blocks;
             worker.load.tokens_per_second = load.tokens_per_second;
+            worker.load.draining = load.draining;
         }
+    }
+
+    /// The worker was just told to drain, or to come back.
+    pub fn note_draining(&self, name: &str, draining: bool) {
+        if let Some(worker) = self.inner.workers.write().get_mut(name) {
+            worker.load.draining = draining;
+        }
+        self.inner.changed.notify_waiters();
     }
 
     /// A connection to the worker failed.

@@ -12,18 +12,31 @@ use crate::fleet::{Fleet, Worker};
 /// A prefill leg under way. Dropping it cancels it.
 pub(crate) type Prefilling = BoxFuture<'static, Result<v1::PrefillReply, Status>>;
 
+/// Where a decode worker gets a sequence's KV from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KvFrom {
+    /// A prefill worker, or itself when at most so many tokens are not cached there.
+    Prefill { local_max_tokens: u32 },
+    /// The decode worker that runs it now.
+    Decode,
+}
+
 /// Opens the stream of a request on a decode worker: its first message is the reservation.
 pub(crate) async fn reserve(
     fleet: &Fleet,
     decode: &Worker,
     sequence: v1::Sequence,
-    local_prefill_max_tokens: u32,
+    from: KvFrom,
 ) -> Result<(v1::Reserved, Streaming<v1::DecodeEvent>), Status> {
     let request = v1::DecodeRequest {
         sequence: Some(sequence),
         compat_hash: decode.member.compat_hash.clone(),
         incarnation: decode.member.incarnation,
-        local_prefill_max_tokens,
+        local_prefill_max_tokens: match from {
+            KvFrom::Prefill { local_max_tokens } => local_max_tokens,
+            KvFrom::Decode => 0,
+        },
+        moving: from == KvFrom::Decode,
     };
     let mut events = DecodeWorkerClient::new(decode.channel.clone())
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
@@ -55,4 +68,21 @@ pub(crate) fn prefill(worker: &Worker, sequence: v1::Sequence, ticket: Bytes) ->
         client.prefill(request).await.map(tonic::Response::into_inner)
     }
     .boxed()
+}
+
+/// Moves the sequence that runs as `attempt` on `from` to the ticket's owner.
+pub(crate) async fn move_out(
+    from: &Worker,
+    request_id: String,
+    attempt: u32,
+    ticket: Bytes,
+) -> Result<v1::MoveReply, Status> {
+    let request = v1::MoveRequest {
+        request_id,
+        attempt,
+        compat_hash: from.member.compat_hash.clone(),
+        incarnation: from.member.incarnation,
+        ticket,
+    };
+    Ok(DecodeWorkerClient::new(from.channel.clone()).r#move(request).await?.into_inner())
 }

@@ -10,6 +10,8 @@ pub mod journey;
 mod legs;
 mod losses;
 pub mod metrics;
+mod moving;
+pub mod operator_service;
 pub mod placement;
 pub mod prefix_index;
 pub mod registry_service;
@@ -25,6 +27,7 @@ use std::time::Duration;
 use cluster::{MemoryRegistry, RegistryError, Watch};
 use parking_lot::Mutex;
 use proto::v1::inference_server::InferenceServer;
+use proto::v1::operator_server::OperatorServer;
 use proto::v1::registry_server::RegistryServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -121,6 +124,8 @@ pub async fn run(
         model: Mutex::new(FIRST_GUESS),
         metrics: counters,
     });
+    routes
+        .add_service(OperatorServer::new(operator_service::OperatorService { fleet: shared.fleet.clone() }));
     routes.add_service(
         InferenceServer::new(InferenceService::new(shared))
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES),

@@ -48,6 +48,8 @@ pub struct Metrics {
     pub retries: Family<Counter>,
     /// Attempts that went on from tokens already sent.
     pub resumes: Counter,
+    /// Running sequences that were to move to another decode worker.
+    pub moves: Family<Counter>,
     /// Attempts by where the prompt was prefilled.
     pub placements: Family<Counter>,
     /// Requests shed.
@@ -78,6 +80,12 @@ impl Metrics {
                 &LOSSES,
             ),
             resumes: m.counter("tandem_resumes_total", "Attempts that went on from tokens already sent."),
+            moves: m.counters(
+                "tandem_migrations_total",
+                "Tries to move a running sequence, KV and all, to another decode worker.",
+                "outcome",
+                &["moved", "failed"],
+            ),
             placements: m.counters(
                 "tandem_placements_total",
                 "Attempts by where the prompt is prefilled.",

@@ -78,6 +78,7 @@ impl Timeline {
         if !self.gaps.is_empty() {
             self.gaps.sort_by(f64::total_cmp);
             known.itl_mean_ms = self.gaps.iter().sum::<f64>() / self.gaps.len() as f64;
+            known.itl_max_ms = self.gaps.last().copied().unwrap_or(0.0);
             known.itl_p99_ms = self.gaps[(self.gaps.len() * 99 / 100).min(self.gaps.len() - 1)];
         }
         known

@@ -125,6 +125,10 @@ impl DecodeWorker for Cutter {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn r#move(&self, call: Request<v1::MoveRequest>) -> Result<Response<v1::MoveReply>, Status> {
+        DecodeWorkerClient::new(self.channel.clone()).r#move(call.into_inner()).await
+    }
 }
 
 /// At most `left` more tokens; true when the stream breaks behind them.

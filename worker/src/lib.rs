@@ -6,6 +6,7 @@
 
 pub mod attempts;
 pub mod config;
+mod control;
 pub mod metrics;
 pub mod pool;
 pub mod rate;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use cluster::{Join, Load, Member};
 
 use kv_transport::mux;
+use proto::v1::worker_control_server::WorkerControlServer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::WorkerConfig;
 use crate::attempts::Attempts;
+use crate::control::{Control, follow_readiness};
 
 /// What a shed request is told to wait.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -82,7 +84,7 @@ impl Life {
     pub async fn run<E, F, Fut>(
         self,
         listener: TcpListener,
-        routes: RoutesBuilder,
+        mut routes: RoutesBuilder,
         on_kv: F,
         mut engine: oneshot::Receiver<Result<(), E>>,
         stop: CancellationToken,
@@ -92,6 +94,9 @@ impl Life {
         Fut: Future<Output = ()> + Send + 'static,
     {
         let (ready, is_ready) = watch::channel(true);
+        let control = Control { load: Arc::clone(&self.load), stop: stop.clone() };
+        routes.add_service(WorkerControlServer::new(control));
+        tokio::spawn(follow_readiness(self.load.subscribe(), ready));
         let routes = proto::server::with_health_and_reflection(routes, is_ready.clone())
             .await
             .map_err(|e| ServeError::Setup(e.to_string()))?;
@@ -122,7 +127,6 @@ impl Life {
         let running = self.attempts.len();
         tracing::info!(worker = %self.config.name, running, "draining");
         self.load.send_modify(|load| load.draining = true);
-        ready.send_replace(false);
         membership.leave(LEAVE_PATIENCE).await;
         tokio::select! {
             () = self.attempts.all_ended() => {}
