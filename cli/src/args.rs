@@ -209,6 +209,10 @@ pub struct WorkerArgs {
     /// Seconds after which a silent worker's key leaves etcd
     #[arg(long, default_value_t = 10)]
     pub lease_seconds: u64,
+    /// Seconds without a byte of a transfer, or without an engine step while there is work, that are a failure;
+    /// more than the slowest step takes
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub progress_seconds: u64,
     /// Seconds that running requests may take when stopping
     #[arg(long, default_value_t = 30)]
     pub drain_seconds: u64,

@@ -121,6 +121,8 @@ impl Start {
             max_sequences: args.engine.max_sequences,
             max_waiting: args.engine.max_waiting,
             step_tokens,
+            progress_timeout: Duration::from_secs(args.progress_seconds),
+            lease: Duration::from_secs(args.lease_seconds),
             drain_deadline: Duration::from_secs(args.drain_seconds),
         };
         let registry: Arc<dyn Join> = match &args.registry {

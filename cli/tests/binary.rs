@@ -257,3 +257,48 @@ async fn processes_on_etcd_join_leave_and_die() {
     assert!(terminated.success() && d1.0.wait().unwrap().success());
     wait_for(&mut client, &["d0", "p0"]).await;
 }
+
+/// A stopped process loses its lease and its requests; woken up it comes back, the same incarnation.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_worker_is_given_up_and_returns_clean() {
+    let dir = tiny();
+    let etcd = Etcd::start().await;
+    let address = format!("127.0.0.1:{}", free_port());
+    let any = "127.0.0.1:0";
+    let _router = start("router", "", dir.path(), &etcd, &address);
+    let mut client = client(&address).await;
+    let _p0 = start("prefill", "p0", dir.path(), &etcd, any);
+    let d0 = start("decode", "d0", dir.path(), &etcd, any);
+    let _d1 = start("decode", "d1", dir.path(), &etcd, any);
+    wait_for(&mut client, &["d0", "d1", "p0"]).await;
+    let incarnation = |keys: String| {
+        let member = keys.lines().find(|line| line.starts_with("{\"worker\":\"d0\"")).map(str::to_owned);
+        serde_json::from_str::<Value>(&member.unwrap()).unwrap()["incarnation"].as_u64().unwrap()
+    };
+    let before = incarnation(etcd.keys("/tandem/v1/test/members/d0").unwrap());
+    let signal = |name: &str| {
+        let told = Command::new("kill").args([name, &d0.0.id().to_string()]).status().unwrap();
+        assert!(told.success());
+    };
+
+    let mut oracle = Oracle::new(dir.path(), 800);
+    let prompts: Vec<Vec<u32>> =
+        (0..8u32).map(|i| (0..40 + i).map(|t| (t * 7 + i) % 256).collect()).collect();
+    let running: Vec<_> =
+        prompts.iter().map(|p| tokio::spawn(collect(client.clone(), request(p, greedy(600))))).collect();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    signal("-STOP");
+    for (prompt, output) in prompts.iter().zip(running) {
+        let expected = oracle.generate(prompt, &engine::SamplingParams::default(), 0, 600, &[]);
+        assert_eq!(output.await.unwrap().unwrap().tokens[0], expected);
+    }
+    wait_for(&mut client, &["d1", "p0"]).await;
+    signal("-CONT");
+    wait_for(&mut client, &["d0", "d1", "p0"]).await;
+    assert_eq!(incarnation(etcd.keys("/tandem/v1/test/members/d0").unwrap()), before);
+    for prompt in &prompts {
+        let expected = oracle.generate(prompt, &engine::SamplingParams::default(), 0, 20, &[]);
+        let output = collect(client.clone(), request(prompt, greedy(20))).await.unwrap();
+        assert_eq!(output.tokens[0], expected);
+    }
+}

@@ -68,6 +68,24 @@ pub struct Load {
     /// Finishing what it has, taking nothing new.
     #[serde(default)]
     pub draining: bool,
+    /// Its engine has work and makes no steps.
+    #[serde(default)]
+    pub stuck: bool,
+}
+
+impl Load {
+    /// Takes over new numbers; what operators and the watchdog said stays. True when anything changed.
+    pub fn update(&mut self, numbers: Self) -> bool {
+        let new = Self { draining: self.draining, stuck: self.stuck, ..numbers };
+        let changed = *self != new;
+        *self = new;
+        changed
+    }
+
+    /// Whether the worker takes requests.
+    pub fn is_open(&self) -> bool {
+        !self.draining && !self.stuck
+    }
 }
 
 /// A new incarnation number: milliseconds since 1970, so a later start is larger.

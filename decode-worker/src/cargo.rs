@@ -1,7 +1,10 @@
-//! What a move carries: which full blocks of which choices, in the ticket's order. Pure; both sides agree on it.
+//! What a move carries: which blocks of which choices, in the ticket's order. Pure; both sides agree on it.
 
 use proto::v1;
 use worker::Request;
+
+/// Room for the tokens that a choice puts out while its full blocks are pushed. What does not fit is computed again.
+const MEANWHILE_TOKENS: usize = 48;
 
 /// The blocks of a moving request. A choice's newest token has no KV yet, so its last block never counts as full.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,23 +21,23 @@ pub(crate) struct Own {
     pub choice: u32,
     /// Output tokens that both workers know of.
     pub known: usize,
-    /// Full blocks beyond the shared ones.
+    /// Blocks beyond the shared ones: those it has, and room for what it puts out meanwhile.
     pub blocks: usize,
 }
 
 impl Cargo {
     /// For the receiving side, from what the router says the client has.
     pub fn of(request: &Request, block_tokens: usize) -> Self {
-        let full = |choice: u32| {
-            let tokens = request.prompt.len() + request.outputs[choice as usize].len();
-            (tokens - 1) / block_tokens
-        };
-        let least = request.open.iter().map(|choice| full(*choice)).min().unwrap_or(0);
+        let tokens = |choice: u32| request.prompt.len() + request.outputs[choice as usize].len();
+        let longest = request.prompt.len() + request.max_tokens;
+        let room = |choice: u32| (tokens(choice) + MEANWHILE_TOKENS).min(longest).div_ceil(block_tokens);
+        let full = |choice: &u32| (tokens(*choice) - 1) / block_tokens;
+        let least = request.open.iter().map(full).min().unwrap_or(0);
         let shared = least.min(request.stem.len() / block_tokens);
         let own = |choice: &u32| Own {
             choice: *choice,
             known: request.outputs[*choice as usize].len(),
-            blocks: full(*choice) - shared,
+            blocks: room(*choice) - shared,
         };
         Self { shared, choices: request.open.iter().map(own).collect() }
     }

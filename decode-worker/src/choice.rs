@@ -54,6 +54,12 @@ impl Choice {
         &self.blocks[..full.min(self.blocks.len())]
     }
 
+    /// Handles on the blocks that hold any KV.
+    pub fn used_blocks(&self, layout: &KvLayout) -> &[Block] {
+        let used = layout.blocks_for(self.computed);
+        &self.blocks[..used.min(self.blocks.len())]
+    }
+
     /// Output tokens so far.
     pub fn output(&self) -> &[u32] {
         &self.tokens[self.request.prompt.len()..]

@@ -11,6 +11,7 @@ use engine::{Batch, Engine, EngineError, KvLayout, Sampled, Segment};
 use proto::v1::{self, decode_event::Event};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tonic::Status;
+use worker::progress::Progress;
 use worker::rate::Rate;
 use worker::request::{load_to_wire, sampled_to_wire};
 use worker::{Request, attempts::Running};
@@ -54,14 +55,17 @@ pub(crate) enum Order {
     Run(Submission),
     /// Show what a running request consists of.
     Portray { id: String, attempt: u32, reply: oneshot::Sender<Option<Portrait>> },
-    /// Let a request stand still; the reply has the tokens of these choices beyond those that are known.
-    /// Nothing is stopped when one of them has ended.
-    Stop { group: u64, known: Vec<(u32, usize)>, reply: oneshot::Sender<Option<Vec<v1::SampledToken>>> },
+    /// Let a request stand still; the reply has the tokens of these choices beyond those that are known, and
+    /// all blocks. Nothing is stopped when one of them has ended.
+    Stop { group: u64, known: Vec<(u32, usize)>, reply: oneshot::Sender<Option<Stopped>> },
     /// A request that stands still goes on.
     GoOn(u64),
     /// A request runs elsewhere now.
     Moved(u64),
 }
+
+/// A request that stands still: its newest tokens, and its blocks.
+pub(crate) type Stopped = (Vec<v1::SampledToken>, Portrait);
 
 /// A running request at one instant. Keeps its blocks.
 pub(crate) struct Portrait {
@@ -70,8 +74,8 @@ pub(crate) struct Portrait {
 }
 
 impl Portrait {
-    /// Ids of the choice's full blocks, from the start of the sequence.
-    pub fn full_blocks(&self, choice: u32) -> Option<Vec<u32>> {
+    /// Ids of the choice's blocks, from the start of the sequence.
+    pub fn blocks(&self, choice: u32) -> Option<Vec<u32>> {
         let (_, blocks) = self.choices.iter().find(|(index, _)| *index == choice)?;
         Some(blocks.iter().map(Block::id).collect())
     }
@@ -118,6 +122,7 @@ pub(crate) struct EngineLoop {
     next_group: u64,
     rate: Rate,
     metrics: LoopMetrics,
+    progress: Progress,
 }
 
 impl EngineLoop {
@@ -128,6 +133,7 @@ impl EngineLoop {
         inbox: Receiver<Order>,
         load: Arc<watch::Sender<Load>>,
         metrics: LoopMetrics,
+        progress: Progress,
     ) -> Self {
         let layout = *engine.kv().layout();
         Self {
@@ -142,6 +148,7 @@ impl EngineLoop {
             next_group: 0,
             rate: Rate::default(),
             metrics,
+            progress,
         }
     }
 
@@ -150,10 +157,12 @@ impl EngineLoop {
         loop {
             if self.choices.is_empty() {
                 self.publish_load();
+                self.progress.idle();
                 match self.inbox.recv() {
                     Ok(order) => self.obey(order),
                     Err(_) => return Ok(()),
                 }
+                self.progress.step();
             }
             while let Ok(order) = self.inbox.try_recv() {
                 self.obey(order);
@@ -171,9 +180,9 @@ impl EngineLoop {
             Order::Run(submission) => self.admit(submission),
             Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt))),
             Order::Stop { group, known, reply } => {
-                let tokens = self.stop(group, &known);
-                let stopped = tokens.is_some();
-                if reply.send(tokens).is_err() && stopped {
+                let stopped = self.stop(group, &known);
+                let stands = stopped.is_some();
+                if reply.send(stopped).is_err() && stands {
                     self.set_stopped(group, false);
                 }
             }
@@ -196,8 +205,9 @@ impl EngineLoop {
         Some(Portrait { group, choices })
     }
 
-    fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Option<Vec<v1::SampledToken>> {
+    fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Option<Stopped> {
         let mut since = Vec::new();
+        let mut choices = Vec::new();
         for (index, known) in known {
             let choice =
                 self.choices.iter().find(|c| c.group == group && c.index == *index && !c.is_stem())?;
@@ -205,9 +215,10 @@ impl EngineLoop {
                 let position = u32::try_from(position).unwrap_or(u32::MAX);
                 since.push(v1::SampledToken { choice: *index, token_id: *token_id, logprob: None, position });
             }
+            choices.push((*index, choice.used_blocks(&self.layout).to_vec()));
         }
         self.set_stopped(group, true);
-        Some(since)
+        Some((since, Portrait { group, choices }))
     }
 
     fn set_stopped(&mut self, group: u64, stopped: bool) {
@@ -270,9 +281,9 @@ impl EngineLoop {
             Start::Moved(choices) => {
                 for (index, (own, since)) in request.open.iter().zip(choices) {
                     let table: Vec<Block> = blocks.iter().cloned().chain(own).collect();
-                    let computed = table.len() * self.layout.block_tokens;
+                    let room = table.len() * self.layout.block_tokens;
                     let mut choice = Choice::moved(Arc::clone(&request), group, *index, table, since);
-                    choice.advance(computed, &self.pool, &self.layout);
+                    choice.advance(room.min(choice.tokens.len() - 1), &self.pool, &self.layout);
                     if !self.finish_if_done(&choice) {
                         self.choices.push(choice);
                     }
@@ -318,11 +329,8 @@ impl EngineLoop {
                     .events
                     .send(Err(Status::deadline_exceeded("the request's deadline passed while decoding")));
             }
-            let superseded = group.hold.attempt.is_superseded();
-            if superseded {
-                let _ = group.events.send(Err(Status::aborted("a newer attempt took over")));
-            }
-            !late && !superseded && !group.events.is_closed()
+            // Whoever waits for the request was told by its observer.
+            !late && group.hold.attempt.must_end().is_none() && !group.events.is_closed()
         });
         let groups = &self.groups;
         self.choices.retain(|choice| groups.contains_key(&choice.group));
@@ -351,6 +359,7 @@ impl EngineLoop {
             Ok(drawn) => {
                 self.rate.add(tokens, started.elapsed());
                 self.metrics.steps.add(tokens, started.elapsed());
+                self.progress.step();
                 self.apply(&run, drawn, started);
                 Ok(())
             }
@@ -468,18 +477,13 @@ impl EngineLoop {
             waiting: count(waiting),
             free_blocks: count(self.pool.available()),
             tokens_per_second: self.rate.tokens_per_second(),
-            draining: self.load.borrow().draining,
+            ..self.load.borrow().clone()
         }
     }
 
     fn publish_load(&mut self) {
         let now = self.load_now();
-        self.load.send_if_modified(|old| {
-            let draining = old.draining;
-            let changed = *old != now;
-            *old = Load { draining, ..now };
-            changed
-        });
+        self.load.send_if_modified(|load| load.update(now));
     }
 }
 

@@ -82,10 +82,8 @@ impl DecodeService {
         let landed = tokio::select! {
             landed = waiting.landing.committed() => landed,
             () = waiting.events.closed() => return,
-            () = waiting.hold.attempt.superseded() => {
-                let _ = waiting.events.send(Err(Status::aborted("a newer attempt took over")));
-                return;
-            }
+            // Whoever waits for the request was told by its observer.
+            _ = waiting.hold.attempt.ended() => return,
         };
         let events = waiting.events.clone();
         if let Err(status) = self.landed(waiting, landed) {

@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::RoutesBuilder;
 use worker::WorkerConfig;
 use worker::attempts::Attempts;
+use worker::progress::Progress;
 use worker::serve::{self, Life, LifeError};
 
 pub use worker::Deps;
@@ -60,7 +61,7 @@ pub async fn run(
         config.worker.identity(),
         region.clone(),
         worker::pool::grid(kv.as_ref()),
-        SenderConfig { progress_timeout: worker::pool::PROGRESS_TIMEOUT, ..SenderConfig::default() },
+        SenderConfig { progress_timeout: config.worker.progress_timeout, ..SenderConfig::default() },
     );
     let receiver = Receiver::new(
         config.worker.identity(),
@@ -68,11 +69,12 @@ pub async fn run(
         worker::pool::grid(kv.as_ref()),
         ReceiverConfig {
             endpoints: vec![address.clone()],
-            progress_timeout: worker::pool::PROGRESS_TIMEOUT,
+            progress_timeout: config.worker.progress_timeout,
             ..ReceiverConfig::default()
         },
     );
     let load = Arc::new(watch::channel(Load::default()).0);
+    let progress = Progress::default();
     let shown = telemetry::Metrics::default();
     let counters = metrics::LoopMetrics::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
@@ -104,14 +106,22 @@ pub async fn run(
         max_choices: config.worker.max_sequences,
         block_tokens: layout.block_tokens,
     };
-    let engine_loop =
-        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, submissions, Arc::clone(&load), counters);
+    let engine_loop = engine_loop::EngineLoop::new(
+        deps.engine,
+        deps.pool,
+        rules,
+        submissions,
+        Arc::clone(&load),
+        counters,
+        progress.clone(),
+    );
     let engine = serve::on_thread("decode-engine", move || engine_loop.run());
 
     let mut routes = RoutesBuilder::default();
     routes.add_service(DecodeWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Decode, &address, &layout, &info);
-    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts, page };
+    let life =
+        Life { config: config.worker, member, registry: deps.registry, load, attempts, progress, page };
     let on_kv = {
         let receiver = receiver.clone();
         move |stream| {

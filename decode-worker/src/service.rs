@@ -12,7 +12,7 @@ use proto::v1::{self, decode_event::Event};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status};
-use worker::attempts::Attempts;
+use worker::attempts::{Attempts, Observer};
 use worker::metrics::Refusals;
 use worker::request::{Limits, load_to_wire};
 use worker::{Request, serve};
@@ -80,6 +80,7 @@ impl DecodeService {
         let cached_blocks = cached.len();
         let uncached = request.stem.len() - cached_blocks * block_tokens;
         let (events, stream) = mpsc::unbounded_channel();
+        tokio::spawn(tell_end(hold.attempt.observer(), events.downgrade()));
         if cargo.is_none() && uncached <= call.local_prefill_max_tokens as usize {
             self.announce(&events, bytes::Bytes::new(), cached_blocks);
             let computed = cached_blocks * block_tokens;
@@ -117,7 +118,15 @@ impl DecodeService {
     }
 }
 
-/// Blocks kept for as long as a push reads them.
-pub(crate) struct Kept {
-    pub _blocks: Vec<Block>,
+/// Tells the router when an attempt is ended from outside, whatever the engine does meanwhile.
+async fn tell_end(attempt: Observer, events: mpsc::WeakUnboundedSender<Result<v1::DecodeEvent, Status>>) {
+    if let Some(why) = attempt.ended().await
+        && let Some(events) = events.upgrade()
+    {
+        let _ = events.send(Err(why));
+    }
 }
+
+/// Blocks kept for as long as a push reads them.
+#[derive(Default)]
+pub(crate) struct Kept(pub parking_lot::Mutex<Vec<Block>>);

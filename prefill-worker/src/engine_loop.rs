@@ -11,6 +11,7 @@ use engine::{Batch, Engine, EngineError, KvLayout, SampleRequest, Sampled, Segme
 use tokio::sync::watch;
 use tonic::Status;
 use worker::metrics::Steps;
+use worker::progress::Progress;
 use worker::rate::Rate;
 
 use crate::job::{Computed, Job};
@@ -30,6 +31,7 @@ pub(crate) struct EngineLoop {
     jobs: Vec<Job>,
     rate: Rate,
     steps: Steps,
+    progress: Progress,
 }
 
 impl EngineLoop {
@@ -40,9 +42,21 @@ impl EngineLoop {
         inbox: Receiver<Job>,
         load: Arc<watch::Sender<Load>>,
         steps: Steps,
+        progress: Progress,
     ) -> Self {
         let layout = *engine.kv().layout();
-        Self { engine, pool, rules, inbox, load, layout, jobs: Vec::new(), rate: Rate::default(), steps }
+        Self {
+            engine,
+            pool,
+            rules,
+            inbox,
+            load,
+            layout,
+            jobs: Vec::new(),
+            rate: Rate::default(),
+            steps,
+            progress,
+        }
     }
 
     /// Runs until every sender of jobs is gone and the last job has ended.
@@ -50,10 +64,12 @@ impl EngineLoop {
         loop {
             if self.jobs.is_empty() {
                 self.publish_load();
+                self.progress.idle();
                 match self.inbox.recv() {
                     Ok(job) => self.jobs.push(job),
                     Err(_) => return Ok(()),
                 }
+                self.progress.step();
             }
             while let Ok(job) = self.inbox.try_recv() {
                 self.jobs.push(job);
@@ -94,6 +110,7 @@ impl EngineLoop {
             Ok(drawn) => {
                 self.rate.add(tokens, began.elapsed());
                 self.steps.add(tokens, began.elapsed());
+                self.progress.step();
                 self.apply(&run, drawn);
                 Ok(())
             }
@@ -211,14 +228,9 @@ impl EngineLoop {
             waiting: count(self.jobs.len() - started),
             free_blocks: count(self.pool.available()),
             tokens_per_second: self.rate.tokens_per_second(),
-            draining: false,
+            ..Load::default()
         };
-        self.load.send_if_modified(|old| {
-            let now = Load { draining: old.draining, ..now };
-            let changed = *old != now;
-            *old = now;
-            changed
-        });
+        self.load.send_if_modified(|load| load.update(now));
     }
 }
 

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::RoutesBuilder;
 use worker::WorkerConfig;
 use worker::attempts::Attempts;
+use worker::progress::Progress;
 use worker::serve::{self, Life, LifeError};
 
 pub use worker::Deps;
@@ -55,9 +56,10 @@ pub async fn run(
         config.worker.identity(),
         region,
         worker::pool::grid(kv.as_ref()),
-        SenderConfig { progress_timeout: worker::pool::PROGRESS_TIMEOUT, ..SenderConfig::default() },
+        SenderConfig { progress_timeout: config.worker.progress_timeout, ..SenderConfig::default() },
     );
     let load = Arc::new(watch::channel(Load::default()).0);
+    let progress = Progress::default();
     let shown = telemetry::Metrics::default();
     let steps = worker::metrics::Steps::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
@@ -83,14 +85,22 @@ pub async fn run(
         max_prompts: config.max_prompts,
         block_tokens: layout.block_tokens,
     };
-    let engine_loop =
-        engine_loop::EngineLoop::new(deps.engine, deps.pool, rules, jobs, Arc::clone(&load), steps);
+    let engine_loop = engine_loop::EngineLoop::new(
+        deps.engine,
+        deps.pool,
+        rules,
+        jobs,
+        Arc::clone(&load),
+        steps,
+        progress.clone(),
+    );
     let engine = serve::on_thread("prefill-engine", move || engine_loop.run());
 
     let mut routes = RoutesBuilder::default();
     routes.add_service(PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Prefill, &address, &layout, &info);
-    let life = Life { config: config.worker, member, registry: deps.registry, load, attempts, page };
+    let life =
+        Life { config: config.worker, member, registry: deps.registry, load, attempts, progress, page };
     // Nothing is pushed to a prefill worker; a KV connection to it is closed.
     life.run(listener, routes, |_stream| async {}, engine, stop).await
 }

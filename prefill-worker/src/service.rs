@@ -48,7 +48,7 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
         };
         tokio::select! {
             reply = work => reply.map(Response::new),
-            () = attempt.superseded() => Err(Status::aborted("a newer attempt took over")),
+            why = attempt.ended() => Err(why),
             () = passed(request.deadline) => Err(Status::deadline_exceeded("the deadline passed during prefill")),
         }
     }

@@ -82,10 +82,11 @@ impl Worker {
     }
 
     fn state(&self) -> &'static str {
-        match (self.load.draining, !self.is_good()) {
-            (true, _) => "draining",
-            (false, true) => "suspect",
-            (false, false) => "ready",
+        match (self.load.stuck, self.load.draining, self.is_good()) {
+            (true, _, _) => "stuck",
+            (_, true, _) => "draining",
+            (_, _, false) => "suspect",
+            (false, false, true) => "ready",
         }
     }
 }
@@ -201,6 +202,7 @@ impl Fleet {
             worker.load.free_blocks = load.free_blocks;
             worker.load.tokens_per_second = load.tokens_per_second;
             worker.load.draining = load.draining;
+            worker.load.stuck = load.stuck;
         }
     }
 
@@ -236,7 +238,7 @@ impl Fleet {
         let workers = self.inner.workers.read();
         let prefixes = self.inner.prefixes.lock();
         let pool: Vec<&Worker> =
-            workers.values().filter(|w| w.member.role == role && !w.load.draining).collect();
+            workers.values().filter(|w| w.member.role == role && w.load.is_open()).collect();
         let good = |w: &&&Worker| w.is_good() && !lost.contains(&w.member.worker);
         let any_good = pool.iter().any(|w| good(&w));
         pool.iter()

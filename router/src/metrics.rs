@@ -38,7 +38,7 @@ const PLACEMENTS: [&str; 9] = [
 ];
 /// Why a request was shed here.
 const SHEDS: [&str; 3] = ["queue_full", "queue_timeout", "workers_full"];
-const WORKER_STATES: [&str; 3] = ["ready", "suspect", "draining"];
+const WORKER_STATES: [&str; 4] = ["ready", "suspect", "draining", "stuck"];
 
 /// The router's counters and histograms.
 pub struct Metrics {

@@ -1,5 +1,6 @@
 //! A cluster in this process: the real router, workers, transport and registry, each on its own port.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ use tonic::Status;
 use tonic::transport::Channel;
 use worker::WorkerConfig;
 
+use crate::gate::Gate;
+
 /// What to build.
 #[derive(Clone)]
 pub struct Spec {
@@ -48,6 +51,10 @@ pub struct Spec {
     pub prefill_slots: Option<usize>,
     /// Longest wait for a place.
     pub queue_patience: Duration,
+    /// Longest time without a step or a byte.
+    pub progress_timeout: Duration,
+    /// Engines that can be held, by worker.
+    pub gates: BTreeMap<String, Gate>,
 }
 
 impl Default for Spec {
@@ -63,6 +70,8 @@ impl Default for Spec {
             max_waiting: 64,
             prefill_slots: None,
             queue_patience: Duration::from_secs(60),
+            progress_timeout: Duration::from_secs(30),
+            gates: BTreeMap::new(),
         }
     }
 }
@@ -184,7 +193,10 @@ impl Cluster {
             threads: 1,
             max_batch_tokens: step_tokens.max(spec.max_sequences),
         };
-        let engine: Box<dyn Engine> = Box::new(CpuEngine::load(model, options).unwrap());
+        let mut engine: Box<dyn Engine> = Box::new(CpuEngine::load(model, options).unwrap());
+        if let Some(gate) = spec.gates.get(&name) {
+            engine = gate.before(engine);
+        }
         let pool = BlockPool::new(spec.kv_blocks as u32);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -203,6 +215,8 @@ impl Cluster {
             max_sequences,
             max_waiting,
             step_tokens,
+            progress_timeout: spec.progress_timeout,
+            lease: Duration::from_secs(10),
             drain_deadline: Duration::from_secs(30),
         };
         let registry = Arc::clone(join);

@@ -4,6 +4,7 @@
 
 pub mod cluster;
 pub mod cutter;
+pub mod gate;
 pub mod model;
 pub mod oracle;
 pub mod page;

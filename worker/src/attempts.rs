@@ -1,7 +1,7 @@
 //! One running attempt per request id: duplicates are refused, a newer attempt supersedes the older.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -11,23 +11,51 @@ use tonic::Status;
 /// The attempts that run on this worker.
 #[derive(Clone, Default)]
 pub struct Attempts {
-    running: Arc<Mutex<HashMap<String, (u32, CancellationToken)>>>,
+    running: Arc<Mutex<Table>>,
     ended: Arc<Notify>,
 }
+
+/// Running attempts by request id.
+type Table = HashMap<String, (u32, Arc<Ending>)>;
 
 /// The right to run one attempt. Dropping it ends the entry.
 pub struct Running {
     attempts: Attempts,
     id: String,
     attempt: u32,
-    superseded: CancellationToken,
+    ending: Arc<Ending>,
+}
+
+/// How an attempt ends before its time.
+#[derive(Default)]
+struct Ending {
+    ended: CancellationToken,
+    why: OnceLock<Status>,
+}
+
+impl Ending {
+    fn end(&self, why: Status) {
+        let _ = self.why.set(why);
+        self.ended.cancel();
+    }
+}
+
+/// Watches an attempt without keeping it running.
+pub struct Observer(Arc<Ending>);
+
+impl Observer {
+    /// Why the attempt was ended from outside; None when it ended by itself.
+    pub async fn ended(self) -> Option<Status> {
+        self.0.ended.cancelled().await;
+        self.0.why.get().cloned()
+    }
 }
 
 impl Attempts {
     /// Starts an attempt. An equal or newer running one refuses it; an older one is cancelled.
     pub fn start(&self, id: &str, attempt: u32) -> Result<Running, Status> {
         let mut running = self.running.lock();
-        if let Some((other, cancel)) = running.get(id) {
+        if let Some((other, ending)) = running.get(id) {
             if *other == attempt {
                 return Err(Status::already_exists(format!("request {id} already runs here")));
             }
@@ -36,11 +64,18 @@ impl Attempts {
                     "request {id}: attempt {attempt} is superseded by attempt {other}"
                 )));
             }
-            cancel.cancel();
+            ending.end(Status::aborted("a newer attempt took over"));
         }
-        let superseded = CancellationToken::new();
-        running.insert(id.to_owned(), (attempt, superseded.clone()));
-        Ok(Running { attempts: self.clone(), id: id.to_owned(), attempt, superseded })
+        let ending = Arc::<Ending>::default();
+        running.insert(id.to_owned(), (attempt, Arc::clone(&ending)));
+        Ok(Running { attempts: self.clone(), id: id.to_owned(), attempt, ending })
+    }
+
+    /// Ends all that run: UNAVAILABLE, so that they go on elsewhere.
+    pub fn fail_all(&self, why: &str) {
+        for (_, ending) in self.running.lock().values() {
+            ending.end(Status::unavailable(why));
+        }
     }
 
     /// How many run.
@@ -66,14 +101,20 @@ impl Attempts {
 }
 
 impl Running {
-    /// Resolves when a newer attempt took over.
-    pub async fn superseded(&self) {
-        self.superseded.cancelled().await;
+    /// Resolves when the attempt must end: a newer one took over, or this worker cannot go on.
+    pub async fn ended(&self) -> Status {
+        self.ending.ended.cancelled().await;
+        self.must_end().unwrap_or_else(|| Status::aborted("ended"))
     }
 
-    /// Whether a newer attempt took over.
-    pub fn is_superseded(&self) -> bool {
-        self.superseded.is_cancelled()
+    /// Why the attempt must end, if it must.
+    pub fn must_end(&self) -> Option<Status> {
+        self.ending.why.get().cloned()
+    }
+
+    /// For those who wait for its end without keeping it running.
+    pub fn observer(&self) -> Observer {
+        Observer(Arc::clone(&self.ending))
     }
 }
 
@@ -84,6 +125,7 @@ impl Drop for Running {
             running.remove(&self.id);
         }
         drop(running);
+        self.ending.ended.cancel();
         self.attempts.ended.notify_waiters();
     }
 }
@@ -98,11 +140,18 @@ mod tests {
         let first = attempts.start("a", 1).unwrap();
         assert_eq!(attempts.start("a", 1).err().unwrap().code(), tonic::Code::AlreadyExists);
         let second = attempts.start("a", 2).unwrap();
-        first.superseded().await;
+        assert_eq!(first.ended().await.code(), tonic::Code::Aborted);
         drop(first);
         assert_eq!(attempts.start("a", 1).err().unwrap().code(), tonic::Code::Aborted);
         drop(second);
         assert!(attempts.is_empty());
-        attempts.start("a", 1).unwrap();
+        let again = attempts.start("a", 1).unwrap();
+        let observer = again.observer();
+        attempts.fail_all("stuck");
+        assert_eq!(observer.ended().await.unwrap().message(), "stuck");
+        let by_itself = attempts.start("b", 1).unwrap();
+        let observer = by_itself.observer();
+        drop(by_itself);
+        assert!(observer.ended().await.is_none());
     }
 }

@@ -43,6 +43,11 @@ pub struct WorkerConfig {
     pub max_waiting: usize,
     /// Most tokens in one engine step.
     pub step_tokens: usize,
+    /// No byte of a transfer, or no engine step while there is work, for this long is a failure. Longer than the
+    /// slowest layer of a chunk computes, since nothing moves meanwhile. Default 30 s.
+    pub progress_timeout: Duration,
+    /// A process that stood still for longer than this was given up by the others. Default 10 s.
+    pub lease: Duration,
     /// How long a drain may take before what is left is cut. Default 30 s.
     pub drain_deadline: Duration,
 }

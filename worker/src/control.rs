@@ -36,7 +36,7 @@ impl v1::worker_control_server::WorkerControl for Control {
 /// Keeps `ready` true while the worker takes requests.
 pub(crate) async fn follow_readiness(mut load: watch::Receiver<Load>, ready: watch::Sender<bool>) {
     loop {
-        let is_ready = !load.borrow_and_update().draining;
+        let is_ready = load.borrow_and_update().is_open();
         ready.send_if_modified(|old| std::mem::replace(old, is_ready) != is_ready);
         if load.changed().await.is_err() {
             return;

@@ -9,6 +9,7 @@ pub mod config;
 mod control;
 pub mod metrics;
 pub mod pool;
+pub mod progress;
 pub mod rate;
 pub mod request;
 pub mod serve;

@@ -81,6 +81,7 @@ pub fn collect(
         m.gauges("tandem_kv_blocks", "KV blocks by state; they add up to the pool.", "state", &BLOCK_STATES);
     let sequences = m.gauges("tandem_sequences", "Sequences on this worker.", "state", &SEQUENCE_STATES);
     let draining = m.gauge("tandem_draining", "1 while this worker takes nothing new.");
+    let stuck = m.gauge("tandem_stuck", "1 while the engine has work and makes no steps.");
     let queued = m.gauge("tandem_queued_tokens", "Prompt tokens accepted and not computed.");
     move || {
         let counts = pool.counts();
@@ -92,6 +93,7 @@ pub fn collect(
         sequences.of("running").set(f64::from(load.running));
         sequences.of("waiting").set(f64::from(load.waiting));
         draining.set(if load.draining { 1.0 } else { 0.0 });
+        stuck.set(if load.stuck { 1.0 } else { 0.0 });
         queued.set(load.queued_tokens as f64);
     }
 }

@@ -1,14 +1,9 @@
 //! The KV pool as the transport sees it: a registered region and a grid of cells.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use engine::KvMemory;
 use kv_transport::{Grid, Region};
-
-/// A transfer without a byte for this long is stalled. Longer than the slowest layer of a chunk computes,
-/// since nothing moves meanwhile.
-pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A cell is one block of one layer; a plane is a layer, a slot is a block.
 pub fn grid(kv: &dyn KvMemory) -> Grid {

@@ -261,6 +261,7 @@ pub fn load_to_wire(load: &cluster::Load) -> v1::Load {
         free_blocks: load.free_blocks,
         tokens_per_second: load.tokens_per_second,
         draining: load.draining,
+        stuck: load.stuck,
     }
 }
 

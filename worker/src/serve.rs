@@ -18,6 +18,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use crate::WorkerConfig;
 use crate::attempts::Attempts;
 use crate::control::{Control, follow_readiness};
+use crate::progress::{self, Progress};
 
 /// What a shed request is told to wait.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -57,6 +58,8 @@ pub struct Life {
     pub load: Arc<watch::Sender<Load>>,
     /// What runs, for the drain.
     pub attempts: Attempts,
+    /// The engine's steps.
+    pub progress: Progress,
     /// What it shows of itself.
     pub page: telemetry::http::Page,
 }
@@ -97,6 +100,10 @@ impl Life {
         let control = Control { load: Arc::clone(&self.load), stop: stop.clone() };
         routes.add_service(WorkerControlServer::new(control));
         tokio::spawn(follow_readiness(self.load.subscribe(), ready));
+        let (load, attempts) = (Arc::clone(&self.load), self.attempts.clone());
+        let (patience, lease) = (self.config.progress_timeout, self.config.lease);
+        let watchdog = progress::watch(self.progress, patience, lease, load, attempts);
+        let _watchdog = AbortOnDrop(tokio::spawn(watchdog));
         let routes = proto::server::with_health_and_reflection(routes, is_ready.clone())
             .await
             .map_err(|e| ServeError::Setup(e.to_string()))?;
@@ -140,6 +147,15 @@ impl Life {
             server.abort();
         }
         Ok(())
+    }
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
