@@ -57,6 +57,82 @@ pub enum Command {
     Undrain(DrainArgs),
     /// Fetch, import and inspect models
     Model(ModelArgs),
+    /// Measure the parts on the machine at hand
+    Bench(BenchArgs),
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// CPU cores
+    Cpu,
+    /// An NVIDIA GPU, compute capability 8.0 or later; needs CUDA 13's driver, NVRTC and cuBLASLt
+    Cuda,
+}
+
+/// Settings of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Which part
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// The measurements.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Steps of an engine with random weights, each beside the least time that the device's ceilings allow
+    Engine(BenchEngineArgs),
+}
+
+/// Settings of `bench engine`.
+#[derive(Debug, Args)]
+pub struct BenchEngineArgs {
+    /// The network: smollm2, llama-1b, llama-8b, llama-70b-layer, qwen3-8b, or a model folder (its shape only)
+    #[arg(long, default_value = "smollm2")]
+    pub shape: String,
+    /// Which measurements
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "all")]
+    pub table: Vec<BenchTable>,
+    /// What computes
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Which GPU, from 0
+    #[arg(long, default_value_t = 0)]
+    pub gpu: usize,
+    /// Compute threads on the CPU [default: all cores]
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Timed runs of each row
+    #[arg(long, default_value_t = 5)]
+    pub runs: usize,
+    /// Largest decode batch
+    #[arg(long, default_value_t = 256)]
+    pub max_batch: usize,
+    /// Longest prompt, tokens
+    #[arg(long, default_value_t = 8192)]
+    pub max_prompt: usize,
+    /// Tokens that a decoding sequence has behind it
+    #[arg(long, default_value_t = 1200)]
+    pub context: usize,
+    /// One JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Measurements of `bench engine`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchTable {
+    /// All of them
+    All,
+    /// Prompts of several lengths, alone and packed
+    Prefill,
+    /// One token for batches of several sizes
+    Decode,
+    /// Decode with and without CUDA graphs
+    Graphs,
+    /// 128 decoding sequences with a prompt beside them, in chunks of several sizes
+    Chunk,
 }
 
 /// Where a model is found.

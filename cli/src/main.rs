@@ -1,6 +1,7 @@
 //! `tandem`: one binary for every process of a cluster, its clients and its tools.
 
 mod args;
+mod bench;
 mod dial;
 mod drain;
 mod engines;
@@ -34,6 +35,7 @@ fn main() -> std::process::ExitCode {
             Command::Drain(args) => drain::run(args, true).await,
             Command::Undrain(args) => drain::run(args, false).await,
             Command::Model(args) => model::run(args).await,
+            Command::Bench(args) => bench::run(args).await,
         }
     });
     // Threads that compute or resolve names may outlast the work; nobody waits for them.

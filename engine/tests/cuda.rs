@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use engine::cpu::{CpuEngine, CpuOptions};
-use engine::cuda::{Attention, CudaEngine, CudaOptions, Tuning};
+use engine::cuda::{Attention, CudaEngine, CudaOptions};
 use engine::model::{Architecture, ModelConfig, RandomWeights, Rope, RopeScaling};
 use engine::{Batch, Engine, EngineError, KvDtype, SampleRequest, SamplingParams, Segment};
 
@@ -184,7 +184,7 @@ fn continuation(engine: &mut dyn Engine, prompts: &[Vec<u32>], steps: usize) -> 
 #[test]
 fn graphs_change_nothing() {
     for (kind, config) in kinds() {
-        let Some(mut with) = cuda(&config, CudaOptions { tuning: Tuning::None, ..options() }) else { return };
+        let Some(mut with) = cuda(&config, CudaOptions { prepare: true, ..options() }) else { return };
         let mut without = cuda(&config, CudaOptions { graphs: false, ..options() }).unwrap();
         let tokens = continuation(&mut with, &prompts(), 12);
         assert_eq!(tokens, continuation(&mut without, &prompts(), 12), "{kind}");
@@ -194,7 +194,7 @@ fn graphs_change_nothing() {
 #[test]
 fn blocks_go_to_the_host_and_back_with_their_checksums() {
     let config = shape(128, 8, 2);
-    let Some(mut sender) = cuda(&config, CudaOptions { tuning: Tuning::Prefill, ..options() }) else {
+    let Some(mut sender) = cuda(&config, CudaOptions { publish: true, ..options() }) else {
         return;
     };
     let mut receiver = cuda(&config, options()).unwrap();

@@ -4,6 +4,7 @@
 //! on the tensor cores, several prompts in one step. Decode is bound by memory: one captured graph per batch
 //! size, attention split along the keys. Both are the same step; [`Tuning`] says what is prepared at start-up.
 
+mod ceilings;
 mod driver;
 mod gemm;
 mod graphs;
@@ -18,6 +19,7 @@ mod tensor_map;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use self::ceilings::Ceilings;
 use self::driver::{Device, Event, Pinned, Stream};
 use self::gemm::Gemms;
 use self::graphs::Graphs;
@@ -32,17 +34,6 @@ use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory,
 
 /// Rows of logits that come to the host at once, for draws that the device does not make.
 const HOST_LOGITS: usize = 32;
-
-/// What is prepared at start-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tuning {
-    /// Large products; every step's KV is brought to the host side for the push.
-    Prefill,
-    /// Thin products, graphs.
-    Decode,
-    /// Nothing: for tests, which start many engines.
-    None,
-}
 
 /// Attention kernels, for comparing them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,10 +61,15 @@ pub struct CudaOptions {
     pub max_batch_tokens: usize,
     /// Most segments of one step.
     pub max_sequences: usize,
-    /// What is prepared.
-    pub tuning: Tuning,
+    /// Products are measured, and graphs captured, at start-up. Without it the library's first choice is taken and
+    /// graphs are captured when first needed: for tests, which start many engines.
+    pub prepare: bool,
     /// Decode steps are replayed from captured graphs.
     pub graphs: bool,
+    /// The pool has a host side, for transports. Costs page-locked host memory of the pool's size.
+    pub host_side: bool,
+    /// Every step's KV is brought to the host side before `on_layer`: for a worker that pushes.
+    pub publish: bool,
     /// Which kernels attend.
     pub attention: Attention,
 }
@@ -87,8 +83,10 @@ impl Default for CudaOptions {
             kv_dtype: KvDtype::Bf16,
             max_batch_tokens: 2048,
             max_sequences: 256,
-            tuning: Tuning::None,
+            prepare: false,
             graphs: true,
+            host_side: true,
+            publish: false,
             attention: Attention::Best,
         }
     }
@@ -156,7 +154,7 @@ impl CudaEngine {
         let network = Network::load(&loader, &config)?;
         stream.synchronize()?;
         let capacity = capacity(&config, &options);
-        let pool = DevicePool::new(&device, layout)?;
+        let pool = DevicePool::new(&device, layout, options.host_side || options.publish)?;
         let info = EngineInfo {
             backend: "cuda",
             device: device.name.clone(),
@@ -195,23 +193,32 @@ impl CudaEngine {
 
     /// Measures products and captures graphs, as the tuning says.
     fn prepare(&mut self) -> Result<(), EngineError> {
-        let started = std::time::Instant::now();
-        match self.options.tuning {
-            Tuning::None => {}
-            Tuning::Prefill => self.fixed.tune(&mut self.gemms, &self.stream, &PREFILL_ROWS)?,
-            Tuning::Decode => {
-                let sizes: Vec<usize> = self.graphs.sizes().to_vec();
-                self.fixed.tune(&mut self.gemms, &self.stream, &sizes)?;
-                if self.options.graphs {
-                    for size in sizes {
-                        self.graphs.capture(&self.fixed, &mut self.gemms, &self.stream, size)?;
-                    }
-                }
-            }
+        if !self.options.prepare {
+            return Ok(());
         }
-        let (device, tuning, ms) = (&self.info.device, self.options.tuning, started.elapsed().as_millis());
-        tracing::info!(device, ?tuning, ms, "engine ready");
+        let started = std::time::Instant::now();
+        let sizes = if self.options.graphs { self.graphs.sizes().to_vec() } else { Vec::new() };
+        let mut rows = [&sizes[..], &PREFILL_ROWS].concat();
+        rows.sort_unstable();
+        rows.dedup();
+        self.fixed.tune(&mut self.gemms, &self.stream, &rows)?;
+        for size in sizes {
+            self.graphs.capture(&self.fixed, &mut self.gemms, &self.stream, size)?;
+        }
+        let (device, ms) = (&self.info.device, started.elapsed().as_millis());
+        tracing::info!(device, ms, "products measured, graphs captured");
         Ok(())
+    }
+
+    /// Switches graphs on or off, for comparing.
+    pub fn set_graphs(&mut self, on: bool) {
+        self.options.graphs = on;
+    }
+
+    /// What the device reaches: bf16 products and reads.
+    pub fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
+        self.fixed.device.enter()?;
+        ceilings::measure(&self.fixed.device, &self.stream, &self.fixed.kernels, &mut self.gemms)
     }
 
     /// What the model is.
@@ -250,12 +257,12 @@ impl CudaEngine {
         match size {
             Some(size) => self.graphs.run(&self.fixed, &mut self.gemms, &self.stream, size)?,
             None => {
-                let layer_events = (self.options.tuning == Tuning::Prefill).then_some(&self.layer_events[..]);
+                let layer_events = (self.options.publish).then_some(&self.layer_events[..]);
                 let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
                 Step { fixed, gemms, stream, plan: &plan, layer_events }.queue()?;
             }
         }
-        if self.options.tuning == Tuning::Prefill {
+        if self.options.publish {
             plan.written.sort_unstable();
             plan.written.dedup();
         }
@@ -332,11 +339,11 @@ impl Engine for CudaEngine {
         let wanted = plan.wanted.len();
         self.stream
             .download(&mut self.tokens.as_mut_slice::<i32>()[..wanted], self.fixed.buffers.tokens.at)?;
-        if self.options.tuning == Tuning::Prefill {
+        if self.options.publish {
             self.publish_layers(&plan, on_layer)?;
         }
         self.stream.synchronize()?;
-        if self.options.tuning != Tuning::Prefill {
+        if !self.options.publish {
             (0..self.fixed.config.layers).for_each(on_layer);
         }
         let mut sampled = vec![Vec::new(); batch.segments.len()];

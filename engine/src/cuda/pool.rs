@@ -19,15 +19,23 @@ const CHECKSUM_THREADS: usize = 256;
 pub(super) struct DevicePool {
     layout: KvLayout,
     memory: Memory,
-    host: Pinned,
-    /// CRC-32C of each (layer, block), made by a kernel from device memory when it was published.
-    sums: Pinned,
+    host: Option<HostSide>,
     /// Whether `sums` speaks of what the host side holds.
     published: Vec<AtomicBool>,
 }
 
+struct HostSide {
+    memory: Pinned,
+    /// CRC-32C of each (layer, block), made by a kernel from device memory when it was published.
+    sums: Pinned,
+}
+
 impl DevicePool {
-    pub(super) fn new(device: &Arc<Device>, layout: KvLayout) -> Result<Arc<Self>, EngineError> {
+    pub(super) fn new(
+        device: &Arc<Device>,
+        layout: KvLayout,
+        host_side: bool,
+    ) -> Result<Arc<Self>, EngineError> {
         let sizes =
             [layout.blocks, layout.kv_heads, layout.block_tokens, layout.head_dim, 2 * layout.dtype.bytes()];
         let bytes = sizes.iter().try_fold(layout.layers, |n, &size| n.checked_mul(size));
@@ -35,11 +43,14 @@ impl DevicePool {
             EngineError::Unsupported(format!("a KV pool of {layout:?}: blocks must be multiples of 16 bytes"))
         })?;
         let cells = layout.layers * layout.blocks;
+        let host = || -> Result<HostSide, EngineError> {
+            let memory = Pinned::new(device, bytes, "the KV pool's host side")?;
+            Ok(HostSide { memory, sums: Pinned::new(device, cells * 4, "the KV pool's checksums")? })
+        };
         Ok(Arc::new(Self {
             layout,
             memory: Memory::new(device, bytes, "the KV pool")?,
-            host: Pinned::new(device, bytes, "the KV pool's host side")?,
-            sums: Pinned::new(device, cells * 4, "the KV pool's checksums")?,
+            host: host_side.then(host).transpose()?,
             published: (0..cells).map(|_| AtomicBool::new(false)).collect(),
         }))
     }
@@ -59,14 +70,15 @@ impl DevicePool {
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
+        let host = self.host()?;
         let offset = (layer * self.layout.layer_bytes()) as u64;
-        let sums = self.sums.device_address() + (layer * self.layout.blocks * 4) as u64;
+        let sums = host.sums.device_address() + (layer * self.layout.blocks * 4) as u64;
         let bytes = self.layout.block_bytes();
         let slice = (bytes.div_ceil(CHECKSUM_THREADS).next_multiple_of(4)) as i32;
         let (from, bytes_i32) = (self.layer(layer), bytes as i32);
         let grid = Grid::new((count, 1, 1), CHECKSUM_THREADS as u32);
         kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])?;
-        let to = self.host.device_address() + offset;
+        let to = host.memory.device_address() + offset;
         self.copy(kernels, stream, to, from, blocks, count)
     }
 
@@ -79,8 +91,12 @@ impl DevicePool {
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
-        let from = self.host.device_address() + (layer * self.layout.layer_bytes()) as u64;
+        let from = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
         self.copy(kernels, stream, self.layer(layer), from, blocks, count)
+    }
+
+    fn host(&self) -> Result<&HostSide, EngineError> {
+        self.host.as_ref().ok_or_else(|| EngineError::Unsupported("this KV pool has no host side".into()))
     }
 
     fn copy(
@@ -125,20 +141,20 @@ impl KvMemory for DevicePool {
     }
 
     fn host_address(&self) -> Option<*mut u8> {
-        Some(self.host.at)
+        self.host.as_ref().map(|host| host.memory.at)
     }
 
     fn checksum(&self, layer: usize, block: u32) -> u32 {
+        let Some(host) = &self.host else { return 0 };
         let (start, bytes) = (self.layout.offset(layer, block), self.layout.block_bytes());
-        crc32c::crc32c(&self.host.as_slice::<u8>()[start..start + bytes])
+        crc32c::crc32c(&host.memory.as_slice::<u8>()[start..start + bytes])
     }
 
     fn source_checksum(&self, layer: usize, block: u32) -> u32 {
         let cell = layer * self.layout.blocks + block as usize;
-        if self.published[cell].load(Ordering::Acquire) {
-            self.sums.as_slice::<u32>()[cell]
-        } else {
-            self.checksum(layer, block)
+        match &self.host {
+            Some(host) if self.published[cell].load(Ordering::Acquire) => host.sums.as_slice::<u32>()[cell],
+            _ => self.checksum(layer, block),
         }
     }
 }

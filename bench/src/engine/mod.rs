@@ -1,0 +1,173 @@
+//! `tandem bench engine`: how fast steps are, beside what the device allows.
+
+mod measure;
+mod report;
+mod roofline;
+pub mod shapes;
+mod tables;
+
+pub use report::{Report, Row, Table};
+pub use roofline::{Ceilings, Work};
+
+use anyhow::{Result, bail};
+use engine::cpu::{CpuEngine, CpuOptions};
+use engine::cuda::{CudaEngine, CudaOptions};
+use engine::model::ModelConfig;
+use engine::{Engine, EngineError};
+
+/// Tokens per block of the measured pool.
+pub(crate) const BLOCK_TOKENS: usize = 16;
+
+/// Which measurements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Prompts of several lengths, alone and packed.
+    Prefill,
+    /// Steps of one token for batches of several sizes.
+    Decode,
+    /// Decode with and without graphs.
+    Graphs,
+    /// Decoding sequences with a prompt beside them, in chunks of several sizes.
+    Chunk,
+}
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Name of the shape, for the report.
+    pub name: String,
+    /// The network.
+    pub config: ModelConfig,
+    /// Which tables, in this order.
+    pub kinds: Vec<Kind>,
+    /// Runs per row.
+    pub runs: usize,
+    /// Largest decode batch.
+    pub max_batch: usize,
+    /// Longest prompt.
+    pub max_prompt: usize,
+    /// Tokens that a decoding sequence has behind it.
+    pub context: usize,
+    /// What computes.
+    pub device: Device,
+}
+
+/// Where.
+#[derive(Debug, Clone, Copy)]
+pub enum Device {
+    /// CPU cores.
+    Cpu {
+        /// 0 is all.
+        threads: usize,
+    },
+    /// An NVIDIA GPU.
+    Cuda {
+        /// Which, from 0.
+        ordinal: usize,
+    },
+}
+
+/// An engine with the parts that a measurement needs beyond the trait.
+pub(crate) enum Measured {
+    Cpu(Box<CpuEngine>),
+    Cuda(Box<CudaEngine>),
+}
+
+impl Measured {
+    pub(crate) fn engine(&mut self) -> &mut dyn Engine {
+        match self {
+            Self::Cpu(engine) => engine.as_mut(),
+            Self::Cuda(engine) => engine.as_mut(),
+        }
+    }
+
+    pub(crate) fn streamed_bytes(&self) -> usize {
+        match self {
+            Self::Cpu(engine) => engine.streamed_bytes(),
+            Self::Cuda(engine) => engine.streamed_bytes(),
+        }
+    }
+
+    /// False where there are none.
+    pub(crate) fn set_graphs(&mut self, on: bool) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Cuda(engine) => {
+                engine.set_graphs(on);
+                true
+            }
+        }
+    }
+
+    fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
+        match self {
+            Self::Cpu(_) => Ok(Ceilings::default()),
+            Self::Cuda(engine) => {
+                let found = engine.ceilings()?;
+                let engine::cuda::Ceilings { flops_per_second, bytes_per_second } = found;
+                Ok(Ceilings { flops_per_second, bytes_per_second })
+            }
+        }
+    }
+}
+
+/// Tokens of one engine step: prompts beyond are chunked.
+pub(crate) const STEP_TOKENS: usize = 8192;
+
+/// Measures. `progress` hears what is about to be done.
+pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+    if settings.context + 1 > settings.config.max_context || settings.max_prompt > settings.config.max_context
+    {
+        bail!("the shape's context is {} tokens", settings.config.max_context);
+    }
+    progress("weights");
+    let started = std::time::Instant::now();
+    let mut measured = build(settings)?;
+    let start_seconds = started.elapsed().as_secs_f64();
+    progress("ceilings");
+    let ceilings = measured.ceilings()?;
+    let mut report = Report {
+        shape: settings.name.clone(),
+        device: measured.engine().info().device.clone(),
+        ceilings,
+        start_seconds,
+        tables: Vec::new(),
+    };
+    for &kind in &settings.kinds {
+        report.tables.push(tables::measure(kind, settings, &mut measured, &ceilings, progress)?);
+    }
+    Ok(report)
+}
+
+fn build(settings: &Settings) -> Result<Measured> {
+    let blocks = |count: usize, tokens: usize| count * tokens.div_ceil(BLOCK_TOKENS);
+    let decode = blocks(settings.max_batch, settings.context + 1) + blocks(1, STEP_TOKENS);
+    let kv_blocks = decode.max(blocks(1, settings.max_prompt)).max(blocks(16, 2048).min(decode));
+    let config = settings.config.clone();
+    Ok(match settings.device {
+        Device::Cpu { threads } => {
+            let max_batch_tokens = STEP_TOKENS;
+            let options = CpuOptions {
+                kv_blocks,
+                block_tokens: BLOCK_TOKENS,
+                threads,
+                max_batch_tokens,
+                ..Default::default()
+            };
+            Measured::Cpu(Box::new(CpuEngine::from_random(config, 1, options)?))
+        }
+        Device::Cuda { ordinal } => {
+            let options = CudaOptions {
+                device: ordinal,
+                kv_blocks,
+                block_tokens: BLOCK_TOKENS,
+                max_batch_tokens: STEP_TOKENS,
+                max_sequences: settings.max_batch + 1,
+                prepare: true,
+                host_side: false,
+                ..CudaOptions::default()
+            };
+            Measured::Cuda(Box::new(CudaEngine::from_random(config, 1, options)?))
+        }
+    })
+}

@@ -1,0 +1,143 @@
+//! The tables: what each row runs.
+
+use anyhow::Result;
+
+use super::measure::{Chunk, Times, decodes, fill, prompts, times};
+use super::report::{Row, Table};
+use super::{BLOCK_TOKENS, Ceilings, Kind, Measured, STEP_TOKENS, Settings, Work};
+
+/// Batches of the decode table.
+const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+/// Sequences that decode beside a prompt.
+const BESIDE: usize = 128;
+
+/// Measures one table.
+pub(super) fn measure(
+    kind: Kind,
+    settings: &Settings,
+    measured: &mut Measured,
+    ceilings: &Ceilings,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Table> {
+    let mut bench = Bench { settings, measured, ceilings, progress };
+    let (title, rows) = match kind {
+        Kind::Prefill => ("prefill", bench.prefill()?),
+        Kind::Decode => ("decode", bench.decode()?),
+        Kind::Graphs => ("graphs", bench.graphs()?),
+        Kind::Chunk => ("chunk", bench.chunk()?),
+    };
+    Ok(Table { title: title.into(), rows })
+}
+
+struct Bench<'a> {
+    settings: &'a Settings,
+    measured: &'a mut Measured,
+    ceilings: &'a Ceilings,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+impl Bench<'_> {
+    fn time(&mut self, name: &str, steps: &[Vec<Chunk>]) -> Result<Times> {
+        (self.progress)(name);
+        times(self.measured.engine(), steps, self.settings.runs)
+    }
+
+    /// A row of `steps`, with the sum of the steps' floors beside it.
+    fn row(&mut self, name: String, steps: &[Vec<Chunk>], counted_tokens: usize) -> Result<Row> {
+        let took = self.time(&name, steps)?;
+        let (config, weights) = (&self.settings.config, self.measured.streamed_bytes());
+        let floors = steps.iter().map(|chunks| {
+            let chunks = chunks.iter().map(|chunk| (chunk.position, chunk.tokens.len()));
+            Work::of(config, weights, chunks).floor_ms(self.ceilings)
+        });
+        let floors: Option<Vec<_>> = floors.collect();
+        let floor_ms = floors.as_ref().map(|all| all.iter().map(|floor| floor.0).sum::<f64>());
+        let bound = floors.and_then(|all| all.first().map(|floor| floor.1.to_owned()));
+        Ok(Row {
+            tokens_per_second: counted_tokens as f64 / took.median_ms * 1e3,
+            fraction: floor_ms.map(|floor| floor / took.median_ms),
+            name,
+            took,
+            floor_ms,
+            bound,
+        })
+    }
+
+    fn prefill(&mut self) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        for (count, length) in [(1, 128), (1, 512), (1, 2048), (1, 8192), (16, 2048), (8, 8192)] {
+            let pool = self.measured.engine().kv().layout().blocks;
+            if length > self.settings.max_prompt || count * length.div_ceil(BLOCK_TOKENS) > pool {
+                continue;
+            }
+            let steps = prompts(count, length, self.settings.config.vocab, BLOCK_TOKENS, STEP_TOKENS);
+            rows.push(self.row(format!("{count} × {length} tokens"), &steps, count * length)?);
+        }
+        Ok(rows)
+    }
+
+    fn fill(&mut self, batch: usize) -> Result<()> {
+        (self.progress)("filling KV");
+        let Settings { context, config, .. } = self.settings;
+        fill(self.measured.engine(), batch, *context, config.vocab, BLOCK_TOKENS)
+    }
+
+    fn one_step(&self, batch: usize) -> Vec<Vec<Chunk>> {
+        vec![decodes(batch, self.settings.context, self.settings.config.vocab, BLOCK_TOKENS)]
+    }
+
+    fn batches(&self) -> Vec<usize> {
+        BATCHES.into_iter().filter(|&batch| batch <= self.settings.max_batch).collect()
+    }
+
+    fn decode(&mut self) -> Result<Vec<Row>> {
+        self.fill(self.settings.max_batch)?;
+        let mut rows = Vec::new();
+        for batch in self.batches() {
+            rows.push(self.row(format!("batch {batch}"), &self.one_step(batch), batch)?);
+        }
+        Ok(rows)
+    }
+
+    fn graphs(&mut self) -> Result<Vec<Row>> {
+        self.fill(self.settings.max_batch)?;
+        let mut rows = Vec::new();
+        for batch in self.batches().into_iter().filter(|batch| matches!(batch, 1 | 8 | 32 | 128 | 256)) {
+            for on in [true, false] {
+                if !self.measured.set_graphs(on) {
+                    return Ok(rows);
+                }
+                let name = format!("batch {batch}, graphs {}", if on { "on" } else { "off" });
+                rows.push(self.row(name, &self.one_step(batch), batch)?);
+            }
+        }
+        self.measured.set_graphs(true);
+        Ok(rows)
+    }
+
+    /// ITL of 128 sequences with a prompt of 8192 tokens beside them, for chunk sizes; 0 is decode alone. The chunk's
+    /// prompt is half done: its attention costs what it costs on average.
+    fn chunk(&mut self) -> Result<Vec<Row>> {
+        let beside = BESIDE.min(self.settings.max_batch);
+        self.fill(beside)?;
+        let (context, vocab) = (self.settings.context, self.settings.config.vocab);
+        let first = beside * (context + 1).div_ceil(BLOCK_TOKENS);
+        let position = 4096.min(self.settings.max_prompt / 2);
+        let mut rows = Vec::new();
+        for size in [0, 128, 256, 512, 1024, 2048, 4096] {
+            let mut step = decodes(beside, context, vocab, BLOCK_TOKENS);
+            if size > 0 && position + size <= STEP_TOKENS {
+                step.push(Chunk {
+                    tokens: super::measure::tokens(size, vocab, 5),
+                    position,
+                    blocks: super::measure::table(first, position + size, BLOCK_TOKENS),
+                    draws: false,
+                });
+            } else if size > 0 {
+                continue;
+            }
+            rows.push(self.row(format!("{beside} decoding + chunk of {size}"), &[step], size.max(beside))?);
+        }
+        Ok(rows)
+    }
+}

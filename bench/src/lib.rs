@@ -1,0 +1,3 @@
+//! Measurements behind `tandem bench`. Results and their commands are kept beside this crate.
+
+pub mod engine;

@@ -1,0 +1,70 @@
+//! `tandem bench`: parses and prints; the measuring is in the `bench` crate.
+
+use std::path::Path;
+
+use ::bench::engine::{self as measurement, Kind, Settings, shapes};
+use anyhow::{Context, bail};
+use engine::model::ModelConfig;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchTable, Device};
+
+/// Runs what was asked for.
+pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    let BenchCommand::Engine(args) = args.command;
+    tokio::task::spawn_blocking(move || engine(&args)).await?
+}
+
+fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
+    if args.runs == 0 || args.max_batch == 0 {
+        bail!("--runs and --max-batch: at least 1");
+    }
+    let settings = Settings {
+        name: args.shape.clone(),
+        config: shape(&args.shape)?,
+        kinds: kinds(&args.table),
+        runs: args.runs,
+        max_batch: args.max_batch,
+        max_prompt: args.max_prompt,
+        context: args.context,
+        device: match args.device {
+            Device::Cpu => measurement::Device::Cpu { threads: args.threads.unwrap_or(0) },
+            Device::Cuda => measurement::Device::Cuda { ordinal: args.gpu },
+        },
+    };
+    let bar = ProgressBar::new_spinner();
+    bar.set_style(ProgressStyle::with_template("{spinner} {elapsed} {msg}")?);
+    let report = measurement::run(&settings, &mut |doing| {
+        bar.set_message(doing.to_owned());
+        bar.tick();
+    })?;
+    bar.finish_and_clear();
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        println!("{report}");
+    }
+    Ok(())
+}
+
+fn shape(name: &str) -> anyhow::Result<ModelConfig> {
+    if let Some(config) = shapes::named(name) {
+        return Ok(config);
+    }
+    let folder = Path::new(name);
+    if !folder.is_dir() {
+        bail!("--shape: {name} is neither a model folder nor one of {}", shapes::NAMES.join(", "));
+    }
+    ModelConfig::load(folder).context("--shape")
+}
+
+fn kinds(tables: &[BenchTable]) -> Vec<Kind> {
+    let kind = |table: &BenchTable| match table {
+        BenchTable::All => vec![Kind::Prefill, Kind::Decode, Kind::Graphs, Kind::Chunk],
+        BenchTable::Prefill => vec![Kind::Prefill],
+        BenchTable::Decode => vec![Kind::Decode],
+        BenchTable::Graphs => vec![Kind::Graphs],
+        BenchTable::Chunk => vec![Kind::Chunk],
+    };
+    tables.iter().flat_map(kind).collect()
+}

@@ -1,0 +1,65 @@
+//! What the device at hand reaches, so that measurements can be put beside it.
+
+use std::sync::Arc;
+
+use super::driver::{Device, Event, Grid, Memory, Stream, args};
+use super::gemm::{Gemms, Operands, Product, Shape};
+use super::kernels::Kernels;
+use crate::EngineError;
+use crate::model::RandomWeights;
+
+/// Rates that were reached.
+#[derive(Debug, Clone, Copy)]
+pub struct Ceilings {
+    /// bf16 product of two 8192 × 8192 matrices of random numbers; a multiply-add counts as two.
+    pub flops_per_second: f64,
+    /// Reading 2 GiB.
+    pub bytes_per_second: f64,
+}
+
+const SIDE: usize = 8192;
+const READ_BYTES: usize = 2 << 30;
+
+pub(super) fn measure(
+    device: &Arc<Device>,
+    stream: &Stream,
+    kernels: &Kernels,
+    gemms: &mut Gemms,
+) -> Result<Ceilings, EngineError> {
+    let memory = Memory::new(device, READ_BYTES, "measuring the device")?;
+    let (at, count) = (memory.at, READ_BYTES / 2);
+    let (state, deviation) = (1u64, RandomWeights::DEVIATION);
+    kernels.random_weights.launch(
+        stream,
+        Grid::new((4096, 1, 1), 256),
+        args![at, count, state, deviation],
+    )?;
+
+    let (out, vectors) = (memory.at, READ_BYTES / 16);
+    let grid = Grid::new((device.multiprocessors as usize * 8, 1, 1), 512);
+    let read = fastest(stream, || kernels.read_all.launch(stream, grid, args![out, at, vectors]))?;
+
+    let matrix = (SIDE * SIDE * 2) as u64;
+    let shape = Shape { n: SIDE, k: SIDE, operands: Operands::Bf16, bias: false, add: false, wide: false };
+    let product = Product { weights: at, x: at + matrix, out: at + 2 * matrix, bias: 0, scales: (0, 0) };
+    gemms.tune(stream, shape, &[SIDE], &product, &[at])?;
+    let multiply = fastest(stream, || gemms.run(stream, shape, SIDE, &product))?;
+    Ok(Ceilings {
+        flops_per_second: 2.0 * (SIDE as f64).powi(3) / multiply,
+        bytes_per_second: READ_BYTES as f64 / read,
+    })
+}
+
+/// Seconds of the fastest of ten runs.
+fn fastest(stream: &Stream, mut work: impl FnMut() -> Result<(), EngineError>) -> Result<f64, EngineError> {
+    let (start, end) = (Event::new(true)?, Event::new(true)?);
+    let mut best = f32::INFINITY;
+    for _ in 0..10 {
+        start.record(stream)?;
+        work()?;
+        end.record(stream)?;
+        end.synchronize()?;
+        best = best.min(end.since(&start)?);
+    }
+    Ok(f64::from(best) / 1e3)
+}
