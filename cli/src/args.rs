@@ -115,6 +115,9 @@ pub struct BenchEngineArgs {
     /// Tokens that a decoding sequence has behind it
     #[arg(long, default_value_t = 1200)]
     pub context: usize,
+    /// Write where the time of some steps goes, for chrome://tracing or Perfetto; GPU only
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
     /// One JSON object instead of tables
     #[arg(long)]
     pub json: bool,
@@ -133,6 +136,8 @@ pub enum BenchTable {
     Graphs,
     /// 128 decoding sequences with a prompt beside them, in chunks of several sizes
     Chunk,
+    /// Where the time of a prefill and of decode steps goes, per kernel; GPU only
+    Profile,
 }
 
 /// Where a model is found.
@@ -152,6 +157,15 @@ pub struct ModelChoice {
 /// How a worker computes.
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
+    /// What computes
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Which GPU, from 0
+    #[arg(long, default_value_t = 0)]
+    pub gpu: usize,
+    /// Launch every kernel of a decode step instead of replaying a captured CUDA graph
+    #[arg(long)]
+    pub no_graphs: bool,
     /// Compute threads of a worker [default: all cores]
     #[arg(long)]
     pub threads: Option<usize>,
@@ -167,7 +181,7 @@ pub struct EngineArgs {
     /// Element type of the KV pool; equal on every worker
     #[arg(long, value_enum, default_value_t = KvType::Bf16)]
     pub kv_dtype: KvType,
-    /// Tokens in one engine step [default: 512 for prefill, 256 for decode]
+    /// Tokens in one engine step [default: prefill 512 on a CPU, 8192 on a GPU; decode 256]
     #[arg(long)]
     pub step_tokens: Option<usize>,
     /// Sequences at once on one worker

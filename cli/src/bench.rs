@@ -19,7 +19,9 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
     if args.runs == 0 || args.max_batch == 0 {
         bail!("--runs and --max-batch: at least 1");
     }
+    let wants_profile = |table| matches!(table, &BenchTable::All | &BenchTable::Profile);
     let settings = Settings {
+        profile: args.trace.is_some() || args.table.iter().any(wants_profile),
         name: args.shape.clone(),
         config: shape(&args.shape)?,
         kinds: kinds(&args.table),
@@ -39,6 +41,10 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
         bar.tick();
     })?;
     bar.finish_and_clear();
+    if let Some(path) = &args.trace {
+        let trace = serde_json::to_vec(&measurement::trace(&report.profiles))?;
+        std::fs::write(path, trace).with_context(|| format!("--trace: cannot write {}", path.display()))?;
+    }
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -65,6 +71,7 @@ fn kinds(tables: &[BenchTable]) -> Vec<Kind> {
         BenchTable::Decode => vec![Kind::Decode],
         BenchTable::Graphs => vec![Kind::Graphs],
         BenchTable::Chunk => vec![Kind::Chunk],
+        BenchTable::Profile => Vec::new(),
     };
     tables.iter().flat_map(kind).collect()
 }

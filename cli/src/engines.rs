@@ -4,12 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use cluster::Role;
 use engine::cpu::{CpuEngine, CpuOptions};
+use engine::cuda::{CudaEngine, CudaOptions};
 use engine::kv::pool::BlockPool;
 use engine::model::ModelConfig;
 use engine::{Engine, KvDtype, KvLayout};
 
-use crate::args::{EngineArgs, KvType};
+use crate::args::{Device, EngineArgs, KvType};
 
 /// An engine, its block pool, and the hash that only interchangeable workers share.
 pub struct Built {
@@ -19,7 +21,7 @@ pub struct Built {
 }
 
 /// Loads the model of `dir` for steps of up to `step_tokens` tokens.
-pub fn build(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result<Built> {
+pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> anyhow::Result<Built> {
     let config = ModelConfig::load(dir)?;
     if !matches!(args.block_tokens, 1..=256) {
         bail!("--block-tokens: {} is not between 1 and 256", args.block_tokens);
@@ -44,21 +46,45 @@ pub fn build(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Resul
             one.total_bytes()
         );
     }
-    let threads = match args.threads {
+    let suffix = format!("kv={},block={}", kv_dtype.name(), args.block_tokens);
+    let compat_hash = config.compat_hash(dir, &suffix)?;
+    let max_batch_tokens = step_tokens.max(args.max_sequences);
+    let engine: Box<dyn Engine> = match args.device {
+        Device::Cpu => Box::new(CpuEngine::load(
+            dir,
+            CpuOptions {
+                kv_blocks,
+                block_tokens: args.block_tokens,
+                kv_dtype,
+                threads: threads(args)?,
+                max_batch_tokens,
+            },
+        )?),
+        Device::Cuda => Box::new(CudaEngine::load(
+            dir,
+            CudaOptions {
+                device: args.gpu,
+                kv_blocks,
+                block_tokens: args.block_tokens,
+                kv_dtype,
+                max_batch_tokens,
+                max_sequences: args.max_sequences,
+                prepare: true,
+                // A prefill worker's steps of single tokens are ends of prompts: too few to capture.
+                graphs: role == Role::Decode && !args.no_graphs,
+                publish: role == Role::Prefill,
+                ..CudaOptions::default()
+            },
+        )?),
+    };
+    let blocks = u32::try_from(kv_blocks).context("--kv-blocks is too large")?;
+    Ok(Built { engine, pool: BlockPool::new(blocks), compat_hash })
+}
+
+fn threads(args: &EngineArgs) -> anyhow::Result<usize> {
+    Ok(match args.threads {
         Some(0) => bail!("--threads: at least 1"),
         Some(threads) => threads,
         None => std::thread::available_parallelism().map_or(1, |n| n.get()),
-    };
-    let suffix = format!("kv={},block={}", kv_dtype.name(), args.block_tokens);
-    let compat_hash = config.compat_hash(dir, &suffix)?;
-    let options = CpuOptions {
-        kv_blocks,
-        block_tokens: args.block_tokens,
-        kv_dtype,
-        threads,
-        max_batch_tokens: step_tokens.max(args.max_sequences),
-    };
-    let engine = CpuEngine::load(dir, options).with_context(|| format!("cannot load {}", dir.display()))?;
-    let blocks = u32::try_from(kv_blocks).context("--kv-blocks is too large")?;
-    Ok(Built { engine: Box::new(engine), pool: BlockPool::new(blocks), compat_hash })
+    })
 }

@@ -129,6 +129,8 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         .args(["--block-tokens", &engine.block_tokens.to_string()])
         .args(["--kv-mib", &engine.kv_mib.to_string()])
         .args(["--kv-dtype", if engine.kv_dtype == crate::args::KvType::F32 { "f32" } else { "bf16" }])
+        .args(["--device", if engine.device == crate::args::Device::Cuda { "cuda" } else { "cpu" }])
+        .args(["--gpu", &engine.gpu.to_string()])
         .args(["--max-sequences", &engine.max_sequences.to_string()])
         .args(["--max-waiting", &engine.max_waiting.to_string()]);
     for (flag, value) in [
@@ -139,6 +141,9 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         if let Some(value) = value {
             command.args([flag, &value.to_string()]);
         }
+    }
+    if engine.no_graphs {
+        command.arg("--no-graphs");
     }
     // A process group of its own: Ctrl-C reaches this process only, which then ends the children in order.
     command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry};
+use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry, Role};
 use decode_worker::DecodeConfig;
 use prefill_worker::PrefillConfig;
 use router::placement::Policy;
@@ -15,11 +15,13 @@ use router::{Registry, RouterConfig};
 use tokio::net::TcpListener;
 use worker::WorkerConfig;
 
-use crate::args::{PlacementArgs, PrefillOn, RouterArgs, WorkerArgs};
+use crate::args::{Device, PlacementArgs, PrefillOn, RouterArgs, WorkerArgs};
 use crate::{engines, model, signal};
 
 /// Tokens in one step of a prefill worker: enough rows to fill the matrix units.
 const PREFILL_STEP_TOKENS: usize = 512;
+/// The same on a GPU: where its products are as fast as they get.
+const PREFILL_STEP_TOKENS_GPU: usize = 8192;
 /// The same of a decode worker: local prompts must not hold up running sequences for long.
 const DECODE_STEP_TOKENS: usize = 256;
 /// How long a reservation may wait for its KV.
@@ -68,7 +70,7 @@ pub async fn load_text(choice: &crate::args::ModelChoice) -> anyhow::Result<Text
 /// Runs a prefill worker until it is told to stop.
 pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
-    let start = Start::new(&args, "prefill", PREFILL_STEP_TOKENS, &stop).await?;
+    let start = Start::new(&args, Role::Prefill, &stop).await?;
     let max_prompts = args.engine.max_sequences.min(64);
     let config = PrefillConfig { worker: start.config, max_prompts };
     let deps =
@@ -79,7 +81,7 @@ pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
 /// Runs a decode worker until it is told to stop.
 pub async fn decode(args: WorkerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
-    let start = Start::new(&args, "decode", DECODE_STEP_TOKENS, &stop).await?;
+    let start = Start::new(&args, Role::Decode, &stop).await?;
     let config = DecodeConfig { worker: start.config, reservation: RESERVATION };
     let deps =
         decode_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
@@ -97,8 +99,7 @@ struct Start {
 impl Start {
     async fn new(
         args: &WorkerArgs,
-        role: &str,
-        default_step_tokens: usize,
+        role: Role,
         stop: &tokio_util::sync::CancellationToken,
     ) -> anyhow::Result<Self> {
         if args.stop_with_parent {
@@ -108,9 +109,15 @@ impl Start {
         let model_name = model::served_name(&args.model, &dir);
         let listener = bind(args.listen).await?;
         let bound = listener.local_addr()?;
+        let default_step_tokens = match (role, args.engine.device) {
+            (Role::Prefill, Device::Cpu) => PREFILL_STEP_TOKENS,
+            (Role::Prefill, Device::Cuda) => PREFILL_STEP_TOKENS_GPU,
+            (Role::Decode, _) => DECODE_STEP_TOKENS,
+        };
         let step_tokens =
             args.engine.step_tokens.unwrap_or(default_step_tokens).max(args.engine.block_tokens);
-        let built = load_engine(&dir, args, step_tokens).await?;
+        let built = load_engine(&dir, args, role, step_tokens).await?;
+        let role = role.name();
         let config = WorkerConfig {
             name: args.name.clone().unwrap_or_else(|| default_name(role, bound)),
             model: model_name.clone(),
@@ -137,9 +144,14 @@ impl Start {
     }
 }
 
-async fn load_engine(dir: &Path, args: &WorkerArgs, step_tokens: usize) -> anyhow::Result<engines::Built> {
+async fn load_engine(
+    dir: &Path,
+    args: &WorkerArgs,
+    role: Role,
+    step_tokens: usize,
+) -> anyhow::Result<engines::Built> {
     let (dir, engine) = (dir.to_owned(), args.engine.clone());
-    tokio::task::spawn_blocking(move || engines::build(&dir, &engine, step_tokens)).await?
+    tokio::task::spawn_blocking(move || engines::build(&dir, &engine, role, step_tokens)).await?
 }
 
 /// Binds, saying which address was wanted when that fails.

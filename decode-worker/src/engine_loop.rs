@@ -32,6 +32,8 @@ pub(crate) struct Submission {
     pub events: Events,
     /// Blocks that hold the first `computed` tokens of the stem.
     pub blocks: Vec<Block>,
+    /// Blocks that a transport wrote, into the pool's host side.
+    pub arrived: Vec<u32>,
     pub computed: usize,
     /// How it begins.
     pub start: Start,
@@ -159,13 +161,13 @@ impl EngineLoop {
                 self.publish_load();
                 self.progress.idle();
                 match self.inbox.recv() {
-                    Ok(order) => self.obey(order),
+                    Ok(order) => self.obey(order)?,
                     Err(_) => return Ok(()),
                 }
                 self.progress.step();
             }
             while let Ok(order) = self.inbox.try_recv() {
-                self.obey(order);
+                self.obey(order)?;
             }
             self.drop_abandoned();
             self.ask_to_leave();
@@ -175,10 +177,10 @@ impl EngineLoop {
         }
     }
 
-    fn obey(&mut self, order: Order) {
+    fn obey(&mut self, order: Order) -> Result<(), EngineError> {
         match order {
-            Order::Run(submission) => self.admit(submission),
-            Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt))),
+            Order::Run(submission) => self.admit(submission)?,
+            Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt)?)),
             Order::Stop { group, known, reply } => {
                 let stopped = self.stop(group, &known);
                 let stands = stopped.is_some();
@@ -195,14 +197,20 @@ impl EngineLoop {
                 self.drop_abandoned();
             }
         }
+        Ok(())
     }
 
-    fn portray(&self, id: &str, attempt: u32) -> Option<Portrait> {
+    fn portray(&mut self, id: &str, attempt: u32) -> Result<Option<Portrait>, EngineError> {
         let is_it = |group: &Group| group.request.id == id && group.request.attempt == attempt;
-        let group = self.groups.iter().find(|(_, group)| is_it(group)).map(|(key, _)| *key)?;
+        let group = self.groups.iter().find(|(_, group)| is_it(group)).map(|(key, _)| *key);
+        let Some(group) = group else { return Ok(None) };
         let ours = self.choices.iter().filter(|c| c.group == group && !c.is_stem());
-        let choices = ours.map(|c| (c.index, c.full_blocks(&self.layout).to_vec())).collect();
-        Some(Portrait { group, choices })
+        let choices: Vec<_> = ours.map(|c| (c.index, c.full_blocks(&self.layout).to_vec())).collect();
+        let mut ids: Vec<u32> = choices.iter().flat_map(|(_, blocks)| blocks.iter().map(Block::id)).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        self.engine.publish_blocks(&ids)?;
+        Ok(Some(Portrait { group, choices }))
     }
 
     fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Option<Stopped> {
@@ -244,8 +252,9 @@ impl EngineLoop {
         }
     }
 
-    fn admit(&mut self, submission: Submission) {
-        let Submission { request, events, blocks, computed, start, hold } = submission;
+    fn admit(&mut self, submission: Submission) -> Result<(), EngineError> {
+        let Submission { request, events, blocks, arrived, computed, start, hold } = submission;
+        self.engine.load_blocks(&arrived)?;
         let group = self.next_group;
         self.next_group += 1;
         self.groups.insert(
@@ -290,6 +299,7 @@ impl EngineLoop {
                 }
             }
         }
+        Ok(())
     }
 
     /// Turns a computed stem and the tokens drawn at its end into running choices.
@@ -396,7 +406,7 @@ impl EngineLoop {
             return Ok(());
         }
         match self.inbox.recv_timeout(BLOCKED_WAIT) {
-            Ok(order) => self.obey(order),
+            Ok(order) => self.obey(order)?,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(BLOCKED_WAIT),
         }
@@ -454,6 +464,7 @@ impl EngineLoop {
                 }
             }
         }
+        Ok(())
     }
 
     fn fail(&mut self, run: &[(usize, usize)], why: &str) {

@@ -100,6 +100,7 @@ impl DecodeService {
         let landed = landed.map_err(error::landing)?;
         let blocks = landed.hold.take(BlockState::Running);
         drop(reserved);
+        let arrived = blocks.iter().map(Block::id).collect();
         let commit = v1::Commit::decode(landed.payload)
             .map_err(|e| Status::data_loss(format!("the commit is unreadable: {e}")))?;
         let block_tokens = self.limits.layout.block_tokens;
@@ -125,7 +126,7 @@ impl DecodeService {
                 (table, cargo.shared * block_tokens, Start::Moved(choices))
             }
         };
-        self.submit(Submission { request, events, blocks, computed, start, hold })
+        self.submit(Submission { request, events, blocks, arrived, computed, start, hold })
     }
 
     fn check_first(&self, request: &Request, first: &[v1::SampledToken]) -> Result<(), Status> {

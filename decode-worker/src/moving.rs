@@ -140,7 +140,7 @@ fn queue_all(kv: &dyn KvMemory, queue: &CellQueue, cells: &[(u32, u32)]) -> Resu
         let cell = |&(index, src_slot): &(u32, u32)| Cell {
             index,
             src_slot,
-            checksum: kv.checksum(layer, src_slot),
+            checksum: kv.source_checksum(layer, src_slot),
         };
         queue.send(u32::try_from(layer).unwrap_or(u32::MAX), cells.iter().map(cell).collect())?;
     }

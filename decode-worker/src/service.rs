@@ -84,7 +84,16 @@ impl DecodeService {
         if cargo.is_none() && uncached <= call.local_prefill_max_tokens as usize {
             self.announce(&events, bytes::Bytes::new(), cached_blocks);
             let computed = cached_blocks * block_tokens;
-            self.submit(Submission { request, events, blocks: cached, computed, start: Start::Local, hold })?;
+            let arrived = Vec::new();
+            self.submit(Submission {
+                request,
+                events,
+                blocks: cached,
+                arrived,
+                computed,
+                start: Start::Local,
+                hold,
+            })?;
         } else {
             let waiting = self.reserve(request, events, cached, cargo, hold)?;
             self.announce(&waiting.events, waiting.ticket(), cached_blocks);

@@ -102,7 +102,7 @@ impl Job {
             .map(|at| Cell {
                 index: (at - self.first_block) as u32,
                 src_slot: self.progress.table[at],
-                checksum: kv.checksum(layer, self.progress.table[at]),
+                checksum: kv.source_checksum(layer, self.progress.table[at]),
             })
             .collect();
         if !cells.is_empty() {

@@ -50,6 +50,12 @@ pub struct Chunk {
 
 /// Runs one step, greedy, to its end.
 pub fn step(engine: &mut dyn Engine, chunks: &[Chunk]) -> Result<()> {
+    with_batch(chunks, |batch| engine.forward(batch, &mut |_| {}))?;
+    Ok(())
+}
+
+/// Calls `run` with the chunks as a batch.
+pub fn with_batch<T>(chunks: &[Chunk], run: impl FnOnce(&Batch<'_>) -> T) -> T {
     let params = SamplingParams::default();
     let draw = [SampleRequest { params: &params, prompt: &[], output: &[], banned: &[], choice: 0 }];
     let segments = chunks.iter().map(|chunk| Segment {
@@ -58,8 +64,7 @@ pub fn step(engine: &mut dyn Engine, chunks: &[Chunk]) -> Result<()> {
         blocks: &chunk.blocks,
         samples: if chunk.draws { &draw } else { &[] },
     });
-    engine.forward(&Batch { segments: segments.collect() }, &mut |_| {})?;
-    Ok(())
+    run(&Batch { segments: segments.collect() })
 }
 
 /// Times `runs` runs of these steps in a row after one that is not counted.

@@ -1,11 +1,13 @@
 //! `tandem bench engine`: how fast steps are, beside what the device allows.
 
 mod measure;
+mod profile;
 mod report;
 mod roofline;
 pub mod shapes;
 mod tables;
 
+pub use profile::{PartRow, Profile, trace};
 pub use report::{Report, Row, Table};
 pub use roofline::{Ceilings, Work};
 
@@ -50,6 +52,8 @@ pub struct Settings {
     pub context: usize,
     /// What computes.
     pub device: Device,
+    /// Also say where the time of a prefill and of two decode steps goes.
+    pub profile: bool,
 }
 
 /// Where.
@@ -132,9 +136,13 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
         ceilings,
         start_seconds,
         tables: Vec::new(),
+        profiles: Vec::new(),
     };
     for &kind in &settings.kinds {
         report.tables.push(tables::measure(kind, settings, &mut measured, &ceilings, progress)?);
+    }
+    if settings.profile {
+        report.profiles = profile::measure(settings, &mut measured, progress)?;
     }
     Ok(report)
 }

@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::Ceilings;
 use super::measure::Times;
+use super::{Ceilings, Profile};
 
 /// Everything of one run.
 #[derive(Debug, Serialize)]
@@ -20,6 +20,8 @@ pub struct Report {
     pub start_seconds: f64,
     /// One per kind of measurement.
     pub tables: Vec<Table>,
+    /// Where the time of some steps goes.
+    pub profiles: Vec<Profile>,
 }
 
 /// Rows of one kind.
@@ -56,7 +58,8 @@ impl fmt::Display for Report {
             let (tera_flops, tera_bytes) = (flops_per_second / 1e12, bytes_per_second / 1e12);
             writeln!(f, "ceilings: {tera_flops:.0} TFLOP/s (bf16 8192³), {tera_bytes:.2} TB/s (read)")?;
         }
-        self.tables.iter().try_for_each(|table| write!(f, "\n{table}"))
+        self.tables.iter().try_for_each(|table| write!(f, "\n{table}"))?;
+        self.profiles.iter().try_for_each(|profile| write!(f, "\n{profile}"))
     }
 }
 

@@ -62,7 +62,7 @@ impl Graphs {
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives; capture ends below whatever happens.
         unsafe { result::stream::begin_capture(stream.raw, mode) }.map_err(failed("capturing a step"))?;
-        let queued = Step { fixed, gemms, stream, plan: &plan, layer_events: None }.queue();
+        let queued = Step { fixed, gemms, stream, plan: &plan, layer_events: None, profile: None }.queue();
         // SAFETY: begun above.
         let template = unsafe { result::stream::end_capture(stream.raw) }.map_err(failed("capturing a step"));
         queued?;

@@ -13,6 +13,7 @@ mod libraries;
 mod network;
 mod plan;
 mod pool;
+mod profile;
 mod step;
 mod tensor_map;
 
@@ -27,6 +28,8 @@ use self::kernels::Kernels;
 use self::network::{Loader, Network, Origin};
 use self::plan::{List, Plan};
 use self::pool::DevicePool;
+use self::profile::Profile;
+pub use self::profile::{Part, Span};
 use self::step::{Capacity, Fixed, Step};
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
 use crate::sampling::{self, sample};
@@ -215,6 +218,14 @@ impl CudaEngine {
         self.options.graphs = on;
     }
 
+    /// Runs a step without graphs and says where its time went.
+    pub fn profile(&mut self, batch: &Batch<'_>) -> Result<Vec<Span>, EngineError> {
+        let mut profile = Profile::default();
+        self.queue(batch, false, Some(&mut profile))?;
+        self.stream.synchronize()?;
+        profile.spans()
+    }
+
     /// What the device reaches: bf16 products and reads.
     pub fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
         self.fixed.device.enter()?;
@@ -232,7 +243,12 @@ impl CudaEngine {
     }
 
     /// Queues a step: what comes out lies in the buffers when the stream has passed it.
-    fn queue(&mut self, batch: &Batch<'_>, all_logits: bool) -> Result<Plan, EngineError> {
+    fn queue(
+        &mut self,
+        batch: &Batch<'_>,
+        all_logits: bool,
+        profile: Option<&mut Profile>,
+    ) -> Result<Plan, EngineError> {
         self.fixed.device.enter()?;
         batch.validate(self.fixed.pool.layout(), &self.info)?;
         let (tokens, segments) = (batch.tokens(), batch.segments.len());
@@ -243,7 +259,7 @@ impl CudaEngine {
             )));
         }
         let single = |s: &crate::Segment<'_>| s.tokens.len() == 1 && (all_logits || !s.samples.is_empty());
-        let graph = self.options.graphs && batch.segments.iter().all(single);
+        let graph = self.options.graphs && profile.is_none() && batch.segments.iter().all(single);
         let size = if graph { self.graphs.size_for(tokens) } else { None };
         let layout = *self.fixed.pool.layout();
         let mut plan = Plan::new(batch, &layout, self.fixed.tiling(), size.unwrap_or(0), all_logits);
@@ -259,7 +275,7 @@ impl CudaEngine {
             None => {
                 let layer_events = (self.options.publish).then_some(&self.layer_events[..]);
                 let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
-                Step { fixed, gemms, stream, plan: &plan, layer_events }.queue()?;
+                Step { fixed, gemms, stream, plan: &plan, layer_events, profile }.queue()?;
             }
         }
         if self.options.publish {
@@ -335,7 +351,7 @@ impl Engine for CudaEngine {
         batch: &Batch<'_>,
         on_layer: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<Sampled>>, EngineError> {
-        let plan = self.queue(batch, false)?;
+        let plan = self.queue(batch, false, None)?;
         let wanted = plan.wanted.len();
         self.stream
             .download(&mut self.tokens.as_mut_slice::<i32>()[..wanted], self.fixed.buffers.tokens.at)?;
@@ -363,7 +379,7 @@ impl Engine for CudaEngine {
     }
 
     fn forward_logits(&mut self, batch: &Batch<'_>) -> Result<Vec<Vec<f32>>, EngineError> {
-        let plan = self.queue(batch, true)?;
+        let plan = self.queue(batch, true, None)?;
         self.fetch_logits(0..plan.wanted.len())
     }
 

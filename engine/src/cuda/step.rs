@@ -10,6 +10,7 @@ use super::kernels::{FastAttention, Kernels};
 use super::network::{Layer, Linear, Network};
 use super::plan::{List, Plan, Tiling};
 use super::pool::DevicePool;
+use super::profile::{Part, Profile};
 use super::{Attention, tensor_map};
 use crate::model::ModelConfig;
 use crate::{EngineError, KvLayout, KvMemory};
@@ -226,31 +227,48 @@ pub(super) struct Step<'a> {
     pub(super) plan: &'a Plan,
     /// Recorded when the KV of the layer is in the pool.
     pub(super) layer_events: Option<&'a [Event]>,
+    /// Notes when each part begins.
+    pub(super) profile: Option<&'a mut Profile>,
 }
 
 impl Step<'_> {
+    fn mark(&mut self, part: Part) -> Result<(), EngineError> {
+        match &mut self.profile {
+            Some(profile) => profile.mark(self.stream, part),
+            None => Ok(()),
+        }
+    }
+
     /// Everything up to the logits and the greedy tokens of the wanted rows.
     pub(super) fn queue(&mut self) -> Result<(), EngineError> {
         let fixed = self.fixed;
         let (rows, buffers) = (self.plan.rows, &fixed.buffers);
-        self.rows_kernel_embed()?;
+        self.mark(Part::Embed)?;
+        self.embed()?;
         for (index, layer) in fixed.network.layers.iter().enumerate() {
+            self.mark(Part::Norm)?;
             self.norm(buffers.normed.at, buffers.x.at, layer.attention_norm.at, rows)?;
+            self.mark(Part::Qkv)?;
             self.linear(&layer.qkv, buffers.normed.at, buffers.qkv.at, rows, false, false)?;
+            self.mark(Part::Rotate)?;
             self.rotate_and_store(index, layer)?;
             if let Some(events) = self.layer_events {
                 events[index].record(self.stream)?;
             }
             if index + 1 < fixed.network.layers.len() {
+                self.mark(Part::Attention)?;
                 self.attend(index)?;
+                self.mark(Part::Output)?;
                 self.linear(&layer.o, buffers.attended.at, buffers.x.at, rows, true, false)?;
                 self.mlp(layer, buffers.x.at, rows)?;
             } else if !self.plan.wanted.is_empty() {
+                self.mark(Part::Attention)?;
                 self.attend(index)?;
+                self.mark(Part::Output)?;
                 self.last(layer)?;
             }
         }
-        Ok(())
+        self.mark(Part::End)
     }
 
     /// The last layer's rest and the head, for the wanted rows only.
@@ -267,8 +285,11 @@ impl Step<'_> {
         }
         self.linear(&layer.o, attended, x, rows, true, false)?;
         self.mlp(layer, x, rows)?;
+        self.mark(Part::Norm)?;
         self.norm(buffers.normed.at, x, fixed.network.norm.at, rows)?;
+        self.mark(Part::Head)?;
         self.linear(&fixed.network.head, buffers.normed.at, buffers.logits.at, rows, false, true)?;
+        self.mark(Part::Draw)?;
         let (out, logits, columns) = (buffers.tokens.at, buffers.logits.at, config.vocab as i32);
         let grid = Grid::new((rows, 1, 1), 1024);
         fixed.kernels.argmax.launch(self.stream, grid, args![out, logits, columns])
@@ -278,7 +299,7 @@ impl Step<'_> {
         self.fixed.buffers.inputs.at + 4 * self.plan.start(list) as u64
     }
 
-    fn rows_kernel_embed(&self) -> Result<(), EngineError> {
+    fn embed(&self) -> Result<(), EngineError> {
         let (x, table) = (self.fixed.buffers.x.at, self.fixed.network.embedding.product(0, 0).weights);
         let (tokens, width) = (self.list(List::Tokens), (self.fixed.config.hidden / 8) as i32);
         let grid = Grid::new((self.plan.rows, 1, 1), 128);
@@ -315,11 +336,15 @@ impl Step<'_> {
     fn mlp(&mut self, layer: &Layer, x: u64, rows: usize) -> Result<(), EngineError> {
         let fixed = self.fixed;
         let buffers = &fixed.buffers;
+        self.mark(Part::Norm)?;
         self.norm(buffers.normed.at, x, layer.mlp_norm.at, rows)?;
+        self.mark(Part::GateUp)?;
         self.linear(&layer.gate_up, buffers.normed.at, buffers.gate_up.at, rows, false, false)?;
+        self.mark(Part::Swiglu)?;
         let (out, gate_up, width) = (buffers.gated.at, buffers.gate_up.at, (fixed.config.ffn / 8) as i32);
         let grid = Grid::new(((fixed.config.ffn / 8).div_ceil(256), rows, 1), 256);
         fixed.kernels.swiglu.launch(self.stream, grid, args![out, gate_up, width])?;
+        self.mark(Part::Down)?;
         self.linear(&layer.down, out, x, rows, true, false)
     }
 
