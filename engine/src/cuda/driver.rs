@@ -195,9 +195,12 @@ impl Memory {
                 device.name
             ))
         })?;
+        let memory = Self { at, bytes, device: Arc::clone(device) };
         // SAFETY: `bytes` bytes were allocated.
         unsafe { result::memset_d8_sync(at, 0, bytes) }.map_err(failed("clearing memory"))?;
-        Ok(Self { at, bytes, device: Arc::clone(device) })
+        // Despite its name it only queues, on the default stream, for which ours do not wait.
+        result::ctx::synchronize().map_err(failed("clearing memory"))?;
+        Ok(memory)
     }
 }
 
