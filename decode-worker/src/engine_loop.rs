@@ -464,7 +464,6 @@ impl EngineLoop {
                 }
             }
         }
-        Ok(())
     }
 
     fn fail(&mut self, run: &[(usize, usize)], why: &str) {
