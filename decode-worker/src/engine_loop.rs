@@ -1,6 +1,6 @@
 //! The thread that owns the engine: admits, plans, runs a step, hands tokens out. No async here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -182,7 +182,7 @@ impl EngineLoop {
             Order::Run(submission) => self.admit(submission)?,
             Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt)?)),
             Order::Stop { group, known, reply } => {
-                let stopped = self.stop(group, &known);
+                let stopped = self.stop(group, &known)?;
                 let stands = stopped.is_some();
                 if reply.send(stopped).is_err() && stands {
                     self.set_stopped(group, false);
@@ -206,19 +206,24 @@ impl EngineLoop {
         let Some(group) = group else { return Ok(None) };
         let ours = self.choices.iter().filter(|c| c.group == group && !c.is_stem());
         let choices: Vec<_> = ours.map(|c| (c.index, c.full_blocks(&self.layout).to_vec())).collect();
-        let mut ids: Vec<u32> = choices.iter().flat_map(|(_, blocks)| blocks.iter().map(Block::id)).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        self.engine.publish_blocks(&ids)?;
-        Ok(Some(Portrait { group, choices }))
+        self.publish(Portrait { group, choices }).map(Some)
     }
 
-    fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Option<Stopped> {
+    /// Makes what a portrait shows readable for the transport.
+    fn publish(&mut self, portrait: Portrait) -> Result<Portrait, EngineError> {
+        let blocks = portrait.choices.iter().flat_map(|(_, blocks)| blocks.iter().map(Block::id));
+        // Choices share blocks.
+        let ids: BTreeSet<u32> = blocks.collect();
+        self.engine.publish_blocks(&ids.into_iter().collect::<Vec<_>>())?;
+        Ok(portrait)
+    }
+
+    fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Result<Option<Stopped>, EngineError> {
         let mut since = Vec::new();
         let mut choices = Vec::new();
         for (index, known) in known {
-            let choice =
-                self.choices.iter().find(|c| c.group == group && c.index == *index && !c.is_stem())?;
+            let ours = |c: &&Choice| c.group == group && c.index == *index && !c.is_stem();
+            let Some(choice) = self.choices.iter().find(ours) else { return Ok(None) };
             for (position, token_id) in choice.output().iter().enumerate().skip(*known) {
                 let position = u32::try_from(position).unwrap_or(u32::MAX);
                 since.push(v1::SampledToken { choice: *index, token_id: *token_id, logprob: None, position });
@@ -226,7 +231,8 @@ impl EngineLoop {
             choices.push((*index, choice.used_blocks(&self.layout).to_vec()));
         }
         self.set_stopped(group, true);
-        Some((since, Portrait { group, choices }))
+        let portrait = self.publish(Portrait { group, choices })?;
+        Ok(Some((since, portrait)))
     }
 
     fn set_stopped(&mut self, group: u64, stopped: bool) {
