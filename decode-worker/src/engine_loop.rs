@@ -1,6 +1,6 @@
 //! The thread that owns the engine: admits, plans, runs a step, hands tokens out. No async here.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -19,9 +19,13 @@ use worker::{Request, attempts::Running};
 use crate::choice::Choice;
 use crate::metrics::LoopMetrics;
 use crate::scheduler::{self, Rules};
+use crate::seal::Seal;
 
 /// How long to wait for blocks when every choice is blocked on ones that landings hold.
 const BLOCKED_WAIT: Duration = Duration::from_millis(5);
+
+/// Landed KV that is compared between two steps, at most: a few milliseconds' worth.
+const UNSEAL_BYTES: usize = 32 << 20;
 
 /// Where a request's events go. Closed by the client: the request is cancelled.
 pub(crate) type Events = mpsc::UnboundedSender<Result<v1::DecodeEvent, Status>>;
@@ -35,8 +39,12 @@ pub(crate) struct Submission {
     /// Blocks that a transport wrote, into the pool's host side.
     pub arrived: Vec<u32>,
     pub computed: usize,
+    /// How many of the blocks were here before anything landed.
+    pub cached: usize,
     /// How it begins.
     pub start: Start,
+    /// What guards its landed blocks.
+    pub seal: Option<Seal>,
     /// Held until the request ends.
     pub hold: Hold,
 }
@@ -49,6 +57,40 @@ pub(crate) enum Start {
     Landed(Vec<v1::SampledToken>),
     /// It ran elsewhere: by open choice, the blocks beyond the shared ones and the tokens drawn meanwhile.
     Moved(Vec<(Vec<Block>, Vec<u32>)>),
+}
+
+impl Submission {
+    /// Gives up what landed damaged, and what stands on it: it is computed here again. Draws are a function, so
+    /// tokens that the client has already come once more, and equal. `bad` counts landed blocks in their order.
+    fn without(&mut self, bad: &[usize], block_tokens: usize) {
+        let good = |from: usize, blocks: usize| {
+            let first = bad.iter().filter(|at| (from..from + blocks).contains(*at)).min();
+            first.map_or(blocks, |at| at - from)
+        };
+        let landed = self.blocks.len() - self.cached;
+        let kept = good(0, landed);
+        self.blocks.truncate(self.cached + kept);
+        self.computed = self.computed.min(self.blocks.len() * block_tokens);
+        match &mut self.start {
+            Start::Landed(_) if kept < landed => self.start = Start::Local,
+            Start::Local | Start::Landed(_) => {}
+            Start::Moved(choices) => {
+                let mut from = landed;
+                for (own, _) in choices {
+                    let blocks = own.len();
+                    own.truncate(if kept < landed { 0 } else { good(from, blocks) });
+                    from += blocks;
+                }
+            }
+        }
+        let own = match &self.start {
+            Start::Moved(choices) => choices.as_slice(),
+            Start::Local | Start::Landed(_) => &[],
+        };
+        let kept = self.blocks.iter().chain(own.iter().flat_map(|(own, _)| own)).map(Block::id);
+        let kept: BTreeSet<u32> = kept.collect();
+        self.arrived.retain(|id| kept.contains(id));
+    }
 }
 
 /// What the loop is told. Moves are described in [`crate::moving`].
@@ -119,6 +161,8 @@ pub(crate) struct EngineLoop {
     pub inbox: Receiver<Order>,
     pub load: Arc<watch::Sender<Load>>,
     layout: KvLayout,
+    /// Landed, and not yet compared with what was sent.
+    sealed: VecDeque<(Submission, Seal)>,
     choices: Vec<Choice>,
     groups: HashMap<u64, Group>,
     next_group: u64,
@@ -145,6 +189,7 @@ impl EngineLoop {
             inbox,
             load,
             layout,
+            sealed: VecDeque::new(),
             choices: Vec::new(),
             groups: HashMap::new(),
             next_group: 0,
@@ -157,7 +202,7 @@ impl EngineLoop {
     /// Runs until every sender of submissions is gone and the last request has ended.
     pub fn run(mut self) -> Result<(), EngineError> {
         loop {
-            if self.choices.is_empty() {
+            if self.choices.is_empty() && self.sealed.is_empty() {
                 self.publish_load();
                 self.progress.idle();
                 match self.inbox.recv() {
@@ -170,6 +215,7 @@ impl EngineLoop {
                 self.obey(order)?;
             }
             self.drop_abandoned();
+            self.unseal()?;
             self.ask_to_leave();
             self.step()?;
             debug_assert_eq!(self.pool.check(), Ok(()));
@@ -179,7 +225,10 @@ impl EngineLoop {
 
     fn obey(&mut self, order: Order) -> Result<(), EngineError> {
         match order {
-            Order::Run(submission) => self.admit(submission)?,
+            Order::Run(mut submission) => match submission.seal.take() {
+                Some(seal) => self.sealed.push_back((submission, seal)),
+                None => self.admit(submission)?,
+            },
             Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt)?)),
             Order::Stop { group, known, reply } => {
                 let stopped = self.stop(group, &known)?;
@@ -196,6 +245,38 @@ impl EngineLoop {
                 }
                 self.drop_abandoned();
             }
+        }
+        Ok(())
+    }
+
+    /// Compares a bounded piece of what landed; what is whole begins to run.
+    fn unseal(&mut self) -> Result<(), EngineError> {
+        let began = Instant::now();
+        let kv = self.engine.kv();
+        let mut left = (UNSEAL_BYTES / self.layout.block_bytes().max(1)).max(1);
+        let mut cells = 0;
+        while let Some((submission, seal)) = self.sealed.front_mut() {
+            let is_wanted = submission.hold.attempt.must_end().is_none() && !submission.events.is_closed();
+            let done = if is_wanted { seal.check(kv.as_ref(), left) } else { 0 };
+            left -= done;
+            cells += done;
+            if is_wanted && !seal.is_checked() {
+                break;
+            }
+            let Some((mut submission, seal)) = self.sealed.pop_front() else { break };
+            if !is_wanted {
+                continue;
+            }
+            if !seal.bad().is_empty() {
+                tracing::error!(request = %submission.request.id, blocks = seal.bad().len(),
+                    "landed KV changed in the pool before its first step; computing it again");
+                self.metrics.corrupt_blocks.increment(seal.bad().len() as u64);
+                submission.without(seal.bad(), self.layout.block_tokens);
+            }
+            self.admit(submission)?;
+        }
+        if cells > 0 {
+            self.metrics.verified(cells * self.layout.block_bytes(), began.elapsed());
         }
         Ok(())
     }
@@ -259,7 +340,7 @@ impl EngineLoop {
     }
 
     fn admit(&mut self, submission: Submission) -> Result<(), EngineError> {
-        let Submission { request, events, blocks, arrived, computed, start, hold } = submission;
+        let Submission { request, events, blocks, arrived, computed, start, hold, .. } = submission;
         self.engine.load_blocks(&arrived)?;
         let group = self.next_group;
         self.next_group += 1;
@@ -484,12 +565,12 @@ impl EngineLoop {
 
     fn load_now(&self) -> Load {
         let pending = |c: &Choice| c.view().pending;
-        let waiting = self.choices.iter().filter(|c| pending(c) > 1).count();
+        let waiting = self.sealed.len() + self.choices.iter().filter(|c| pending(c) > 1).count();
         let queued: usize = self.choices.iter().map(pending).filter(|p| *p > 1).sum();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Load {
             queued_tokens: queued as u64,
-            running: count(self.choices.len() - waiting),
+            running: count(self.sealed.len() + self.choices.len() - waiting),
             waiting: count(waiting),
             free_blocks: count(self.pool.available()),
             tokens_per_second: self.rate.tokens_per_second(),

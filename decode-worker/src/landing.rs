@@ -14,6 +14,7 @@ use worker::{Request, serve};
 use crate::cargo::{self, Cargo};
 use crate::engine_loop::{Events, Hold, Start, Submission};
 use crate::error;
+use crate::seal::Seal;
 use crate::service::DecodeService;
 
 /// A request that waits for its KV.
@@ -101,6 +102,8 @@ impl DecodeService {
         let blocks = landed.hold.take(BlockState::Running);
         drop(reserved);
         let arrived = blocks.iter().map(Block::id).collect();
+        let seal = Some(Seal::new(&blocks, landed.checksums));
+        let held = cached.len();
         let commit = v1::Commit::decode(landed.payload)
             .map_err(|e| Status::data_loss(format!("the commit is unreadable: {e}")))?;
         let block_tokens = self.limits.layout.block_tokens;
@@ -126,7 +129,8 @@ impl DecodeService {
                 (table, cargo.shared * block_tokens, Start::Moved(choices))
             }
         };
-        self.submit(Submission { request, events, blocks, arrived, computed, start, hold })
+        let cached = held;
+        self.submit(Submission { request, events, blocks, arrived, computed, cached, start, seal, hold })
     }
 
     fn check_first(&self, request: &Request, first: &[v1::SampledToken]) -> Result<(), Status> {

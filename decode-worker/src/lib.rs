@@ -10,6 +10,7 @@ mod landing;
 mod metrics;
 mod moving;
 pub mod scheduler;
+mod seal;
 mod service;
 
 use std::sync::Arc;

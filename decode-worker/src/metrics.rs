@@ -1,7 +1,9 @@
 //! What a decode worker counts. The table for operators is docs/METRICS.md, kept true by a test.
 
+use std::time::Duration;
+
 use kv_transport::{LandingEnd, Receiver};
-use telemetry::{Counter, Metrics};
+use telemetry::{Counter, Histogram, Metrics};
 
 /// Counted by the engine's loop.
 #[derive(Clone)]
@@ -9,6 +11,9 @@ pub(crate) struct LoopMetrics {
     pub steps: worker::metrics::Steps,
     pub preemptions: Counter,
     pub local_prefills: Counter,
+    pub corrupt_blocks: Counter,
+    verified_bytes: Counter,
+    verify_seconds: Histogram,
 }
 
 impl LoopMetrics {
@@ -19,9 +24,27 @@ impl LoopMetrics {
                 "tandem_preemptions_total",
                 "Choices that gave their blocks back and are computed again.",
             ),
+            corrupt_blocks: m.counter(
+                "tandem_kv_corrupt_blocks_total",
+                "Landed blocks that changed in the pool before their first step, and were computed again.",
+            ),
+            verified_bytes: m.counter(
+                "tandem_kv_verified_bytes_total",
+                "Landed KV bytes compared with their checksums once more before the first step.",
+            ),
+            verify_seconds: m
+                .seconds("tandem_kv_verify_duration_seconds", "How long one piece of that comparison takes."),
             local_prefills: m
                 .counter("tandem_local_prefills_total", "Prompts prefilled on this decode worker."),
         }
+    }
+}
+
+impl LoopMetrics {
+    /// So many landed bytes were compared in that time.
+    pub fn verified(&self, bytes: usize, took: Duration) {
+        self.verified_bytes.increment(bytes as u64);
+        self.verify_seconds.record(took.as_secs_f64());
     }
 }
 

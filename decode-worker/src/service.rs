@@ -84,14 +84,15 @@ impl DecodeService {
         if cargo.is_none() && uncached <= call.local_prefill_max_tokens as usize {
             self.announce(&events, bytes::Bytes::new(), cached_blocks);
             let computed = cached_blocks * block_tokens;
-            let arrived = Vec::new();
             self.submit(Submission {
                 request,
                 events,
                 blocks: cached,
-                arrived,
+                arrived: Vec::new(),
                 computed,
+                cached: cached_blocks,
                 start: Start::Local,
+                seal: None,
                 hold,
             })?;
         } else {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use tokio::io::Interest;
 use tokio::time::Instant;
 
-use crate::landing_shared::LandingShared;
+use crate::landing_shared::{Checked, LandingShared};
 use crate::landing_state::{Claim, LandingPhase, Settled};
 use crate::serve::{Close, Connection};
 use crate::socket::attempt;
@@ -179,7 +179,8 @@ impl Connection {
             if cursor.done < plan.cell_bytes {
                 break;
             }
-            checked.push((cursor.at, cell.cell, cursor.sum == cell.checksum));
+            let good = cursor.sum == cell.checksum;
+            checked.push(Checked { at: cursor.at, cell: cell.cell, checksum: cell.checksum, good });
             *cursor = Cursor { at: cursor.at + 1, ..Cursor::default() };
         }
         let mut failures = 0;

@@ -26,6 +26,9 @@ pub struct Landed<H> {
     pub transport: &'static str,
     /// Cells that had to be sent again.
     pub refetched: u64,
+    /// The producer's checksum of every cell, plane after plane, in the order of the slots: for whoever wants to
+    /// look again later.
+    pub checksums: Vec<u32>,
 }
 
 /// A reservation and, later, what arrives in it. Dropping it revokes it.
@@ -65,6 +68,7 @@ impl<H: Send + 'static> Landing<H> {
                         cells,
                         transport: TRANSPORT,
                         refetched,
+                        checksums: parts.checksums,
                     });
                 }
             };

@@ -35,6 +35,18 @@ pub(crate) struct Parts {
     pub(crate) hold: Box<dyn Any + Send>,
     pub(crate) payload: Bytes,
     pub(crate) refetched: u64,
+    pub(crate) checksums: Vec<u32>,
+}
+
+/// A cell whose bytes are all there.
+pub(crate) struct Checked {
+    /// Its place in the frame.
+    pub(crate) at: usize,
+    pub(crate) cell: usize,
+    /// What the producer says.
+    pub(crate) checksum: u32,
+    /// Whether what is in memory agrees.
+    pub(crate) good: bool,
 }
 
 pub(crate) struct LandingShared {
@@ -69,6 +81,8 @@ struct Inner {
     reason: String,
     sender: Option<Identity>,
     progress: Instant,
+    /// By cell, once it is verified.
+    checksums: Vec<u32>,
     connections: Vec<mpsc::Sender<Notice>>,
 }
 
@@ -99,6 +113,7 @@ impl LandingShared {
             reason: String::new(),
             sender: None,
             progress: Instant::now(),
+            checksums: vec![0; facts.cells],
             connections: Vec::new(),
         };
         Self { facts, receiver, inner: Mutex::new(inner), changed: Notify::new() }
@@ -176,7 +191,8 @@ impl LandingShared {
             LandingPhase::Committed => match inner.hold.take() {
                 Some(hold) => {
                     let payload = inner.payload.take().unwrap_or_default();
-                    Poll::Done(Parts { hold, payload, refetched: inner.state.refetched() })
+                    let checksums = std::mem::take(&mut inner.checksums);
+                    Poll::Done(Parts { hold, payload, refetched: inner.state.refetched(), checksums })
                 }
                 None => Poll::Failed(LandingError::Revoked),
             },
@@ -279,20 +295,21 @@ pub(crate) struct Write<'a> {
 
 impl Write<'_> {
     /// Ends the write after `bytes` bytes; settles the cells they completed.
-    pub(crate) fn finish(
-        self,
-        bytes: usize,
-        checked: &[(usize, usize, bool)],
-        mut settled: impl FnMut(usize, Settled),
-    ) {
+    pub(crate) fn finish(self, bytes: usize, checked: &[Checked], mut settled: impl FnMut(usize, Settled)) {
         let landing = self.landing;
         std::mem::forget(self);
         landing.update(|inner| {
             if bytes > 0 {
                 inner.progress = Instant::now();
             }
-            for (at, cell, good) in checked {
-                settled(*at, inner.state.settle(*cell, *good));
+            for Checked { at, cell, checksum, good } in checked {
+                let outcome = inner.state.settle(*cell, *good);
+                if outcome == Settled::Verified
+                    && let Some(kept) = inner.checksums.get_mut(*cell)
+                {
+                    *kept = *checksum;
+                }
+                settled(*at, outcome);
             }
             inner.state.write_ends();
         });

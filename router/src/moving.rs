@@ -110,7 +110,9 @@ impl Journey {
         let go = async move {
             let load = to.assign(0);
             let (reserved, tokens) = legs::reserve(&fleet, &to, sequence, KvFrom::Decode).await?;
-            legs::move_out(&old, id, running, reserved.ticket).await?;
+            let moved = legs::move_out(&old, id.clone(), running, reserved.ticket).await?;
+            tracing::info!(request = %id, from = %old.member.worker, to = %to.member.worker,
+                bytes = moved.kv.map_or(0, |kv| kv.bytes), stopped_ms = moved.stopped_ms, "moved");
             Ok(Decoding { worker: to, tokens, attempt, _load: load })
         };
         Some(go.boxed())
