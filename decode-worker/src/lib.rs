@@ -70,6 +70,8 @@ pub async fn run(
         worker::pool::grid(kv.as_ref()),
         ReceiverConfig {
             endpoints: vec![address.clone()],
+            // Every sequence that is let in may wait for a transfer: the bounds add up.
+            max_transfers: config.worker.max_sequences + config.worker.max_waiting,
             progress_timeout: config.worker.progress_timeout,
             ..ReceiverConfig::default()
         },

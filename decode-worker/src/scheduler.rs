@@ -3,7 +3,8 @@
 //! Continuous batching: every decoding choice gets its one token, then prompt tokens (local prefill,
 //! recomputation after a preemption) fill what is left of the step's token budget, oldest first. When
 //! a decoding choice needs a block and none is left, the youngest choice is preempted: it drops its
-//! blocks and later computes its tokens again. The oldest is never preempted, so the loop always ends.
+//! blocks and later computes its tokens again. When nothing at all could run, the oldest takes the blocks of the
+//! youngest. The oldest is never preempted, so it always comes to its end, and then the next is the oldest.
 
 /// One choice as the scheduler sees it. Views come in order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +84,28 @@ pub fn plan(views: &[View], rules: &Rules, available: usize) -> Plan {
         budget -= tokens;
         plan.run.push((index, tokens));
     }
+    if plan.run.is_empty() {
+        make_way(views, rules, available, &mut plan);
+    }
     plan
+}
+
+/// Half-computed prompts may hold what each other lacks: the oldest gets it.
+fn make_way(views: &[View], rules: &Rules, mut available: usize, plan: &mut Plan) {
+    let Some(oldest) = views.first() else { return };
+    let need = (oldest.computed + oldest.pending).div_ceil(rules.block_tokens).saturating_sub(oldest.held);
+    let gone = plan.preempt.clone();
+    for index in (1..views.len()).rev().filter(|i| views[*i].held > 0 && !gone.contains(i)) {
+        if need <= available {
+            break;
+        }
+        available += views[index].held;
+        plan.preempt.push(index);
+    }
+    let tokens = chunk(oldest, rules.step_tokens, rules.block_tokens);
+    if need <= available && tokens > 0 {
+        plan.run.push((0, tokens));
+    }
 }
 
 /// As much as the budget allows; a chunk that is not the last ends on a block's edge.
@@ -126,7 +148,73 @@ mod tests {
         assert_eq!(plan(&[prompt], &RULES, 7).run, [(0, 64)]);
     }
 
+    #[test]
+    fn half_computed_prompts_do_not_wait_for_each_other() {
+        let half = View { pending: 80, computed: 32, held: 2 };
+        assert_eq!(plan(&[half, half], &RULES, 3), Plan { run: vec![(0, 64)], preempt: vec![1] });
+    }
+
+    /// A sequence of a simulated worker.
+    #[derive(Debug, Clone)]
+    struct Sequence {
+        tokens: usize,
+        last: usize,
+        computed: usize,
+        held: usize,
+    }
+
+    /// Runs plans until all sequences have ended, as the engine's loop does; the number of steps.
+    fn run_to_the_end(mut sequences: Vec<Sequence>, blocks: usize, rules: &Rules) -> Result<usize, String> {
+        let work: usize = sequences.iter().map(|s| s.last).sum();
+        // Each preemption repeats work, but the oldest always advances.
+        let most = (work + 1) * (sequences.len() + 1);
+        for step in 0..=most {
+            if sequences.is_empty() {
+                return Ok(step);
+            }
+            let views: Vec<View> = sequences
+                .iter()
+                .map(|s| View { pending: s.tokens - s.computed, computed: s.computed, held: s.held })
+                .collect();
+            let held: usize = sequences.iter().map(|s| s.held).sum();
+            let plan = plan(&views, rules, blocks - held);
+            if plan.run.is_empty() {
+                return Err(format!("nothing runs: {sequences:?} in {blocks} blocks"));
+            }
+            for &victim in &plan.preempt {
+                (sequences[victim].computed, sequences[victim].held) = (0, 0);
+            }
+            for &(index, count) in &plan.run {
+                let s = &mut sequences[index];
+                s.computed += count;
+                s.held = s.held.max(s.computed.div_ceil(rules.block_tokens));
+                s.tokens += usize::from(s.computed == s.tokens);
+            }
+            if sequences.iter().map(|s| s.held).sum::<usize>() > blocks {
+                return Err(format!("more blocks than there are: {sequences:?}"));
+            }
+            sequences.retain(|s| s.tokens <= s.last);
+        }
+        Err(format!("no end after {most} steps: {sequences:?}"))
+    }
+
     proptest! {
+        /// Any load of sequences that each fit the pool comes to its end, however little room there is.
+        #[test]
+        fn never_stands_still(
+            raw in proptest::collection::vec((1usize..200, 1usize..60), 1..10),
+            spare in 0usize..12,
+            step_tokens in 16usize..100,
+        ) {
+            let rules = Rules { step_tokens, ..RULES };
+            let sequences: Vec<Sequence> = raw.iter()
+                .map(|&(prompt, output)| Sequence { tokens: prompt, last: prompt + output, computed: 0, held: 0 })
+                .collect();
+            let largest = raw.iter().map(|(p, o)| (p + o).div_ceil(16)).max().unwrap_or(1);
+            let ended = run_to_the_end(sequences, largest + spare, &rules);
+            prop_assert!(ended.is_ok(), "{}", ended.unwrap_err());
+        }
+
         #[test]
         fn bounds_hold(
             raw in proptest::collection::vec((1usize..80, 0usize..200, any::<bool>()), 0..20),

@@ -8,7 +8,7 @@ use proto::v1;
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
-use crate::admission::{Admission, Turned};
+use crate::admission::{Admission, Claim, Turned};
 use crate::attempt::{Lost, is_dead};
 use crate::fleet::{Chains, Fleet};
 use crate::losses::{self, Losses};
@@ -19,7 +19,9 @@ use crate::request::Prepared;
 use crate::text::model::TextModel;
 use crate::timeline::{Timeline, millis};
 
+/// Full workers are asked again after this, then after twice as long, up to sixteen times.
 const SHED_PAUSE: Duration = Duration::from_millis(20);
+const MAX_SHED_PAUSE: Duration = Duration::from_millis(320);
 
 /// What every journey of this router shares.
 pub struct Shared {
@@ -46,6 +48,7 @@ pub type Out = mpsc::Sender<Result<v1::GenerateResponse, Status>>;
 pub struct Journey {
     pub(crate) shared: Arc<Shared>,
     pub(crate) prepared: Prepared,
+    claim: Claim,
     deadline: Option<Instant>,
     pub(crate) out: Out,
     pub(crate) relay: Relay,
@@ -61,14 +64,19 @@ impl Journey {
     pub fn new(
         shared: Arc<Shared>,
         prepared: Prepared,
+        client_key: &str,
         deadline: Option<Instant>,
         timeline: Timeline,
         out: Out,
     ) -> Self {
         let relay = Relay::new(&prepared);
+        let sequence = &prepared.sequence;
+        let tokens = sequence.prompt.len() + sequence.max_tokens as usize * sequence.n as usize;
+        let claim = Claim::new(client_key, tokens);
         Self {
             shared,
             prepared,
+            claim,
             deadline,
             out,
             relay,
@@ -109,16 +117,14 @@ impl Journey {
     async fn attempts(&mut self) -> Result<(), Status> {
         let entered = Instant::now();
         let shared = Arc::clone(&self.shared);
-        let _place = shared.admission.enter(shared.queue_patience).await.map_err(|turned| {
-            match turned {
-                Turned::QueueFull => shared.metrics.shed.of("queue_full").increment(1),
-                Turned::Timeout => shared.metrics.shed.of("queue_timeout").increment(1),
-                Turned::Stopping => {}
-            }
+        let _place = shared.admission.enter(self.claim, shared.queue_patience).await.map_err(|turned| {
+            let why = if turned == Turned::QueueFull { "queue_full" } else { "queue_timeout" };
+            shared.metrics.shed.of(why).increment(1);
             turned.status()
         })?;
         // Since when it has been looking for room or for a worker, without a break.
         let mut looking = entered;
+        let mut shed_pause = SHED_PAUSE;
         loop {
             if !self.timeline.has_token() {
                 self.timeline.known.queue_ms = millis(entered.elapsed());
@@ -129,13 +135,15 @@ impl Journey {
             let Err(lost) = self.attempt().await else { return Ok(()) };
             if self.relay.sent() > sent {
                 looking = Instant::now();
+                shed_pause = SHED_PAUSE;
             }
             let has_time = looking.elapsed() < shared.queue_patience;
             let pause = match lost.status.code() {
                 // Every worker is full, or, for a request that has lost one, gone: wait up to the queue's patience.
                 Code::ResourceExhausted if has_time => {
                     shared.metrics.lost(&lost.status, false);
-                    Some(SHED_PAUSE)
+                    shed_pause = (shed_pause * 2).min(MAX_SHED_PAUSE);
+                    Some(shed_pause / 2)
                 }
                 Code::Unavailable if lost.worker.is_none() && self.losses.any() && has_time => {
                     Some(SHED_PAUSE)

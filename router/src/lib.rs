@@ -5,6 +5,7 @@
 
 pub mod admission;
 mod attempt;
+mod fair_queue;
 pub mod fleet;
 pub mod journey;
 mod legs;

@@ -48,6 +48,7 @@ impl InferenceService {
     async fn start(&self, call: Request<v1::GenerateRequest>) -> Result<Response<Chunks>, Status> {
         let received = Instant::now();
         let deadline = deadline(&call)?.map(|left| received + left);
+        let client_key = client_key(&call);
         let call = call.into_inner();
         let mut timeline = Timeline::new(received);
         let prepared = self
@@ -60,7 +61,7 @@ impl InferenceService {
         timeline.known.tokenize_ms = millis(received.elapsed());
         let claim = self.claim(&prepared.sequence.request_id)?;
         let (out, stream) = mpsc::channel(CLIENT_BUFFER);
-        let journey = Journey::new(Arc::clone(&self.shared), prepared, deadline, timeline, out);
+        let journey = Journey::new(Arc::clone(&self.shared), prepared, &client_key, deadline, timeline, out);
         tokio::spawn(async move {
             journey.run().await;
             drop(claim);
@@ -149,6 +150,12 @@ impl v1::inference_server::Inference for InferenceService {
     ) -> Result<Response<v1::ListWorkersResponse>, Status> {
         Ok(Response::new(v1::ListWorkersResponse { workers: self.shared.fleet.statuses() }))
     }
+}
+
+/// Whose request it is, for fairness: `x-client-key`, else `x-api-key`, else `authorization`. All others share.
+fn client_key<T>(call: &Request<T>) -> String {
+    let named = |name: &str| call.metadata().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+    ["x-client-key", "x-api-key", "authorization"].into_iter().find_map(named).unwrap_or_default()
 }
 
 /// The client's deadline, from the header that every gRPC client sends for it:

@@ -49,6 +49,10 @@ pub struct Spec {
     pub max_waiting: usize,
     /// Prompts that one prefill worker takes, waiting ones included, when not as many as sequences.
     pub prefill_slots: Option<usize>,
+    /// Requests at once in the router.
+    pub max_running: usize,
+    /// Requests queued in the router.
+    pub max_queued: usize,
     /// Longest wait for a place.
     pub queue_patience: Duration,
     /// Longest time without a step or a byte.
@@ -69,6 +73,8 @@ impl Default for Spec {
             max_sequences: 64,
             max_waiting: 64,
             prefill_slots: None,
+            max_running: 256,
+            max_queued: 256,
             queue_patience: Duration::from_secs(60),
             progress_timeout: Duration::from_secs(30),
             gates: BTreeMap::new(),
@@ -136,8 +142,8 @@ impl Cluster {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let config = RouterConfig {
-            max_running: 256,
-            max_waiting: 256,
+            max_running: spec.max_running,
+            max_waiting: spec.max_queued,
             queue_patience: spec.queue_patience,
             policy: spec.policy,
             drain_deadline: Duration::from_secs(5),
