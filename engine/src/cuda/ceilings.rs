@@ -40,7 +40,8 @@ pub(super) fn measure(
     let read = fastest(stream, || kernels.read_all.launch(stream, grid, args![out, at, vectors]))?;
 
     let matrix = (SIDE * SIDE * 2) as u64;
-    let shape = Shape { n: SIDE, k: SIDE, operands: Operands::Bf16, bias: false, add: false, wide: false };
+    let operands = Operands::Bf16;
+    let shape = Shape { n: SIDE, k: SIDE, operands, bias: false, add: false, wide: false, gated: false };
     let product = Product { weights: at, x: at + matrix, out: at + 2 * matrix, bias: 0, scales: (0, 0) };
     gemms.tune(stream, shape, &[SIDE], &product, &[at])?;
     let multiply = fastest(stream, || gemms.run(stream, shape, SIDE, &product))?;

@@ -351,6 +351,41 @@ impl Kernel {
         }
         .map_err(|e| EngineError::Device(format!("launching {} on {grid:?}: {e:?}", self.name)))
     }
+
+    /// Queues a kernel that calls `wait_for_input` first: it may start while the one before it ends. Hides the
+    /// launch and the first loads, which is what thin steps consist of otherwise. Needs Hopper, does nothing elsewhere.
+    pub(super) fn launch_chained(
+        &self,
+        stream: &Stream,
+        grid: Grid,
+        args: &mut [*mut c_void],
+    ) -> Result<(), EngineError> {
+        let (x, y, z) = grid.blocks;
+        if self._module._device.capability.0 < 9 || x == 0 || y == 0 || z == 0 {
+            return self.launch(stream, grid, args);
+        }
+        let mut chained = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: y as u32,
+            gridDimZ: z as u32,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: stream.raw,
+            attrs: &mut chained,
+            numAttrs: 1,
+        };
+        // SAFETY: as for `launch`; the attributes live through the call.
+        unsafe { sys::cuLaunchKernelEx(&config, self.raw, args.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(|e| EngineError::Device(format!("launching {} on {grid:?}: {e:?}", self.name)))
+    }
 }
 
 // SAFETY: kernel handles have no thread affinity.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use cudarc::cublaslt::{result as blas, sys};
 
 use super::driver::{Device, Event, Memory, Stream};
+use super::thin::Thin;
 use crate::EngineError;
 
 /// What NVIDIA advises for Hopper.
@@ -33,7 +34,26 @@ pub(super) struct Shape {
     pub(super) add: bool,
     /// `out` is f32 instead of bf16.
     pub(super) wide: bool,
+    /// `out = silu(x · weightsᵀ) · (x · upᵀ)`, where `up` are the n rows after those of `weights`. Thin only.
+    pub(super) gated: bool,
 }
+
+/// How a product is made.
+#[derive(Clone, Copy)]
+enum Choice {
+    Library(sys::cublasLtMatmulAlgo_t),
+    Thin,
+}
+
+/// What measuring found: up to that many rows.
+struct Tuned {
+    rows: usize,
+    choice: Choice,
+    ms: f32,
+}
+
+/// What a SwiGLU of its own costs a thin step: launch and a pass over little memory, as seen on an H100.
+const SWIGLU_MS: f32 = 0.003;
 
 /// Types of `x` and `weights`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,16 +78,17 @@ pub(super) struct Product {
 pub(super) struct Gemms {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
-    /// Per shape, ascending: up to that many rows, this algorithm.
-    tuned: HashMap<Shape, Vec<(usize, sys::cublasLtMatmulAlgo_t)>>,
+    thin: Thin,
+    /// Per shape, ascending.
+    tuned: HashMap<Shape, Vec<Tuned>>,
     plans: HashMap<(Shape, usize), Plan>,
 }
 
 impl Gemms {
-    pub(super) fn new(device: &Arc<Device>) -> Result<Self, EngineError> {
+    pub(super) fn new(device: &Arc<Device>, thin: Thin) -> Result<Self, EngineError> {
         let handle = blas::create_handle().map_err(failed("cuBLASLt"))?;
         let workspace = Memory::new(device, WORKSPACE_BYTES, "cuBLASLt's workspace")?;
-        Ok(Self { handle, workspace, tuned: HashMap::new(), plans: HashMap::new() })
+        Ok(Self { handle, workspace, thin, tuned: HashMap::new(), plans: HashMap::new() })
     }
 
     /// Queues one product.
@@ -81,6 +102,9 @@ impl Gemms {
         if rows == 0 {
             return Ok(());
         }
+        if matches!(self.tuned_for(shape, rows), Some(Choice::Thin)) {
+            return self.thin.run(stream, shape, rows, product);
+        }
         if self.plans.len() > MAX_PLANS {
             self.plans.clear();
         }
@@ -90,6 +114,18 @@ impl Gemms {
             self.plans.insert((shape, rows), plan);
         }
         self.plans[&(shape, rows)].run(self.handle, &self.workspace, stream, product)
+    }
+
+    /// Whether measuring chose a way for this.
+    pub(super) fn knows(&self, shape: Shape, rows: usize) -> bool {
+        self.tuned_for(shape, rows).is_some()
+    }
+
+    /// What was best for the next larger number of rows that was measured; beyond them all the library's last.
+    fn tuned_for(&self, shape: Shape, rows: usize) -> Option<Choice> {
+        let known = self.tuned.get(&shape)?;
+        let beyond = known.last().filter(|last| matches!(last.choice, Choice::Library(_)));
+        known.iter().find(|tuned| rows <= tuned.rows).or(beyond).map(|tuned| tuned.choice)
     }
 
     /// Times the candidates of `shape` for each of `rows` (ascending) on this product's memory. `weights` are
@@ -104,47 +140,67 @@ impl Gemms {
     ) -> Result<(), EngineError> {
         for &rows in rows {
             let mut plan = Plan::new(shape, rows)?;
-            let mut best: Option<(f32, sys::cublasLtMatmulAlgo_t)> = None;
+            let mut best: Option<Tuned> = None;
+            let mut offer = |choice, ms: f32| {
+                if best.as_ref().is_none_or(|best| ms < best.ms) {
+                    best = Some(Tuned { rows, choice, ms });
+                }
+            };
             for algorithm in self.candidates(&plan)? {
                 plan.algorithm = Some(algorithm);
-                let Ok(time) = self.time(&plan, rows, stream, product, weights) else { continue };
-                if best.is_none_or(|(fastest, _)| time < fastest) {
-                    best = Some((time, algorithm));
+                let time = time(stream, rows, weights, |weights| {
+                    plan.run(self.handle, &self.workspace, stream, &Product { weights, ..*product })
+                });
+                // A candidate may turn out not to run: the others do.
+                if let Ok(ms) = time {
+                    offer(Choice::Library(algorithm), ms);
                 }
             }
-            if let Some((ms, algorithm)) = best {
-                tracing::debug!(?shape, rows, ms, "product tuned");
-                self.tuned.entry(shape).or_default().push((rows, algorithm));
+            if self.thin.can(shape, rows) {
+                offer(Choice::Thin, self.time_thin(stream, shape, rows, product, weights)?);
+            }
+            if let Some(best) = best {
+                let (ms, thin) = (best.ms, matches!(best.choice, Choice::Thin));
+                tracing::debug!(?shape, rows, ms, thin, "product tuned");
+                self.tuned.entry(shape).or_default().push(best);
             }
         }
         Ok(())
     }
 
-    /// Milliseconds of one product, the best of three rounds.
-    fn time(
-        &self,
-        plan: &Plan,
-        rows: usize,
+    /// Takes the fused SwiGLU for as many rows as it beats the two steps, whose product is `apart`.
+    pub(super) fn tune_gated(
+        &mut self,
         stream: &Stream,
+        shape: Shape,
+        apart: Shape,
+        rows: &[usize],
+        product: &Product,
+        weights: &[u64],
+    ) -> Result<(), EngineError> {
+        for &rows in rows.iter().filter(|&&rows| self.thin.can(shape, rows)) {
+            let ms = self.time_thin(stream, shape, rows, product, weights)?;
+            let apart =
+                self.tuned.get(&apart).and_then(|known| known.iter().find(|tuned| tuned.rows == rows));
+            if apart.is_some_and(|apart| apart.ms + SWIGLU_MS < ms) {
+                break;
+            }
+            self.tuned.entry(shape).or_default().push(Tuned { rows, choice: Choice::Thin, ms });
+        }
+        Ok(())
+    }
+
+    fn time_thin(
+        &self,
+        stream: &Stream,
+        shape: Shape,
+        rows: usize,
         product: &Product,
         weights: &[u64],
     ) -> Result<f32, EngineError> {
-        let (start, end) = (Event::new(true)?, Event::new(true)?);
-        // Large products use every byte many times.
-        let turns = if rows >= 256 { 1 } else { weights.len().clamp(1, 4) };
-        let mut best = f32::INFINITY;
-        for round in 0..4 {
-            start.record(stream)?;
-            for &weights in &weights[..turns] {
-                plan.run(self.handle, &self.workspace, stream, &Product { weights, ..*product })?;
-            }
-            end.record(stream)?;
-            end.synchronize()?;
-            if round > 0 {
-                best = best.min(end.since(&start)? / turns as f32);
-            }
-        }
-        Ok(best)
+        time(stream, rows, weights, |weights| {
+            self.thin.run(stream, shape, rows, &Product { weights, ..*product })
+        })
     }
 
     /// The tuned algorithm for this many rows if it can do it, otherwise the library's first choice.
@@ -154,11 +210,9 @@ impl Gemms {
         shape: Shape,
         rows: usize,
     ) -> Result<sys::cublasLtMatmulAlgo_t, EngineError> {
-        let tuned = self.tuned.get(&shape).and_then(|known| {
-            known.iter().find(|(upto, _)| rows <= *upto).or(known.last()).map(|(_, algorithm)| *algorithm)
-        });
-        if let Some(algorithm) = tuned.filter(|algorithm| plan.can(self.handle, algorithm)) {
-            return Ok(algorithm);
+        match self.tuned_for(shape, rows) {
+            Some(Choice::Library(algorithm)) if plan.can(self.handle, &algorithm) => return Ok(algorithm),
+            _ => {}
         }
         self.candidates(plan)?.first().copied().ok_or_else(|| {
             EngineError::Unsupported(format!("cuBLASLt has no algorithm for {rows} rows of {shape:?}"))
@@ -339,6 +393,29 @@ impl Drop for Plan {
             let _ = blas::destroy_matrix_layout(self.d);
         }
     }
+}
+
+/// Milliseconds of one product, the best of three rounds.
+fn time(
+    stream: &Stream,
+    rows: usize,
+    weights: &[u64],
+    mut run: impl FnMut(u64) -> Result<(), EngineError>,
+) -> Result<f32, EngineError> {
+    let (start, end) = (Event::new(true)?, Event::new(true)?);
+    // Large products use every byte many times.
+    let turns = if rows >= 256 { 1 } else { weights.len().clamp(1, 4) };
+    let mut best = f32::INFINITY;
+    for round in 0..4 {
+        start.record(stream)?;
+        weights[..turns].iter().try_for_each(|&weights| run(weights))?;
+        end.record(stream)?;
+        end.synchronize()?;
+        if round > 0 {
+            best = best.min(end.since(&start)? / turns as f32);
+        }
+    }
+    Ok(best)
 }
 
 fn failed(what: &str) -> impl Fn(blas::CublasError) -> EngineError {

@@ -12,6 +12,7 @@ use cudarc::nvrtc::{result as compiler, sys};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::driver::{Device, Kernel, Module};
+use super::thin::Thin;
 use crate::EngineError;
 
 const COMMON: &str = include_str!("kernels/common.cuh");
@@ -33,6 +34,7 @@ macro_rules! source {
 const ROWS: Source = source!("rows", false);
 const BLOCKS: Source = source!("blocks", false);
 const ATTENTION_ANY: Source = source!("attention_any", false);
+const THIN: Source = source!("thin", false);
 const DECODE: Source = source!("attention_decode", false);
 const PREFILL: Source = source!("attention_prefill", false);
 const PREFILL_SM90: Source = source!("attention_prefill_sm90", true);
@@ -63,6 +65,11 @@ pub(super) struct FastAttention {
     pub(super) prefill: Kernel,
     /// On Hopper.
     pub(super) prefill_sm90: Option<Kernel>,
+}
+
+/// The kernels for products with few rows.
+pub(super) fn thin(device: &Arc<Device>) -> Result<Thin, EngineError> {
+    Thin::new(&Module::load(device, &compiled(device, &THIN)?)?)
 }
 
 impl Kernels {
@@ -149,7 +156,7 @@ fn compile(source: &Source, text: &str, architecture: &str) -> Result<Vec<u8>, E
     let text = CString::new(text).map_err(|_| EngineError::Device("a kernel source has a NUL".into()))?;
     let program = compiler::create_program(&text, None).map_err(|e| compile_error(source, e))?;
     let arch = format!("--gpu-architecture={architecture}");
-    let options = [arch.as_str(), "--std=c++17"];
+    let options = [arch.as_str(), "--std=c++17", "-default-device", "--diag-suppress=177"];
     // SAFETY: the program lives until it is destroyed below.
     let outcome = unsafe { compiler::compile_program(program, &options) };
     let code = match outcome {
@@ -192,11 +199,14 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        for source in [&ROWS, &BLOCKS, &ATTENTION_ANY, &DECODE, &PREFILL, &PREFILL_SM90] {
+        for source in [&ROWS, &BLOCKS, &ATTENTION_ANY, &THIN, &DECODE, &PREFILL, &PREFILL_SM90] {
             let architectures: &[&str] =
                 if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
             for architecture in architectures {
                 let code = compile(source, &whole(source), architecture);
+                if let Err(error) = &code {
+                    eprintln!("{error}");
+                }
                 assert!(code.is_ok_and(|code| !code.is_empty()), "{} for {architecture}", source.name);
             }
         }

@@ -16,6 +16,7 @@ mod pool;
 mod profile;
 mod step;
 mod tensor_map;
+mod thin;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -173,7 +174,7 @@ impl CudaEngine {
             inputs: Pinned::new(&device, capacity.inputs * 4, "the step's inputs")?,
             tokens: Pinned::new(&device, capacity.wanted * 4, "the drawn tokens")?,
             logits: Pinned::new(&device, logits, "logits")?,
-            gemms: Gemms::new(&device)?,
+            gemms: Gemms::new(&device, kernels::thin(&device)?)?,
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
             copies: Stream::new(&device)?,
             fixed: Fixed::new(

@@ -28,7 +28,13 @@ pub(super) struct Linear {
 impl Linear {
     /// What kind of product this matrix makes.
     pub(super) fn shape(&self, add: bool, wide: bool) -> Shape {
-        Shape { n: self.n, k: self.k, operands: Operands::Bf16, bias: self.bias.is_some(), add, wide }
+        let (operands, bias) = (Operands::Bf16, self.bias.is_some());
+        Shape { n: self.n, k: self.k, operands, bias, add, wide, gated: false }
+    }
+
+    /// The product of gate and up in one, `silu(gate) · up`.
+    pub(super) fn gated_shape(&self) -> Shape {
+        Shape { n: self.n / 2, gated: true, ..self.shape(false, false) }
     }
 
     pub(super) fn product(&self, x: u64, out: u64) -> Product {

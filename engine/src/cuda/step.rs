@@ -18,6 +18,9 @@ use crate::{EngineError, KvLayout, KvMemory};
 /// Queries of a block of the prefill kernels: mma.sync, Hopper.
 const QUERIES: usize = 64;
 const QUERIES_SM90: usize = 128;
+/// Keys of a tile of the Hopper kernel, and tiles under way.
+const KEYS_SM90: usize = 128;
+const STAGES_SM90: usize = 2;
 /// Blocks of decode attention that fill a multiprocessor.
 const DECODE_BLOCKS: usize = 2;
 
@@ -162,6 +165,17 @@ impl Fixed {
                 network.layers.iter().map(|layer| pick(layer).product(x, out).weights).collect();
             gemms.tune(stream, pick(&network.layers[0]).shape(add, false), &within, &product, &weights)?;
         }
+        let gate_up = &network.layers[0].gate_up;
+        let product = gate_up.product(buffers.normed.at, buffers.gated.at);
+        let weights: Vec<u64> = network.layers.iter().map(|l| l.gate_up.product(0, 0).weights).collect();
+        gemms.tune_gated(
+            stream,
+            gate_up.gated_shape(),
+            gate_up.shape(false, false),
+            &within,
+            &product,
+            &weights,
+        )?;
         let product = network.head.product(buffers.normed.at, buffers.logits.at);
         let rows = upto(self.capacity.wanted);
         gemms.tune(stream, network.head.shape(false, true), &rows, &product, &[product.weights])
@@ -216,7 +230,7 @@ fn portable_shared_bytes(dim: usize) -> usize {
 
 /// `Shared<DIM>` of the Hopper kernel, and room to align it.
 fn hopper_shared_bytes(dim: usize) -> usize {
-    (QUERIES_SM90 * dim + 4 * 128 * dim) * 2 + 128 + 1024
+    (QUERIES_SM90 + 2 * STAGES_SM90 * KEYS_SM90) * dim * 2 + 128 + 1024
 }
 
 /// Queues a step whose inputs are on the device.
@@ -292,7 +306,7 @@ impl Step<'_> {
         self.mark(Part::Draw)?;
         let (out, logits, columns) = (buffers.tokens.at, buffers.logits.at, config.vocab as i32);
         let grid = Grid::new((rows, 1, 1), 1024);
-        fixed.kernels.argmax.launch(self.stream, grid, args![out, logits, columns])
+        fixed.kernels.argmax.launch_chained(self.stream, grid, args![out, logits, columns])
     }
 
     fn list(&self, list: List) -> u64 {
@@ -309,14 +323,14 @@ impl Step<'_> {
     fn pick(&self, out: u64, x: u64, width: usize) -> Result<(), EngineError> {
         let (from, width) = (self.list(List::Wanted), (width / 8) as i32);
         let grid = Grid::new((self.plan.wanted.len(), 1, 1), 128);
-        self.fixed.kernels.pick_rows.launch(self.stream, grid, args![out, x, from, width])
+        self.fixed.kernels.pick_rows.launch_chained(self.stream, grid, args![out, x, from, width])
     }
 
     fn norm(&self, y: u64, x: u64, weight: u64, rows: usize) -> Result<(), EngineError> {
         let (width, eps) = ((self.fixed.config.hidden / 8) as i32, self.fixed.config.rms_eps);
         let threads = (width as u32).next_multiple_of(32).min(512);
         let grid = Grid::new((rows, 1, 1), threads);
-        self.fixed.kernels.rms_norm.launch(self.stream, grid, args![y, x, weight, width, eps])
+        self.fixed.kernels.rms_norm.launch_chained(self.stream, grid, args![y, x, weight, width, eps])
     }
 
     fn linear(
@@ -339,13 +353,25 @@ impl Step<'_> {
         self.mark(Part::Norm)?;
         self.norm(buffers.normed.at, x, layer.mlp_norm.at, rows)?;
         self.mark(Part::GateUp)?;
-        self.linear(&layer.gate_up, buffers.normed.at, buffers.gate_up.at, rows, false, false)?;
-        self.mark(Part::Swiglu)?;
-        let (out, gate_up, width) = (buffers.gated.at, buffers.gate_up.at, (fixed.config.ffn / 8) as i32);
-        let grid = Grid::new(((fixed.config.ffn / 8).div_ceil(256), rows, 1), 256);
-        fixed.kernels.swiglu.launch(self.stream, grid, args![out, gate_up, width])?;
+        let gated = layer.gate_up.gated_shape();
+        if self.gemms.knows(gated, rows) {
+            let product = layer.gate_up.product(buffers.normed.at, buffers.gated.at);
+            self.gemms.run(self.stream, gated, rows, &product)?;
+        } else {
+            self.linear(&layer.gate_up, buffers.normed.at, buffers.gate_up.at, rows, false, false)?;
+            self.mark(Part::Swiglu)?;
+            self.swiglu(rows)?;
+        }
         self.mark(Part::Down)?;
-        self.linear(&layer.down, out, x, rows, true, false)
+        self.linear(&layer.down, buffers.gated.at, x, rows, true, false)
+    }
+
+    fn swiglu(&self, rows: usize) -> Result<(), EngineError> {
+        let fixed = self.fixed;
+        let vectors = fixed.config.ffn / 8;
+        let (out, gate_up, width) = (fixed.buffers.gated.at, fixed.buffers.gate_up.at, vectors as i32);
+        let grid = Grid::new((vectors.div_ceil(256), rows, 1), 256);
+        fixed.kernels.swiglu.launch_chained(self.stream, grid, args![out, gate_up, width])
     }
 
     fn rotate_and_store(&self, index: usize, layer: &Layer) -> Result<(), EngineError> {
@@ -360,7 +386,7 @@ impl Step<'_> {
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let all = config.heads + 2 * config.kv_heads;
         let grid = Grid::new((all.div_ceil(WARPS), self.plan.rows, 1), 32 * WARPS as u32);
-        fixed.kernels.rotate_and_store.launch(
+        fixed.kernels.rotate_and_store.launch_chained(
             self.stream,
             grid,
             args![
@@ -402,7 +428,7 @@ impl Step<'_> {
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let mut grid = Grid::new((self.plan.rows, config.heads, 1), 32);
         grid.shared = 8 * config.head_dim as u32;
-        fixed.kernels.attention_any.launch(
+        fixed.kernels.attention_any.launch_chained(
             self.stream,
             grid,
             args![
@@ -441,7 +467,7 @@ impl Step<'_> {
         let (heads, kv_heads) = (config.heads as i32, config.kv_heads as i32);
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let parts = config.kv_heads * config.group().div_ceil(8);
-        fast.decode.launch(
+        fast.decode.launch_chained(
             self.stream,
             Grid::new((parts, splits, sequences), 128),
             args![
@@ -466,7 +492,7 @@ impl Step<'_> {
             return Ok(());
         }
         let (grid, splits) = (Grid::new((config.heads, sequences, 1), config.head_dim as u32), splits as i32);
-        fast.join.launch(self.stream, grid, args![out, partial, stats, rows, splits])
+        fast.join.launch_chained(self.stream, grid, args![out, partial, stats, rows, splits])
     }
 
     fn attend_chunks(
@@ -485,10 +511,11 @@ impl Step<'_> {
         let mut grid = Grid::new((config.heads, self.plan.tasks, 1), 128);
         if let (Some(kernel), Some(maps)) = (&fast.prefill_sm90, &fixed.maps) {
             let layer_row = (pool_rows(layout) / layout.layers * index) as i32;
+            let block_shift = layout.block_tokens.trailing_zeros() as i32;
             let beyond = pool_rows(layout) as i32;
             grid.threads = 384;
             grid.shared = hopper_shared_bytes(layout.head_dim) as u32;
-            return kernel.launch(
+            return kernel.launch_chained(
                 self.stream,
                 grid,
                 args![
@@ -499,7 +526,7 @@ impl Step<'_> {
                     tables,
                     heads,
                     kv_heads,
-                    block_tokens,
+                    block_shift,
                     layer_row,
                     beyond,
                     window,
@@ -509,7 +536,7 @@ impl Step<'_> {
         }
         let (q, pool, stride) = (fixed.buffers.qkv.at, fixed.pool.layer(index), fixed.qkv_width() as i32);
         grid.shared = portable_shared_bytes(layout.head_dim) as u32;
-        fast.prefill.launch(
+        fast.prefill.launch_chained(
             self.stream,
             grid,
             args![out, q, pool, tasks, tables, stride, heads, kv_heads, block_tokens, window, scale],

@@ -5,6 +5,8 @@
 extern "C" __global__ void attention_any(u16 *out, const u16 *q, const u16 *pool_layer, const int *tables,
                                          const int *table_of_row, const int *positions, int q_stride, int heads,
                                          int kv_heads, int dim, int block_tokens, int window, float scale_log2) {
+    let_next_start();
+    wait_for_input();
     extern __shared__ float scratch[];  // [2][dim]: the query, the output
     int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x;
     float *query = scratch, *sum = scratch + dim;

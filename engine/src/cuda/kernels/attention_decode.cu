@@ -40,6 +40,8 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
                              const int *tables, const int *table_of_row, const int *positions, const int *rows,
                              int q_stride, int heads, int kv_heads, int block_tokens, int window, float scale_log2) {
     constexpr int WARPS = 4;
+    let_next_start();
+    wait_for_input();
     __shared__ float merged[WARPS][8][DIM];
     __shared__ float2 merged_stats[WARPS][8];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -160,6 +162,8 @@ DECODE(128)
 
 // Joins the splits. Grid: (heads, sequences); DIM threads.
 extern "C" __global__ void decode_join(u16 *out, const float *partial, const float2 *stats, const int *rows, int splits) {
+    let_next_start();
+    wait_for_input();
     int heads = gridDim.x, dim = blockDim.x, row = rows[blockIdx.y];
     if (row < 0) return;
     size_t at = (size_t)blockIdx.y * heads + blockIdx.x;

@@ -50,6 +50,8 @@ DEVICE void fetch(Tile<DIM> &tile, const u16 *pool_layer, const int *table, int 
 template <int DIM>
 DEVICE void prefill_attention(u16 *out, const u16 *q, const u16 *pool_layer, const Task *tasks, const int *tables, int q_stride,
                               int heads, int kv_heads, int block_tokens, int window, float scale) {
+    let_next_start();
+    wait_for_input();
     extern __shared__ __align__(16) char raw[];
     Tile<DIM> *k_tiles = (Tile<DIM> *)raw, *v_tiles = k_tiles + 2;
     Task task = tasks[blockIdx.y];

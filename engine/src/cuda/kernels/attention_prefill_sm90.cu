@@ -1,9 +1,8 @@
 // Causal attention of prompt chunks over paged KV on Hopper: asynchronous tensor cores fed by the bulk copy engine.
 //
-// A block takes 128 queries of one head: one warp loads tiles of 128 keys and values (each KV block of the pool is one
-// box of a tensor map, so paging costs nothing), two warp groups compute 64 queries each. The scores of the
-// next tile are computed while this tile's values are added up and its softmax is taken, as in FlashAttention-3
-// (Shah et al. 2024, section 3.2).
+// A block takes 128 queries of one head: one warp group loads tiles of 128 keys and values (each KV block of the pool is one
+// box of a tensor map, so paging costs nothing), two warp groups compute 64 queries each and take turns: the products
+// of one run while the other takes its softmax, as in FlashAttention-3 (Shah et al. 2024, section 3.1).
 
 struct alignas(64) TensorMap {
     char opaque[128];
@@ -99,35 +98,32 @@ struct Task {
     int row, count, position, table;
 };
 
+// Run by the four warps of the loading group: the copy engine takes one box per instruction, and a tile of 16-token
+// blocks is 16 boxes of keys and 16 of values, more than one warp issues in the time the tile is computed. Warps 0 and
+// 1 load keys, 2 and 3 values.
 template <int DIM>
 DEVICE void load_tiles(Shared<DIM> &s, const TensorMap *q_map, const TensorMap *kv_map, Task task, const int *tables,
-                       int head, int kv_head, int kv_heads, int block_tokens, int layer_row, int beyond, int first,
+                       int head, int kv_head, int kv_heads, int block_shift, int layer_row, int beyond, int first,
                        int last) {
-    int lane = threadIdx.x % 32, keys = task.position + task.count;
-    if (lane == 0) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, keys = task.position + task.count;
+    if (threadIdx.x == 0) {
         barrier_expect(&s.q_full, QUERIES * DIM * 2);
         for (int c = 0; c < DIM / 64; c++) load_box(s.q[c], q_map, head * DIM + c * 64, task.row, &s.q_full);
     }
-    int per_tile = KEYS / block_tokens, boxes = per_tile * (DIM / 64);
+    int value = warp / 2, per_tile = KEYS >> block_shift, boxes = per_tile * (DIM / 64);
+    int box = lane * 2 + warp % 2, part = box % per_tile, c = box / per_tile;
     const int *table = tables + task.table;
     for (int tile = last, n = 0; tile >= first; tile--, n++) {
         int stage = n % STAGES;
-        u32 parity = (n / STAGES + 1) & 1;
-        for (int value = 0; value < 2; value++) {
-            u64 *full = value ? &s.v_full[stage] : &s.k_full[stage];
-            barrier_wait(value ? &s.v_empty[stage] : &s.k_empty[stage], parity);
-            if (lane == 0) barrier_expect(full, KEYS * DIM * 2);
-            __syncwarp();
-            for (int box = lane; box < boxes; box += 32) {
-                int part = box % per_tile, c = box / per_tile, key = tile * KEYS + part * block_tokens;
-                // What lies beyond the sequence is read as zeros: a weight of 0 times stale memory could be NaN.
-                int row = beyond;
-                if (key < keys)
-                    row = layer_row + ((table[key / block_tokens] * 2 + value) * kv_heads + kv_head) * block_tokens;
-                u16 *to = value ? &s.v[stage][c][part * block_tokens][0] : &s.k[stage][c][part * block_tokens][0];
-                load_box(to, kv_map, c * 64, row, full);
-            }
-        }
+        // What lies beyond the sequence is read as zeros: a weight of 0 times stale memory could be NaN.
+        int key = tile * KEYS + (part << block_shift), row = beyond;
+        if (box < boxes && key < keys)
+            row = layer_row + (((table[key >> block_shift] * 2 + value) * kv_heads + kv_head) << block_shift);
+        u64 *full = value ? &s.v_full[stage] : &s.k_full[stage];
+        barrier_wait(value ? &s.v_empty[stage] : &s.k_empty[stage], (n / STAGES + 1) & 1);
+        if (lane == 0 && warp % 2 == 0) barrier_expect(full, KEYS * DIM * 2);
+        u16 *to = value ? &s.v[stage][c][part << block_shift][0] : &s.k[stage][c][part << block_shift][0];
+        if (box < boxes) load_box(to, kv_map, c * 64, row, full);
     }
 }
 
@@ -185,6 +181,17 @@ DEVICE void issue_values(float (&o)[DIM / 2], const u32 (&p)[32], Shared<DIM> &s
     for (int i = 0; i < KEYS / 16; i++) wgmma_values(o, p + 4 * i, descriptor(v + i * 16 * 128, KEYS * 128));
 }
 
+// The two groups take turns in queueing products, so that one takes its softmax while the other's products run.
+DEVICE void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
+DEVICE void turn_pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }
+
+struct Masked {
+    static constexpr bool on = true;
+};
+struct Plain {
+    static constexpr bool on = false;
+};
+
 template <int DIM>
 DEVICE void compute(Shared<DIM> &s, u16 *out, Task task, int head, int heads, int window, float scale, int first, int last) {
     int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -199,6 +206,7 @@ DEVICE void compute(Shared<DIM> &s, u16 *out, Task task, int head, int heads, in
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) o[i] = 0.0f;
 
+    if (group == 1) turn_pass(group);
     barrier_wait(&s.q_full, 0);
     barrier_wait(&s.k_full[0], 0);
     wgmma_begin();
@@ -211,28 +219,35 @@ DEVICE void compute(Shared<DIM> &s, u16 *out, Task task, int head, int heads, in
     to_weights(p, scores);
 
     int n = 1;
-    for (int tile = last - 1; tile >= first; tile--, n++) {
+    // No branch while products are under way: the assembler would wait for them there. So the mask is outside.
+    auto step = [&](auto mask, int tile) {
         int stage = n % STAGES, before = (n - 1) % STAGES;
         barrier_wait(&s.k_full[stage], n / STAGES & 1);
+        barrier_wait(&s.v_full[before], (n - 1) / STAGES & 1);
         pin(scores);
+        pin(o);
+        turn_wait(group);
         wgmma_begin();
         issue_scores(scores, s, group, stage);
         wgmma_commit();
-        barrier_wait(&s.v_full[before], (n - 1) / STAGES & 1);
-        pin(o);
-        wgmma_begin();
         issue_values<DIM>(o, p, s, before);
         wgmma_commit();
+        turn_pass(group);
         wgmma_wait<1>();
         pin(scores);
         if (threadIdx.x % 128 == 0) barrier_arrive(&s.k_empty[stage]);
-        softmax(scores, best, total, shrink, masked(tile), query, tile * KEYS + 2 * t, window, scale);
+        softmax(scores, best, total, shrink, mask.on, query, tile * KEYS + 2 * t, window, scale);
+        pin(scores);
         wgmma_wait<0>();
         pin(o);
         if (threadIdx.x % 128 == 0) barrier_arrive(&s.v_empty[before]);
 #pragma unroll
         for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i / 2 & 1];
         to_weights(p, scores);
+    };
+    for (int tile = last - 1; tile >= first; tile--, n++) {
+        if (masked(tile)) step(Masked{}, tile);
+        else step(Plain{}, tile);
     }
     int stage = (n - 1) % STAGES;
     barrier_wait(&s.v_full[stage], (n - 1) / STAGES & 1);
@@ -254,11 +269,13 @@ DEVICE void compute(Shared<DIM> &s, u16 *out, Task task, int head, int heads, in
     }
 }
 
-// Grid: (heads, tasks). `layer_row`: the layer's first row in the pool seen as rows of DIM elements; `beyond`: a row past
+// Grid: (heads, tasks). A block of the pool has 1 << `block_shift` tokens. `layer_row`: the layer's first row in the pool seen as rows of DIM elements; `beyond`: a row past
 // its end. Scores are scaled by `scale` = log2(e) / sqrt(DIM).
 template <int DIM>
 DEVICE void prefill_attention(u16 *out, const TensorMap *q_map, const TensorMap *kv_map, const Task *tasks, const int *tables,
-                              int heads, int kv_heads, int block_tokens, int layer_row, int beyond, int window, float scale) {
+                              int heads, int kv_heads, int block_shift, int layer_row, int beyond, int window, float scale) {
+    let_next_start();
+    wait_for_input();
     extern __shared__ char raw[];
     Shared<DIM> &s = *(Shared<DIM> *)(((u64)raw + 1023) / 1024 * 1024);
     Task task = tasks[blockIdx.y];
@@ -278,8 +295,7 @@ DEVICE void prefill_attention(u16 *out, const TensorMap *q_map, const TensorMap 
     __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x < 32)
-            load_tiles<DIM>(s, q_map, kv_map, task, tables, head, kv_head, kv_heads, block_tokens, layer_row, beyond, first, last);
+        load_tiles<DIM>(s, q_map, kv_map, task, tables, head, kv_head, kv_heads, block_shift, layer_row, beyond, first, last);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         compute<DIM>(s, out, task, head, heads, window, scale, first, last);
@@ -289,9 +305,9 @@ DEVICE void prefill_attention(u16 *out, const TensorMap *q_map, const TensorMap 
 #define PREFILL(DIM)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention_sm90_##DIM(                                \
         u16 *out, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const Task *tasks, \
-        const int *tables, int heads, int kv_heads, int block_tokens, int layer_row, int beyond, int window,           \
+        const int *tables, int heads, int kv_heads, int block_shift, int layer_row, int beyond, int window,            \
         float scale) {                                                                                                 \
-        prefill_attention<DIM>(out, &q_map, &kv_map, tasks, tables, heads, kv_heads, block_tokens, layer_row, beyond,   \
+        prefill_attention<DIM>(out, &q_map, &kv_map, tasks, tables, heads, kv_heads, block_shift, layer_row, beyond,    \
                                window, scale);                                                                         \
     }
 PREFILL(64)

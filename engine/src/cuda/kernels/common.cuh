@@ -37,6 +37,19 @@ DEVICE uint4 load_stream(const void *at) {
     return v;
 }
 
+// Kernels of a step may start while the one before them ends (programmatic dependent launch, Hopper and later). Every
+// thread must wait before it touches what earlier kernels wrote or read, or returns.
+DEVICE void wait_for_input() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEVICE float warp_sum(float x) {
     for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;

@@ -2,12 +2,16 @@
 
 // x[t] = table[tokens[t]]. Grid: tokens. `width` in 8-element vectors.
 extern "C" __global__ void embed(uint4 *x, const uint4 *table, const int *tokens, int width) {
+    let_next_start();
+    wait_for_input();
     const uint4 *row = table + (size_t)tokens[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) x[(size_t)blockIdx.x * width + i] = row[i];
 }
 
 // rows[i] = x[from[i]]: the rows whose logits are wanted. Grid: rows.
 extern "C" __global__ void pick_rows(uint4 *out, const uint4 *x, const int *from, int width) {
+    let_next_start();
+    wait_for_input();
     const uint4 *row = x + (size_t)from[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = row[i];
 }
@@ -28,6 +32,8 @@ DEVICE u32 normed_pair(u32 pair, u32 weight, float scale) {
 
 // y = x / rms(x) * weight (Zhang and Sennrich 2019). Grid: rows. `width` in 8-element vectors.
 extern "C" __global__ void rms_norm(uint4 *y, const uint4 *x, const uint4 *weight, int width, float eps) {
+    let_next_start();
+    wait_for_input();
     __shared__ float shared[32];
     const uint4 *row = x + (size_t)blockIdx.x * width;
     float sum = 0.0f;
@@ -51,6 +57,8 @@ DEVICE u32 gated_pair(u32 gate, u32 up) {
 
 // out[t] = silu(gate[t]) * up[t]; both lie in one row of 2 * width vectors. Grid: (vectors, tokens).
 extern "C" __global__ void swiglu(uint4 *out, const uint4 *gate_up, int width) {
+    let_next_start();
+    wait_for_input();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= width) return;
     const uint4 *row = gate_up + (size_t)blockIdx.y * 2 * width;
@@ -73,6 +81,8 @@ extern "C" __global__ void rotation_table(float2 *table, const float *frequencie
 extern "C" __global__ void rotate_and_store(u16 *qkv, u16 *pool_layer, const float2 *table, const int *positions,
                                             const int *slots, const u16 *q_norm, const u16 *k_norm, float eps,
                                             int heads, int kv_heads, int dim, int block_tokens) {
+    let_next_start();
+    wait_for_input();
     int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.y;
     if (head >= heads + 2 * kv_heads) return;
     u16 *in = qkv + ((size_t)token * (heads + 2 * kv_heads) + head) * dim;
@@ -89,28 +99,36 @@ extern "C" __global__ void rotate_and_store(u16 *qkv, u16 *pool_layer, const flo
         for (int i = lane; i < half; i += 32) ((u32 *)out)[i] = ((u32 *)in)[i];
         return;
     }
-    const u16 *norm = is_q ? q_norm : k_norm;
+    const u32 *norm = (const u32 *)(is_q ? q_norm : k_norm);
     float scale = 1.0f;
     if (norm) {
         float sum = 0.0f;
-        for (int i = lane; i < dim; i += 32) sum += bf16_float(in[i]) * bf16_float(in[i]);
+        for (int i = lane; i < half; i += 32) {
+            u32 pair = ((u32 *)in)[i];
+            sum += bf16_low(pair) * bf16_low(pair) + bf16_high(pair) * bf16_high(pair);
+        }
         scale = rsqrtf(warp_sum(sum) / dim + eps);
     }
-    const float2 *angles = table + (size_t)positions[token] * half;
-    for (int i = lane; i < half; i += 32) {
-        float a = bf16_float(in[i]), b = bf16_float(in[i + half]);
+    // Pairs of neighbours, as the rotation pairs dimension i with i + half.
+    const float4 *angles = (const float4 *)(table + (size_t)positions[token] * half);
+    for (int i = lane; i < half / 2; i += 32) {
+        u32 low = ((u32 *)in)[i], high = ((u32 *)in)[i + half / 2];
+        float a0 = bf16_low(low), a1 = bf16_high(low), b0 = bf16_low(high), b1 = bf16_high(high);
         if (norm) {
-            a *= scale * bf16_float(norm[i]);
-            b *= scale * bf16_float(norm[i + half]);
+            u32 norm_low = norm[i], norm_high = norm[i + half / 2];
+            a0 *= scale * bf16_low(norm_low), a1 *= scale * bf16_high(norm_low);
+            b0 *= scale * bf16_low(norm_high), b1 *= scale * bf16_high(norm_high);
         }
-        float2 angle = angles[i];
-        out[i] = bf16_of(a * angle.x - b * angle.y);
-        out[i + half] = bf16_of(b * angle.x + a * angle.y);
+        float4 angle = angles[i];
+        ((u32 *)out)[i] = bf16_pair(a0 * angle.x - b0 * angle.y, a1 * angle.z - b1 * angle.w);
+        ((u32 *)out)[i + half / 2] = bf16_pair(b0 * angle.x + a0 * angle.y, b1 * angle.z + a1 * angle.w);
     }
 }
 
 // out[row] = the column of the largest number, the lowest among equals; NaN counts as minus infinity. Grid: rows.
 extern "C" __global__ void argmax(int *out, const float *logits, int columns) {
+    let_next_start();
+    wait_for_input();
     __shared__ float best_of[32];
     __shared__ int at_of[32];
     const float *row = logits + (size_t)blockIdx.x * columns;
