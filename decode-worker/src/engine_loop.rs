@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tonic::Status;
 use worker::progress::Progress;
 use worker::rate::Rate;
-use worker::request::{load_to_wire, sampled_to_wire};
+use worker::request::{Key, load_to_wire, sampled_to_wire};
 use worker::{Request, attempts::Running};
 
 use crate::choice::Choice;
@@ -98,7 +98,7 @@ pub(crate) enum Order {
     /// Run this.
     Run(Submission),
     /// Show what a running request consists of.
-    Portray { id: String, attempt: u32, reply: oneshot::Sender<Option<Portrait>> },
+    Portray { key: Key, attempt: u32, reply: oneshot::Sender<Option<Portrait>> },
     /// Let a request stand still; the reply has the tokens of these choices beyond those that are known, and
     /// all blocks. Nothing is stopped when one of them has ended.
     Stop { group: u64, known: Vec<(u32, usize)>, reply: oneshot::Sender<Option<Stopped>> },
@@ -229,7 +229,7 @@ impl EngineLoop {
                 Some(seal) => self.sealed.push_back((submission, seal)),
                 None => self.admit(submission)?,
             },
-            Order::Portray { id, attempt, reply } => drop(reply.send(self.portray(&id, attempt)?)),
+            Order::Portray { key, attempt, reply } => drop(reply.send(self.portray(&key, attempt)?)),
             Order::Stop { group, known, reply } => {
                 let stopped = self.stop(group, &known)?;
                 let stands = stopped.is_some();
@@ -281,8 +281,8 @@ impl EngineLoop {
         Ok(())
     }
 
-    fn portray(&mut self, id: &str, attempt: u32) -> Result<Option<Portrait>, EngineError> {
-        let is_it = |group: &Group| group.request.id == id && group.request.attempt == attempt;
+    fn portray(&mut self, key: &Key, attempt: u32) -> Result<Option<Portrait>, EngineError> {
+        let is_it = |group: &Group| group.request.key == *key && group.request.attempt == attempt;
         let group = self.groups.iter().find(|(_, group)| is_it(group)).map(|(key, _)| *key);
         let Some(group) = group else { return Ok(None) };
         let ours = self.choices.iter().filter(|c| c.group == group && !c.is_stem());

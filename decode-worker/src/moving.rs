@@ -15,6 +15,7 @@ use prost::Message;
 use proto::v1;
 use tokio::sync::oneshot;
 use tonic::Status;
+use worker::request::Key;
 
 use crate::cargo::Cargo;
 use crate::engine_loop::{Order, Portrait};
@@ -31,7 +32,8 @@ impl DecodeService {
             ));
         }
         let gone = || Status::not_found("the sequence does not run here (any more)");
-        let portrait = self.ask(|reply| Order::Portray { id: call.request_id, attempt: call.attempt, reply });
+        let key = Key::new(&call.origin, &call.request_id);
+        let portrait = self.ask(|reply| Order::Portray { key, attempt: call.attempt, reply });
         let portrait = portrait.await?.ok_or_else(gone)?;
         let group = portrait.group;
         let ticket = kv_transport::Ticket::decode(&call.ticket)

@@ -65,7 +65,7 @@ impl DecodeService {
         }
         let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
         let request = Arc::new(request);
-        let attempt = Arc::new(self.attempts.start(&request.id, request.attempt)?);
+        let attempt = Arc::new(self.attempts.start(&request.key, request.attempt)?);
         let open = u32::try_from(request.open.len()).unwrap_or(u32::MAX);
         let slot = Arc::clone(&self.slots)
             .try_acquire_many_owned(open)

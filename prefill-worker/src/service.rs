@@ -63,7 +63,7 @@ impl PrefillService {
             return Err(Status::unavailable("this prefill worker is draining"));
         }
         let request = Request::from_wire(call.sequence, &call.compat_hash, call.incarnation, &self.limits)?;
-        let attempt = self.attempts.start(&request.id, request.attempt)?;
+        let attempt = self.attempts.start(&request.key, request.attempt)?;
         let slot = Arc::clone(&self.slots)
             .try_acquire_owned()
             .map_err(|_| serve::shed("the queue of this prefill worker is full"))?;

@@ -39,6 +39,8 @@ pub struct Shared {
     pub model: Mutex<Model>,
     /// What is counted.
     pub metrics: Metrics,
+    /// This start of this router, to workers.
+    pub origin: String,
 }
 
 /// Where messages to the client go. Its bound is the client's backpressure.
@@ -182,7 +184,8 @@ impl Journey {
     pub(crate) fn sequence_now(&self) -> v1::Sequence {
         let left = |at: Instant| at.saturating_duration_since(Instant::now()).as_millis().max(1);
         let deadline_ms = self.deadline.map_or(0, |at| u64::try_from(left(at)).unwrap_or(u64::MAX));
-        v1::Sequence { deadline_ms, outputs: self.relay.outputs(), ..self.prepared.sequence.clone() }
+        let origin = self.shared.origin.clone();
+        v1::Sequence { deadline_ms, outputs: self.relay.outputs(), origin, ..self.prepared.sequence.clone() }
     }
 
     fn complete(self) -> v1::Complete {

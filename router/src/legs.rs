@@ -73,12 +73,13 @@ pub(crate) fn prefill(worker: &Worker, sequence: v1::Sequence, ticket: Bytes) ->
 /// Moves the sequence that runs as `attempt` on `from` to the ticket's owner.
 pub(crate) async fn move_out(
     from: &Worker,
-    request_id: String,
+    (origin, request_id): (String, String),
     attempt: u32,
     ticket: Bytes,
 ) -> Result<v1::MoveReply, Status> {
     let request = v1::MoveRequest {
         request_id,
+        origin,
         attempt,
         compat_hash: from.member.compat_hash.clone(),
         incarnation: from.member.incarnation,

@@ -124,6 +124,7 @@ pub async fn run(
         queue_patience: config.queue_patience,
         model: Mutex::new(FIRST_GUESS),
         metrics: counters,
+        origin: proto::new_request_id(),
     });
     routes
         .add_service(OperatorServer::new(operator_service::OperatorService { fleet: shared.fleet.clone() }));

@@ -144,6 +144,7 @@ pub fn prepare(
         n,
         deadline_ms: 0,
         outputs: Vec::new(),
+        origin: String::new(),
     };
     Ok(Prepared { sequence, stop: sampling.stop, ends })
 }

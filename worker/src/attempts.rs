@@ -1,4 +1,4 @@
-//! One running attempt per request id: duplicates are refused, a newer attempt supersedes the older.
+//! One running attempt per request: duplicates are refused, a newer attempt supersedes the older.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -8,6 +8,8 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::request::Key;
+
 /// The attempts that run on this worker.
 #[derive(Clone, Default)]
 pub struct Attempts {
@@ -15,13 +17,13 @@ pub struct Attempts {
     ended: Arc<Notify>,
 }
 
-/// Running attempts by request id.
-type Table = HashMap<String, (u32, Arc<Ending>)>;
+/// Running attempts by request.
+type Table = HashMap<Key, (u32, Arc<Ending>)>;
 
 /// The right to run one attempt. Dropping it ends the entry.
 pub struct Running {
     attempts: Attempts,
-    id: String,
+    key: Key,
     attempt: u32,
     ending: Arc<Ending>,
 }
@@ -53,22 +55,22 @@ impl Observer {
 
 impl Attempts {
     /// Starts an attempt. An equal or newer running one refuses it; an older one is cancelled.
-    pub fn start(&self, id: &str, attempt: u32) -> Result<Running, Status> {
+    pub fn start(&self, key: &Key, attempt: u32) -> Result<Running, Status> {
         let mut running = self.running.lock();
-        if let Some((other, ending)) = running.get(id) {
+        if let Some((other, ending)) = running.get(key) {
             if *other == attempt {
-                return Err(Status::already_exists(format!("request {id} already runs here")));
+                return Err(Status::already_exists(format!("request {key} already runs here")));
             }
             if *other > attempt {
                 return Err(Status::aborted(format!(
-                    "request {id}: attempt {attempt} is superseded by attempt {other}"
+                    "request {key}: attempt {attempt} is superseded by attempt {other}"
                 )));
             }
             ending.end(Status::aborted("a newer attempt took over"));
         }
         let ending = Arc::<Ending>::default();
-        running.insert(id.to_owned(), (attempt, Arc::clone(&ending)));
-        Ok(Running { attempts: self.clone(), id: id.to_owned(), attempt, ending })
+        running.insert(key.clone(), (attempt, Arc::clone(&ending)));
+        Ok(Running { attempts: self.clone(), key: key.clone(), attempt, ending })
     }
 
     /// Ends all that run: UNAVAILABLE, so that they go on elsewhere.
@@ -121,8 +123,8 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         let mut running = self.attempts.running.lock();
-        if running.get(&self.id).is_some_and(|(attempt, _)| *attempt == self.attempt) {
-            running.remove(&self.id);
+        if running.get(&self.key).is_some_and(|(attempt, _)| *attempt == self.attempt) {
+            running.remove(&self.key);
         }
         drop(running);
         self.ending.ended.cancel();
@@ -134,22 +136,29 @@ impl Drop for Running {
 mod tests {
     use super::*;
 
+    fn key(id: &str) -> Key {
+        Key::new("router", id)
+    }
+
     #[tokio::test]
     async fn newer_supersedes_and_older_is_refused() {
         let attempts = Attempts::default();
-        let first = attempts.start("a", 1).unwrap();
-        assert_eq!(attempts.start("a", 1).err().unwrap().code(), tonic::Code::AlreadyExists);
-        let second = attempts.start("a", 2).unwrap();
+        let first = attempts.start(&key("a"), 1).unwrap();
+        assert_eq!(attempts.start(&key("a"), 1).err().unwrap().code(), tonic::Code::AlreadyExists);
+        let second = attempts.start(&key("a"), 2).unwrap();
         assert_eq!(first.ended().await.code(), tonic::Code::Aborted);
         drop(first);
-        assert_eq!(attempts.start("a", 1).err().unwrap().code(), tonic::Code::Aborted);
+        assert_eq!(attempts.start(&key("a"), 1).err().unwrap().code(), tonic::Code::Aborted);
         drop(second);
         assert!(attempts.is_empty());
-        let again = attempts.start("a", 1).unwrap();
+        // Another router's request of the same id is another request.
+        let other = attempts.start(&Key::new("other", "a"), 1).unwrap();
+        let again = attempts.start(&key("a"), 1).unwrap();
         let observer = again.observer();
         attempts.fail_all("stuck");
         assert_eq!(observer.ended().await.unwrap().message(), "stuck");
-        let by_itself = attempts.start("b", 1).unwrap();
+        assert_eq!(other.ended().await.message(), "stuck");
+        let by_itself = attempts.start(&key("b"), 1).unwrap();
         let observer = by_itself.observer();
         drop(by_itself);
         assert!(observer.ended().await.is_none());

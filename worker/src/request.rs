@@ -26,11 +26,33 @@ pub struct Limits {
     pub incarnation: u64,
 }
 
+/// A request on a worker: clients choose ids, and several routers may see the same one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    origin: String,
+    id: String,
+}
+
+impl Key {
+    /// Of the request of that id that came through that router.
+    pub fn new(origin: &str, id: &str) -> Self {
+        Self { origin: origin.to_owned(), id: id.to_owned() }
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.id)
+    }
+}
+
 /// One request, valid.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Its id, unique among running ones.
+    /// Its id, as the client knows it.
     pub id: String,
+    /// Unique among running ones: the id and the router it came through.
+    pub key: Key,
     /// Counts from 1.
     pub attempt: u32,
     /// Prompt token ids, at least one.
@@ -120,7 +142,11 @@ impl Request {
         let stem: Arc<[u32]> = s.prompt.iter().chain(shared).copied().collect();
         let root = root(&limits.compat_hash);
         let hashes = hash::chain(root, &stem, limits.layout.block_tokens);
+        if s.origin.len() > 128 {
+            return invalid("sequence.origin: at most 128 bytes".into());
+        }
         Ok(Self {
+            key: Key::new(&s.origin, &s.request_id),
             id: s.request_id,
             attempt: s.attempt,
             prompt: s.prompt.into(),
