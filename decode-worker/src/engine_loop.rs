@@ -1,157 +1,33 @@
 //! The thread that owns the engine: admits, plans, runs a step, hands tokens out. No async here.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+mod begin;
+mod group;
+mod leave;
+
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use cluster::Load;
-use engine::kv::pool::{Block, BlockPool};
+use engine::kv::pool::BlockPool;
 use engine::{Batch, Engine, EngineError, KvLayout, Sampled, Segment};
 use proto::v1::{self, decode_event::Event};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
+use tokio::sync::watch;
 use tonic::Status;
 use worker::progress::Progress;
 use worker::rate::Rate;
-use worker::request::{Key, load_to_wire, sampled_to_wire};
-use worker::{Request, attempts::Running};
+use worker::request::load_to_wire;
 
 use crate::choice::Choice;
 use crate::metrics::LoopMetrics;
+use crate::order::{Order, Submission};
 use crate::scheduler::{self, Rules};
 use crate::seal::Seal;
+use group::Group;
 
 /// How long to wait for blocks when every choice is blocked on ones that landings hold.
 const BLOCKED_WAIT: Duration = Duration::from_millis(5);
-
-/// Landed KV that is compared between two steps, at most: a few milliseconds' worth.
-const UNSEAL_BYTES: usize = 32 << 20;
-
-/// Where a request's events go. Closed by the client: the request is cancelled.
-pub(crate) type Events = mpsc::UnboundedSender<Result<v1::DecodeEvent, Status>>;
-
-/// A request that is ready to run.
-pub(crate) struct Submission {
-    pub request: Arc<Request>,
-    pub events: Events,
-    /// Blocks that hold the first `computed` tokens of the stem.
-    pub blocks: Vec<Block>,
-    /// Blocks that a transport wrote, into the pool's host side.
-    pub arrived: Vec<u32>,
-    pub computed: usize,
-    /// How many of the blocks were here before anything landed.
-    pub cached: usize,
-    /// How it begins.
-    pub start: Start,
-    /// What guards its landed blocks.
-    pub seal: Option<Seal>,
-    /// Held until the request ends.
-    pub hold: Hold,
-}
-
-/// How a request begins here.
-pub(crate) enum Start {
-    /// Its stem is prefilled here.
-    Local,
-    /// Its stem landed, with the tokens drawn at its end, already sent to the client.
-    Landed(Vec<v1::SampledToken>),
-    /// It ran elsewhere: by open choice, the blocks beyond the shared ones and the tokens drawn meanwhile.
-    Moved(Vec<(Vec<Block>, Vec<u32>)>),
-}
-
-impl Submission {
-    /// Gives up what landed damaged, and what stands on it: it is computed here again. Draws are a function, so
-    /// tokens that the client has already come once more, and equal. `bad` counts landed blocks in their order.
-    fn without(&mut self, bad: &[usize], block_tokens: usize) {
-        let good = |from: usize, blocks: usize| {
-            let first = bad.iter().filter(|at| (from..from + blocks).contains(*at)).min();
-            first.map_or(blocks, |at| at - from)
-        };
-        let landed = self.blocks.len() - self.cached;
-        let kept = good(0, landed);
-        self.blocks.truncate(self.cached + kept);
-        self.computed = self.computed.min(self.blocks.len() * block_tokens);
-        match &mut self.start {
-            Start::Landed(_) if kept < landed => self.start = Start::Local,
-            Start::Local | Start::Landed(_) => {}
-            Start::Moved(choices) => {
-                let mut from = landed;
-                for (own, _) in choices {
-                    let blocks = own.len();
-                    own.truncate(if kept < landed { 0 } else { good(from, blocks) });
-                    from += blocks;
-                }
-            }
-        }
-        let own = match &self.start {
-            Start::Moved(choices) => choices.as_slice(),
-            Start::Local | Start::Landed(_) => &[],
-        };
-        let kept = self.blocks.iter().chain(own.iter().flat_map(|(own, _)| own)).map(Block::id);
-        let kept: BTreeSet<u32> = kept.collect();
-        self.arrived.retain(|id| kept.contains(id));
-    }
-}
-
-/// What the loop is told. Moves are described in [`crate::moving`].
-pub(crate) enum Order {
-    /// Run this.
-    Run(Submission),
-    /// Show what a running request consists of.
-    Portray { key: Key, attempt: u32, reply: oneshot::Sender<Option<Portrait>> },
-    /// Let a request stand still; the reply has the tokens of these choices beyond those that are known, and
-    /// all blocks. Nothing is stopped when one of them has ended.
-    Stop { group: u64, known: Vec<(u32, usize)>, reply: oneshot::Sender<Option<Stopped>> },
-    /// A request that stands still goes on.
-    GoOn(u64),
-    /// A request runs elsewhere now.
-    Moved(u64),
-}
-
-/// A request that stands still: its newest tokens, and its blocks.
-pub(crate) type Stopped = (Vec<v1::SampledToken>, Portrait);
-
-/// A running request at one instant. Keeps its blocks.
-pub(crate) struct Portrait {
-    pub group: u64,
-    choices: Vec<(u32, Vec<Block>)>,
-}
-
-impl Portrait {
-    /// Ids of the choice's blocks, from the start of the sequence.
-    pub fn blocks(&self, choice: u32) -> Option<Vec<u32>> {
-        let (_, blocks) = self.choices.iter().find(|(index, _)| *index == choice)?;
-        Some(blocks.iter().map(Block::id).collect())
-    }
-
-    /// What must be kept while it is read.
-    pub fn into_blocks(self) -> Vec<Block> {
-        self.choices.into_iter().flat_map(|(_, blocks)| blocks).collect()
-    }
-}
-
-/// What a running request occupies besides blocks.
-pub(crate) struct Hold {
-    pub _slot: OwnedSemaphorePermit,
-    pub attempt: Arc<Running>,
-}
-
-struct Group {
-    request: Arc<Request>,
-    events: Events,
-    open: u32,
-    finishes: Vec<v1::ChoiceFinish>,
-    submitted: Instant,
-    started: Option<Instant>,
-    /// Prefill happens here; otherwise the KV has landed.
-    local: bool,
-    cached_tokens: u32,
-    /// Stands still because it is about to run elsewhere.
-    stopped: bool,
-    /// The router was asked to move it.
-    leaving: bool,
-    hold: Hold,
-}
 
 /// The loop's whole state.
 pub(crate) struct EngineLoop {
@@ -247,156 +123,6 @@ impl EngineLoop {
             }
         }
         Ok(())
-    }
-
-    /// Compares a bounded piece of what landed; what is whole begins to run.
-    fn unseal(&mut self) -> Result<(), EngineError> {
-        let began = Instant::now();
-        let kv = self.engine.kv();
-        let mut left = (UNSEAL_BYTES / self.layout.block_bytes().max(1)).max(1);
-        let mut cells = 0;
-        while let Some((submission, seal)) = self.sealed.front_mut() {
-            let is_wanted = submission.hold.attempt.must_end().is_none() && !submission.events.is_closed();
-            let done = if is_wanted { seal.check(kv.as_ref(), left) } else { 0 };
-            left -= done;
-            cells += done;
-            if is_wanted && !seal.is_checked() {
-                break;
-            }
-            let Some((mut submission, seal)) = self.sealed.pop_front() else { break };
-            if !is_wanted {
-                continue;
-            }
-            if !seal.bad().is_empty() {
-                tracing::error!(request = %submission.request.id, blocks = seal.bad().len(),
-                    "landed KV changed in the pool before its first step; computing it again");
-                self.metrics.corrupt_blocks.increment(seal.bad().len() as u64);
-                submission.without(seal.bad(), self.layout.block_tokens);
-            }
-            self.admit(submission)?;
-        }
-        if cells > 0 {
-            self.metrics.verified(cells * self.layout.block_bytes(), began.elapsed());
-        }
-        Ok(())
-    }
-
-    fn portray(&mut self, key: &Key, attempt: u32) -> Result<Option<Portrait>, EngineError> {
-        let is_it = |group: &Group| group.request.key == *key && group.request.attempt == attempt;
-        let group = self.groups.iter().find(|(_, group)| is_it(group)).map(|(key, _)| *key);
-        let Some(group) = group else { return Ok(None) };
-        let ours = self.choices.iter().filter(|c| c.group == group && !c.is_stem());
-        let choices: Vec<_> = ours.map(|c| (c.index, c.full_blocks(&self.layout).to_vec())).collect();
-        self.publish(Portrait { group, choices }).map(Some)
-    }
-
-    /// Makes what a portrait shows readable for the transport.
-    fn publish(&mut self, portrait: Portrait) -> Result<Portrait, EngineError> {
-        let blocks = portrait.choices.iter().flat_map(|(_, blocks)| blocks.iter().map(Block::id));
-        // Choices share blocks.
-        let ids: BTreeSet<u32> = blocks.collect();
-        self.engine.publish_blocks(&ids.into_iter().collect::<Vec<_>>())?;
-        Ok(portrait)
-    }
-
-    fn stop(&mut self, group: u64, known: &[(u32, usize)]) -> Result<Option<Stopped>, EngineError> {
-        let mut since = Vec::new();
-        let mut choices = Vec::new();
-        for (index, known) in known {
-            let ours = |c: &&Choice| c.group == group && c.index == *index && !c.is_stem();
-            let Some(choice) = self.choices.iter().find(ours) else { return Ok(None) };
-            for (position, token_id) in choice.output().iter().enumerate().skip(*known) {
-                let position = u32::try_from(position).unwrap_or(u32::MAX);
-                since.push(v1::SampledToken { choice: *index, token_id: *token_id, logprob: None, position });
-            }
-            choices.push((*index, choice.used_blocks(&self.layout).to_vec()));
-        }
-        self.set_stopped(group, true);
-        let portrait = self.publish(Portrait { group, choices })?;
-        Ok(Some((since, portrait)))
-    }
-
-    fn set_stopped(&mut self, group: u64, stopped: bool) {
-        if let Some(group) = self.groups.get_mut(&group) {
-            group.stopped = stopped;
-        }
-    }
-
-    /// While draining, every request whose choices all decode asks to be moved.
-    fn ask_to_leave(&mut self) {
-        if !self.load.borrow().draining {
-            self.groups.values_mut().for_each(|group| group.leaving = false);
-            return;
-        }
-        let load = load_to_wire(&self.load_now());
-        for (key, group) in self.groups.iter_mut().filter(|(_, group)| !group.leaving) {
-            if self.choices.iter().any(|c| c.group == *key && (c.is_stem() || c.view().pending > 1)) {
-                continue;
-            }
-            group.leaving = true;
-            let event = Some(Event::Leaving(v1::Leaving {}));
-            let _ = group.events.send(Ok(v1::DecodeEvent { event, load: Some(load) }));
-        }
-    }
-
-    fn admit(&mut self, submission: Submission) -> Result<(), EngineError> {
-        let Submission { request, events, blocks, arrived, computed, start, hold, .. } = submission;
-        self.engine.load_blocks(&arrived)?;
-        let group = self.next_group;
-        self.next_group += 1;
-        self.groups.insert(
-            group,
-            Group {
-                request: Arc::clone(&request),
-                events,
-                open: u32::try_from(request.open.len()).unwrap_or(u32::MAX),
-                finishes: Vec::new(),
-                submitted: Instant::now(),
-                started: None,
-                local: matches!(start, Start::Local),
-                cached_tokens: u32::try_from(computed).unwrap_or(u32::MAX),
-                stopped: false,
-                leaving: false,
-                hold,
-            },
-        );
-        let stem = |blocks| {
-            let mut stem = Choice::stem(Arc::clone(&request), group, blocks, 0);
-            stem.advance(computed, &self.pool, &self.layout);
-            stem
-        };
-        match start {
-            Start::Local => {
-                self.metrics.local_prefills.increment(1);
-                self.choices.push(stem(blocks));
-            }
-            Start::Landed(tokens) => {
-                let stem = stem(blocks);
-                self.branch(stem, &tokens.iter().map(|t| (t.choice, t.token_id)).collect::<Vec<_>>());
-            }
-            Start::Moved(choices) => {
-                for (index, (own, since)) in request.open.iter().zip(choices) {
-                    let table: Vec<Block> = blocks.iter().cloned().chain(own).collect();
-                    let room = table.len() * self.layout.block_tokens;
-                    let mut choice = Choice::moved(Arc::clone(&request), group, *index, table, since);
-                    choice.advance(room.min(choice.tokens.len() - 1), &self.pool, &self.layout);
-                    if !self.finish_if_done(&choice) {
-                        self.choices.push(choice);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Turns a computed stem and the tokens drawn at its end into running choices.
-    fn branch(&mut self, stem: Choice, drawn: &[(u32, u32)]) {
-        for mut choice in stem.branch(&self.layout) {
-            choice.tokens.extend(drawn.iter().filter(|(index, _)| *index == choice.index).map(|(_, t)| t));
-            if !self.finish_if_done(&choice) {
-                self.choices.push(choice);
-            }
-        }
     }
 
     /// Reports the end of a choice that has ended, and of its request with the last one.
@@ -582,34 +308,4 @@ impl EngineLoop {
         let now = self.load_now();
         self.load.send_if_modified(|load| load.update(now));
     }
-}
-
-impl Group {
-    /// A step that began at `started` ran tokens of this choice and drew those at its end. What happens
-    /// until the first draw of a request without landed KV is its local prefill.
-    fn ran(&mut self, started: Instant, choice: &Choice, drawn: &[Sampled]) {
-        let began = *self.started.get_or_insert(started);
-        if drawn.is_empty() {
-            return;
-        }
-        let local_prefill = (self.local && choice.is_stem()).then(|| v1::PrefillTiming {
-            queue_ms: millis(began - self.submitted),
-            prefill_ms: millis(began.elapsed()),
-            exposed_transfer_ms: 0.0,
-            cached_tokens: self.cached_tokens,
-        });
-        let indices: Vec<u32> = match choice.is_stem() {
-            true => choice.request.drawn_at_stem().collect(),
-            false => vec![choice.index],
-        };
-        let position = choice.output().len();
-        let to_wire = |(index, s)| sampled_to_wire(index, position, s, &choice.request.sampling);
-        let tokens = indices.into_iter().zip(drawn).map(to_wire).collect();
-        let event = Some(Event::Tokens(v1::Tokens { tokens, local_prefill }));
-        let _ = self.events.send(Ok(v1::DecodeEvent { event, load: None }));
-    }
-}
-
-fn millis(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

@@ -12,8 +12,8 @@ use tonic::Status;
 use worker::{Request, serve};
 
 use crate::cargo::{self, Cargo};
-use crate::engine_loop::{Events, Hold, Start, Submission};
 use crate::error;
+use crate::order::{Events, Hold, Start, Submission};
 use crate::seal::Seal;
 use crate::service::DecodeService;
 

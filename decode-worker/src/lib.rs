@@ -9,6 +9,7 @@ mod error;
 mod landing;
 mod metrics;
 mod moving;
+mod order;
 pub mod scheduler;
 mod seal;
 mod service;

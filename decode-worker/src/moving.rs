@@ -18,7 +18,7 @@ use tonic::Status;
 use worker::request::Key;
 
 use crate::cargo::Cargo;
-use crate::engine_loop::{Order, Portrait};
+use crate::order::{Order, Portrait};
 use crate::service::{DecodeService, Kept};
 
 /// How long a sequence may stand still for its commit before it goes on here.

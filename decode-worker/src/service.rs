@@ -18,7 +18,7 @@ use worker::request::{Limits, load_to_wire};
 use worker::{Request, serve};
 
 use crate::cargo::Cargo;
-use crate::engine_loop::{Events, Hold, Order, Start, Submission};
+use crate::order::{Events, Hold, Order, Start, Submission};
 
 type Stream = UnboundedReceiverStream<Result<v1::DecodeEvent, Status>>;
 
