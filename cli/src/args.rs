@@ -70,6 +70,13 @@ pub enum Device {
     Cuda,
 }
 
+/// Rounding of weights and activations at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantize {
+    /// e4m3: weights with a scale per output, activations with a scale per token; Hopper GPUs
+    Fp8,
+}
+
 /// Settings of `bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -115,6 +122,9 @@ pub struct BenchEngineArgs {
     /// Tokens that a decoding sequence has behind it
     #[arg(long, default_value_t = 1200)]
     pub context: usize,
+    /// Round the layers' weights, and activations in every step; GPU only
+    #[arg(long, value_enum)]
+    pub quantize: Option<Quantize>,
     /// Write where the time of some steps goes, for chrome://tracing or Perfetto; GPU only
     #[arg(long)]
     pub trace: Option<PathBuf>,
@@ -163,6 +173,9 @@ pub struct EngineArgs {
     /// Which GPU, from 0
     #[arg(long, default_value_t = 0)]
     pub gpu: usize,
+    /// Round the layers' weights, and activations in every step; equal on every worker [default: bf16 as it is]
+    #[arg(long, value_enum)]
+    pub quantize: Option<Quantize>,
     /// Launch every kernel of a decode step instead of replaying a captured CUDA graph
     #[arg(long)]
     pub no_graphs: bool,

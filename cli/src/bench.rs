@@ -19,10 +19,13 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
     if args.runs == 0 || args.max_batch == 0 {
         bail!("--runs and --max-batch: at least 1");
     }
+    if args.quantize.is_some() && args.device == Device::Cpu {
+        bail!("--quantize: the CPU engine has no quantised products; use --device cuda");
+    }
     let wants_profile = |table| matches!(table, &BenchTable::All | &BenchTable::Profile);
     let settings = Settings {
         profile: args.trace.is_some() || args.table.iter().any(wants_profile),
-        name: args.shape.clone(),
+        name: format!("{}{}", args.shape, if args.quantize.is_some() { " in FP8" } else { "" }),
         config: shape(&args.shape)?,
         kinds: kinds(&args.table),
         runs: args.runs,
@@ -31,7 +34,7 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
         context: args.context,
         device: match args.device {
             Device::Cpu => measurement::Device::Cpu { threads: args.threads.unwrap_or(0) },
-            Device::Cuda => measurement::Device::Cuda { ordinal: args.gpu },
+            Device::Cuda => measurement::Device::Cuda { ordinal: args.gpu, fp8: args.quantize.is_some() },
         },
     };
     let bar = ProgressBar::new_spinner();

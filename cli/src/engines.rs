@@ -46,9 +46,13 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
             one.total_bytes()
         );
     }
-    let suffix = format!("kv={},block={}", kv_dtype.name(), args.block_tokens);
+    let quantised = if args.quantize.is_some() { ",fp8" } else { "" };
+    let suffix = format!("kv={},block={}{quantised}", kv_dtype.name(), args.block_tokens);
     let compat_hash = config.compat_hash(dir, &suffix)?;
     let max_batch_tokens = step_tokens.max(args.max_sequences);
+    if args.quantize.is_some() && args.device == Device::Cpu {
+        bail!("--quantize: the CPU engine computes in bf16 and f32 only; leave it away or use --device cuda");
+    }
     let engine: Box<dyn Engine> = match args.device {
         Device::Cpu => Box::new(CpuEngine::load(
             dir,
@@ -73,6 +77,7 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
                 // A prefill worker's steps of single tokens are ends of prompts: too few to capture.
                 graphs: role == Role::Decode && !args.no_graphs,
                 publish: role == Role::Prefill,
+                quantise_fp8: args.quantize.is_some(),
                 ..CudaOptions::default()
             },
         )?),

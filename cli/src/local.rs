@@ -142,6 +142,9 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
             command.args([flag, &value.to_string()]);
         }
     }
+    if engine.quantize.is_some() {
+        command.args(["--quantize", "fp8"]);
+    }
     if engine.no_graphs {
         command.arg("--no-graphs");
     }

@@ -68,6 +68,8 @@ pub enum Device {
     Cuda {
         /// Which, from 0.
         ordinal: usize,
+        /// Layers in e4m3.
+        fp8: bool,
     },
 }
 
@@ -164,7 +166,7 @@ fn build(settings: &Settings) -> Result<Measured> {
             };
             Measured::Cpu(Box::new(CpuEngine::from_random(config, 1, options)?))
         }
-        Device::Cuda { ordinal } => {
+        Device::Cuda { ordinal, fp8 } => {
             let options = CudaOptions {
                 device: ordinal,
                 kv_blocks,
@@ -173,6 +175,7 @@ fn build(settings: &Settings) -> Result<Measured> {
                 max_sequences: settings.max_batch + 1,
                 prepare: true,
                 host_side: false,
+                quantise_fp8: fp8,
                 ..CudaOptions::default()
             };
             Measured::Cuda(Box::new(CudaEngine::from_random(config, 1, options)?))

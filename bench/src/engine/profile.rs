@@ -31,7 +31,7 @@ pub struct PartRow {
     pub ms: f64,
     /// Tera-operations a second, for products.
     pub tera_flops: Option<f64>,
-    /// Terabytes of weights a second, for products.
+    /// Terabytes of weights a second, for products of bf16 weights.
     pub tera_bytes: Option<f64>,
 }
 

@@ -56,7 +56,7 @@ impl fmt::Display for Report {
         let Ceilings { flops_per_second, bytes_per_second } = self.ceilings;
         if flops_per_second > 0.0 {
             let (tera_flops, tera_bytes) = (flops_per_second / 1e12, bytes_per_second / 1e12);
-            writeln!(f, "ceilings: {tera_flops:.0} TFLOP/s (bf16 8192³), {tera_bytes:.2} TB/s (read)")?;
+            writeln!(f, "ceilings: {tera_flops:.0} TFLOP/s (8192³), {tera_bytes:.2} TB/s (read)")?;
         }
         self.tables.iter().try_for_each(|table| write!(f, "\n{table}"))?;
         self.profiles.iter().try_for_each(|profile| write!(f, "\n{profile}"))

@@ -11,7 +11,8 @@ use crate::model::RandomWeights;
 /// Rates that were reached.
 #[derive(Debug, Clone, Copy)]
 pub struct Ceilings {
-    /// bf16 product of two 8192 × 8192 matrices of random numbers; a multiply-add counts as two.
+    /// Product of two 8192 × 8192 matrices of random numbers, of the type that the layers are computed in; a multiply-add
+    /// counts as two.
     pub flops_per_second: f64,
     /// Reading 2 GiB.
     pub bytes_per_second: f64,
@@ -25,6 +26,7 @@ pub(super) fn measure(
     stream: &Stream,
     kernels: &Kernels,
     gemms: &mut Gemms,
+    operands: Operands,
 ) -> Result<Ceilings, EngineError> {
     let memory = Memory::new(device, READ_BYTES, "measuring the device")?;
     let (at, count) = (memory.at, READ_BYTES / 2);
@@ -40,9 +42,12 @@ pub(super) fn measure(
     let read = fastest(stream, || kernels.read_all.launch(stream, grid, args![out, at, vectors]))?;
 
     let matrix = (SIDE * SIDE * 2) as u64;
-    let operands = Operands::Bf16;
     let shape = Shape { n: SIDE, k: SIDE, operands, bias: false, add: false, wide: false, gated: false };
-    let product = Product { weights: at, x: at + matrix, out: at + 2 * matrix, bias: 0, scales: (0, 0) };
+    // FP8 wants a scale per row; any do for timing.
+    let ones = Memory::new(device, SIDE * 4, "measuring the device")?;
+    stream.upload(ones.at, &vec![1.0f32; SIDE])?;
+    let scales = (ones.at, ones.at);
+    let product = Product { weights: at, x: at + matrix, out: at + 2 * matrix, bias: 0, scales };
     gemms.tune(stream, shape, &[SIDE], &product, &[at])?;
     let multiply = fastest(stream, || gemms.run(stream, shape, SIDE, &product))?;
     Ok(Ceilings {

@@ -306,6 +306,10 @@ impl Plan {
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &1i8)?;
+            // The heuristic refuses a product without scales; `run` sets the real ones.
+            let somewhere = 256u64;
+            plan.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &somewhere)?;
+            plan.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &somewhere)?;
         }
         Ok(plan)
     }

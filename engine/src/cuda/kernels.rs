@@ -35,6 +35,7 @@ const ROWS: Source = source!("rows", false);
 const BLOCKS: Source = source!("blocks", false);
 const ATTENTION_ANY: Source = source!("attention_any", false);
 const THIN: Source = source!("thin", false);
+const QUANTISE: Source = source!("quantise", true);
 const DECODE: Source = source!("attention_decode", false);
 const PREFILL: Source = source!("attention_prefill", false);
 const PREFILL_SM90: Source = source!("attention_prefill_sm90", true);
@@ -54,6 +55,8 @@ pub(super) struct Kernels {
     pub(super) fork_blocks: Kernel,
     pub(super) checksums: Kernel,
     pub(super) attention_any: Kernel,
+    /// On Hopper.
+    pub(super) quantise: Option<Kernel>,
     /// For the model's head size, where there is one.
     pub(super) fast: Option<FastAttention>,
 }
@@ -100,6 +103,9 @@ impl Kernels {
             fork_blocks: blocks.kernel("fork_blocks")?,
             checksums: blocks.kernel("checksums")?,
             attention_any: any.kernel("attention_any")?,
+            quantise: (device.capability == (9, 0))
+                .then(|| module(&QUANTISE)?.kernel("quantise_rows_e4m3"))
+                .transpose()?,
             fast: matches!(head_dim, 64 | 128).then(fast).transpose()?,
         })
     }
@@ -199,7 +205,7 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        for source in [&ROWS, &BLOCKS, &ATTENTION_ANY, &THIN, &DECODE, &PREFILL, &PREFILL_SM90] {
+        for source in [&ROWS, &BLOCKS, &ATTENTION_ANY, &THIN, &QUANTISE, &DECODE, &PREFILL, &PREFILL_SM90] {
             let architectures: &[&str] =
                 if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
             for architecture in architectures {

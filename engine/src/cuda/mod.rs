@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 pub use self::ceilings::Ceilings;
 use self::driver::{Device, Event, Pinned, Stream};
-use self::gemm::Gemms;
+use self::gemm::{Gemms, Operands};
 use self::graphs::Graphs;
 use self::kernels::Kernels;
 use self::network::{Loader, Network, Origin};
@@ -74,6 +74,9 @@ pub struct CudaOptions {
     pub host_side: bool,
     /// Every step's KV is brought to the host side before `on_layer`: for a worker that pushes.
     pub publish: bool,
+    /// Weights of the layers are rounded to e4m3 with a scale per output, activations per token: half the bytes, twice
+    /// the arithmetic. Hopper only.
+    pub quantise_fp8: bool,
     /// Which kernels attend.
     pub attention: Attention,
 }
@@ -91,6 +94,7 @@ impl Default for CudaOptions {
             graphs: true,
             host_side: true,
             publish: false,
+            quantise_fp8: false,
             attention: Attention::Best,
         }
     }
@@ -151,10 +155,22 @@ impl CudaEngine {
             head_dim: config.head_dim,
             dtype: options.kv_dtype,
         };
+        if options.quantise_fp8 && device.capability != (9, 0) {
+            let (name, (major, minor)) = (&device.name, device.capability);
+            return Err(EngineError::Unsupported(format!(
+                "FP8 products need compute capability 9.0; {name} has {major}.{minor}; leave --quantize away"
+            )));
+        }
         check_memory(&device, &config, &layout)?;
         let kernels = Kernels::load(&device, config.head_dim)?;
         let stream = Stream::new(&device)?;
-        let loader = Loader { device: &device, kernels: &kernels, stream: &stream, origin };
+        let loader = Loader {
+            device: &device,
+            kernels: &kernels,
+            stream: &stream,
+            origin,
+            quantise: options.quantise_fp8,
+        };
         let network = Network::load(&loader, &config)?;
         stream.synchronize()?;
         let capacity = capacity(&config, &options);
@@ -227,10 +243,11 @@ impl CudaEngine {
         profile.spans()
     }
 
-    /// What the device reaches: bf16 products and reads.
+    /// What the device reaches: products of the layers' type, and reads.
     pub fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
         self.fixed.device.enter()?;
-        ceilings::measure(&self.fixed.device, &self.stream, &self.fixed.kernels, &mut self.gemms)
+        let operands = if self.options.quantise_fp8 { Operands::Fp8 } else { Operands::Bf16 };
+        ceilings::measure(&self.fixed.device, &self.stream, &self.fixed.kernels, &mut self.gemms, operands)
     }
 
     /// What the model is.
@@ -463,5 +480,10 @@ fn capacity(config: &ModelConfig, options: &CudaOptions) -> Capacity {
     // Tables of all sequences at full length, and once more the blocks written; no more than the pool has, shared or not.
     let tables = options.max_sequences * per_sequence.min(options.kv_blocks);
     let lists = 10 * rows + 4 * options.max_sequences;
-    Capacity { rows, wanted: options.max_sequences, inputs: lists + 2 * tables + 2 * options.kv_blocks }
+    Capacity {
+        rows,
+        wanted: options.max_sequences,
+        inputs: lists + 2 * tables + 2 * options.kv_blocks,
+        quantise: options.quantise_fp8,
+    }
 }

@@ -20,6 +20,8 @@ pub(super) enum Origin<'a> {
 /// A matrix `[n, k]`, row-major, with its bias.
 pub(super) struct Linear {
     weights: Memory,
+    /// Per row, where the weights are e4m3.
+    scales: Option<Memory>,
     bias: Option<Memory>,
     n: usize,
     k: usize,
@@ -28,7 +30,8 @@ pub(super) struct Linear {
 impl Linear {
     /// What kind of product this matrix makes.
     pub(super) fn shape(&self, add: bool, wide: bool) -> Shape {
-        let (operands, bias) = (Operands::Bf16, self.bias.is_some());
+        let operands = if self.scales.is_some() { Operands::Fp8 } else { Operands::Bf16 };
+        let bias = self.bias.is_some();
         Shape { n: self.n, k: self.k, operands, bias, add, wide, gated: false }
     }
 
@@ -39,7 +42,18 @@ impl Linear {
 
     pub(super) fn product(&self, x: u64, out: u64) -> Product {
         let bias = self.bias.as_ref().map_or(0, |bias| bias.at);
-        Product { weights: self.weights.at, x, out, bias, scales: (0, 0) }
+        let scales = (self.scales.as_ref().map_or(0, |scales| scales.at), 0);
+        Product { weights: self.weights.at, x, out, bias, scales }
+    }
+
+    /// Numbers of a row of x.
+    pub(super) fn inputs(&self) -> usize {
+        self.k
+    }
+
+    /// Whether x must be e4m3.
+    pub(super) fn is_quantised(&self) -> bool {
+        self.scales.is_some()
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -101,6 +115,8 @@ pub(super) struct Loader<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) stream: &'a Stream,
     pub(super) origin: Origin<'a>,
+    /// Weights of the layers become e4m3; embedding and head stay bf16.
+    pub(super) quantise: bool,
 }
 
 impl Loader<'_> {
@@ -111,7 +127,7 @@ impl Loader<'_> {
         let linear = |parts: &[(&str, usize)], k, bias| {
             let names: Vec<_> = parts.iter().map(|&(part, n)| (name(part), n)).collect();
             let parts: Vec<_> = names.iter().map(|(name, n)| (name.as_str(), *n)).collect();
-            self.linear(&parts, k, bias)
+            self.linear(&parts, k, bias).and_then(|linear| self.quantised(linear))
         };
         let norm = |part: &str, length| self.vector(&name(part), length);
         let head_norms = || -> Result<_, EngineError> {
@@ -143,7 +159,20 @@ impl Loader<'_> {
             }
         }
         let bias = bias.then(|| self.uploaded(&biases)).transpose()?;
-        Ok(Linear { weights, bias, n, k })
+        Ok(Linear { weights, scales: None, bias, n, k })
+    }
+
+    fn quantised(&self, linear: Linear) -> Result<Linear, EngineError> {
+        let Some(kernel) = self.kernels.quantise.as_ref().filter(|_| self.quantise) else {
+            return Ok(linear);
+        };
+        let weights = Memory::new(self.device, linear.n * linear.k, "the quantised weights")?;
+        let scales = Memory::new(self.device, linear.n * 4, "the weights' scales")?;
+        let (to, out, from, width) = (weights.at, scales.at, linear.weights.at, (linear.k / 8) as i32);
+        kernel.launch(self.stream, Grid::new((linear.n, 1, 1), 256), args![to, out, from, width])?;
+        // The bf16 weights go now: a model may fit only without them.
+        self.stream.synchronize()?;
+        Ok(Linear { weights, scales: Some(scales), ..linear })
     }
 
     fn matrix(&self, to: u64, name: &str, rows: usize, columns: usize) -> Result<(), EngineError> {

@@ -40,6 +40,9 @@ pub(super) struct Buffers {
     gated: Memory,
     /// The wanted rows' residual stream.
     x_wanted: Memory,
+    /// What goes into the next product, as e4m3 with a scale a row; empty without quantisation.
+    quantised: Memory,
+    row_scales: Memory,
     /// `[wanted, vocab]` f32
     pub(super) logits: Memory,
     /// `[wanted]` i32
@@ -59,6 +62,8 @@ pub(super) struct Capacity {
     pub(super) wanted: usize,
     /// Most entries of [`Plan::numbers`].
     pub(super) inputs: usize,
+    /// Room for quantised rows.
+    pub(super) quantise: bool,
 }
 
 impl Buffers {
@@ -67,7 +72,8 @@ impl Buffers {
         config: &ModelConfig,
         capacity: Capacity,
     ) -> Result<Self, EngineError> {
-        let Capacity { rows, wanted, inputs } = capacity;
+        let Capacity { rows, wanted, inputs, quantise } = capacity;
+        let quantised_rows = if quantise { rows } else { 0 };
         let attended = config.heads * config.head_dim;
         let qkv = attended + 2 * config.kv_heads * config.head_dim;
         let memory = |numbers: usize, size| Memory::new(device, numbers * size, "the step's buffers");
@@ -81,6 +87,8 @@ impl Buffers {
             gate_up: memory(rows * 2 * config.ffn, 2)?,
             gated: memory(rows * config.ffn, 2)?,
             x_wanted: memory(wanted * config.hidden, 2)?,
+            quantised: memory(quantised_rows * config.hidden.max(attended).max(config.ffn), 1)?,
+            row_scales: memory(quantised_rows, 4)?,
             logits: memory(wanted * config.vocab, 4)?,
             tokens: memory(wanted, 4)?,
             partial: memory(splits * config.head_dim, 4)?,
@@ -160,7 +168,11 @@ impl Fixed {
             (|layer| &layer.down, buffers.gated.at, buffers.x.at, true),
         ];
         for (pick, x, out, add) in kinds {
-            let product = pick(&network.layers[0]).product(x, out);
+            let linear = pick(&network.layers[0]);
+            let mut product = linear.product(x, out);
+            if linear.is_quantised() {
+                (product.x, product.scales.1) = (buffers.quantised.at, buffers.row_scales.at);
+            }
             let weights: Vec<u64> =
                 network.layers.iter().map(|layer| pick(layer).product(x, out).weights).collect();
             gemms.tune(stream, pick(&network.layers[0]).shape(add, false), &within, &product, &weights)?;
@@ -343,7 +355,22 @@ impl Step<'_> {
         wide: bool,
     ) -> Result<(), EngineError> {
         let shape: Shape = linear.shape(add, wide);
-        self.gemms.run(self.stream, shape, rows, &linear.product(x, out))
+        let mut product = linear.product(x, out);
+        if linear.is_quantised() {
+            (product.x, product.scales.1) = self.quantise(x, rows, linear.inputs())?;
+        }
+        self.gemms.run(self.stream, shape, rows, &product)
+    }
+
+    /// Rows of `width` numbers as e4m3: where they and their scales are.
+    fn quantise(&self, x: u64, rows: usize, width: usize) -> Result<(u64, u64), EngineError> {
+        let (out, scales, width) =
+            (self.fixed.buffers.quantised.at, self.fixed.buffers.row_scales.at, (width / 8) as i32);
+        if let Some(kernel) = &self.fixed.kernels.quantise {
+            let grid = Grid::new((rows, 1, 1), 256);
+            kernel.launch_chained(self.stream, grid, args![out, scales, x, width])?;
+        }
+        Ok((out, scales))
     }
 
     /// `x += down(silu(gate(norm(x))) · up(norm(x)))`.
