@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use cudarc::driver::{result, sys};
 
 use super::driver::{Stream, failed};
+use super::fixed::Fixed;
 use super::gemm::Gemms;
 use super::plan::Plan;
-use super::step::{Fixed, Step};
+use super::step::Step;
 use crate::EngineError;
 
 /// The graphs that exist, by rows.

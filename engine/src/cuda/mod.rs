@@ -4,8 +4,11 @@
 //! on the tensor cores, several prompts in one step. Decode is bound by memory: one captured graph per batch
 //! size, attention split along the keys. Both are the same step; [`Tuning`] says what is prepared at start-up.
 
+mod attention;
+mod buffers;
 mod ceilings;
 mod driver;
+mod fixed;
 mod gemm;
 mod graphs;
 mod kernels;
@@ -21,8 +24,10 @@ mod thin;
 use std::path::Path;
 use std::sync::Arc;
 
+use self::buffers::Capacity;
 pub use self::ceilings::Ceilings;
 use self::driver::{Device, Event, Pinned, Stream};
+use self::fixed::Fixed;
 use self::gemm::{Gemms, Operands};
 use self::graphs::Graphs;
 use self::kernels::Kernels;
@@ -31,7 +36,7 @@ use self::plan::{List, Plan};
 use self::pool::DevicePool;
 use self::profile::Profile;
 pub use self::profile::{Part, Span};
-use self::step::{Capacity, Fixed, Step};
+use self::step::Step;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
 use crate::sampling::{self, sample};
 use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Sampled};

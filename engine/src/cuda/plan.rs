@@ -125,3 +125,53 @@ fn push_rows(lists: &mut [Vec<i32>; 6], segment: &Segment<'_>, layout: &KvLayout
         lists[List::TableOfRow as usize].push(table);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{KvDtype, SampleRequest, SamplingParams};
+
+    const LAYOUT: KvLayout =
+        KvLayout { layers: 1, blocks: 64, kv_heads: 1, block_tokens: 4, head_dim: 8, dtype: KvDtype::Bf16 };
+    const TILING: Tiling = Tiling { queries: 4, singles_apart: true };
+
+    fn list(plan: &Plan, which: List, count: usize) -> Vec<i32> {
+        plan.numbers[plan.start(which)..][..count].to_vec()
+    }
+
+    /// A chunk of six tokens from position 2, and a single one at position 5.
+    #[test]
+    fn chunks_and_single_tokens_lie_where_the_kernels_look() {
+        let params = SamplingParams::default();
+        let draw = [SampleRequest { params: &params, prompt: &[], output: &[], banned: &[], choice: 0 }];
+        let chunk = Segment { tokens: &[1, 2, 3, 4, 5, 6], position: 2, blocks: &[9, 7, 0], samples: &[] };
+        let single = Segment { tokens: &[8], position: 5, blocks: &[20, 21], samples: &draw };
+        let plan = Plan::new(&Batch { segments: vec![chunk, single] }, &LAYOUT, TILING, 0, false);
+        assert_eq!((plan.rows, plan.tasks, plan.decodes), (7, 2, 1));
+        assert_eq!(list(&plan, List::Tokens, 7), [1, 2, 3, 4, 5, 6, 8]);
+        assert_eq!(list(&plan, List::Positions, 7), [2, 3, 4, 5, 6, 7, 5]);
+        assert_eq!(list(&plan, List::Slots, 7), [38, 39, 28, 29, 30, 31, 85]);
+        assert_eq!(list(&plan, List::TableOfRow, 7), [0, 0, 0, 0, 0, 0, 2]);
+        assert_eq!(list(&plan, List::DecodeRows, 1), [6]);
+        // The task with the most keys first.
+        assert_eq!(list(&plan, List::Tasks, 8), [4, 2, 6, 0, 0, 4, 2, 0]);
+        assert_eq!(list(&plan, List::Tables, 4), [9, 7, 20, 21]);
+        assert_eq!(list(&plan, List::Written, 3), [9, 7, 21]);
+        assert_eq!((plan.wanted, plan.wanted_segments), (vec![6], vec![1]));
+    }
+
+    /// A graph for four rows runs three sequences: the fourth writes nothing and attends to nothing.
+    #[test]
+    fn padding_does_nothing() {
+        let single =
+            |block: &'static [u32]| Segment { tokens: &[5], position: 0, blocks: block, samples: &[] };
+        let segments = vec![single(&[1]), single(&[2]), single(&[3])];
+        let plan = Plan::new(&Batch { segments }, &LAYOUT, TILING, 4, true);
+        let captured = Plan::decode_of(4);
+        assert_eq!(plan.rows, captured.rows);
+        assert_eq!(plan.start(List::Tables), captured.start(List::Tables));
+        assert_eq!(list(&plan, List::Slots, 4), [4, 8, 12, -1]);
+        assert_eq!(list(&plan, List::DecodeRows, 4), [0, 1, 2, -1]);
+        assert_eq!(list(&plan, List::Wanted, 4), [0, 1, 2, 0]);
+    }
+}
