@@ -5,7 +5,7 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test setup build model lint fmt
+.PHONY: demo test sabotage setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
@@ -15,6 +15,9 @@ demo: build model ## a question through a disaggregated cluster, answered on the
 test: setup model ## everything: unit, property, model-golden and whole-cluster tests
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
 	cargo test --doc --workspace -q
+
+sabotage: setup ## builds with one protection off at a time, each of which the model check must catch
+	tools/sabotage.sh
 
 setup: ## what builds and tests need from the system
 	@tools/setup.sh

@@ -1,7 +1,7 @@
 //! A fixed set of small numbers.
 
 /// Which of `0..len` are in the set.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Bits {
     words: Vec<u64>,
     len: usize,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use bytes::{Buf, Bytes};
 
 use crate::error::Refusal;
+use crate::fence::Fence;
 use crate::landing_state::LandingEnd;
 use crate::receiver::Known;
 use crate::serve::{Close, Connection};
@@ -57,7 +58,9 @@ impl Connection {
             counters.forged_refused.add(1);
             return Err(Refusal::Forged);
         }
-        if landing.generation != generation || landing.attempt != attempt {
+        let incarnation = self.receiver.identity.incarnation;
+        let shown = Fence { incarnation, generation, attempt };
+        if !landing.fence(incarnation).admits(&shown) {
             counters.stale_refused.add(1);
             return Err(Refusal::Stale);
         }

@@ -74,7 +74,7 @@ impl std::fmt::Display for Refusal {
 }
 
 /// A ticket that cannot be made or read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum TicketError {
     /// Not a ticket, or damaged on the way: a bug or tampering between the workers.
     #[error("not a ticket, or damaged on its way")]
@@ -143,7 +143,7 @@ pub enum LandingError {
 }
 
 /// A push that did not commit. Its memory is not read any more.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum PushError {
     /// The ticket is unreadable: fail the request.
     #[error(transparent)]

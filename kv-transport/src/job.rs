@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 /// One cell to send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct QueuedCell {
     /// Its plane.
     pub plane: u32,
@@ -36,7 +36,7 @@ pub enum Next {
 }
 
 /// Bounds of the frames a push hands out.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FrameBounds {
     /// Most cells in a frame.
     pub cells: usize,

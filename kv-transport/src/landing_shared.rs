@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::Identity;
 use crate::error::{LandingError, Refusal};
+use crate::fence::Fence;
 use crate::landing_state::{LandingEnd, LandingPhase, LandingState, Settled};
 use crate::receiver::ReceiverShared;
 use crate::ticket::Secret;
@@ -97,6 +98,13 @@ pub(crate) struct LandingFacts {
     pub(crate) cell_bytes: usize,
     pub(crate) deadline: Instant,
     pub(crate) progress_timeout: Duration,
+}
+
+impl LandingFacts {
+    /// What a writer must show, in this life of the receiver.
+    pub(crate) fn fence(&self, incarnation: u64) -> Fence {
+        Fence { incarnation, generation: self.generation, attempt: self.attempt }
+    }
 }
 
 impl LandingShared {

@@ -13,10 +13,17 @@
 //! * Waiting happens at the edge, always with a deadline: [`Landing`], [`Push`], one task per connection.
 //! * [`mux`] lets the transport share one port with an HTTP/2 server.
 
+#[cfg(all(
+    any(feature = "sabotage-fencing", feature = "sabotage-checksum", feature = "sabotage-quarantine"),
+    not(debug_assertions)
+))]
+compile_error!("a sabotaged transport is for showing that the checks catch it, never for a release build");
+
 mod bits;
 mod control;
 mod dial;
 pub mod error;
+pub mod fence;
 pub mod grid;
 mod incoming;
 mod job;

@@ -9,7 +9,7 @@
 //!
 //! Plain synchronous code: no clock, no sockets, no locks.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::bits::Bits;
 use crate::error::{PushError, Refusal};
@@ -34,7 +34,7 @@ pub enum PushPhase {
 }
 
 /// The state of one push.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PushState {
     phase: PushPhase,
     end: Option<PushError>,
@@ -45,11 +45,11 @@ pub struct PushState {
     queued: Bits,
     queued_count: usize,
     pending: VecDeque<QueuedCell>,
-    sent: HashMap<u32, Vec<QueuedCell>>,
+    sent: BTreeMap<u32, Vec<QueuedCell>>,
     sent_cells: usize,
     next_seq: u32,
     reads: usize,
-    retries: HashMap<usize, u8>,
+    retries: BTreeMap<usize, u8>,
     refetched: u64,
     attach_due: bool,
     commit_due: bool,
@@ -70,11 +70,11 @@ impl PushState {
             queued: Bits::new(total),
             queued_count: 0,
             pending: VecDeque::new(),
-            sent: HashMap::new(),
+            sent: BTreeMap::new(),
             sent_cells: 0,
             next_seq: 1,
             reads: 0,
-            retries: HashMap::new(),
+            retries: BTreeMap::new(),
             refetched: 0,
             attach_due: true,
             commit_due: false,
