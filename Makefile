@@ -5,7 +5,7 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test sabotage setup build model lint fmt
+.PHONY: demo test soak sabotage setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
@@ -15,6 +15,10 @@ demo: build model ## a question through a disaggregated cluster, answered on the
 test: setup model ## everything: unit, property, model-golden and whole-cluster tests
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
 	cargo test --doc --workspace -q
+
+MINUTES ?= 5
+soak: build model ## processes, etcd and load for MINUTES=5 with a random fault every few seconds; SEED=N repeats one
+	python3 tests/soak.py --tandem $(TANDEM) --model $(MODEL_DIR) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 sabotage: setup ## builds with one protection off at a time, each of which the model check must catch
 	tools/sabotage.sh
