@@ -14,6 +14,7 @@ mod graphs;
 mod kernels;
 mod libraries;
 mod network;
+mod options;
 mod plan;
 mod pool;
 mod profile;
@@ -24,7 +25,6 @@ mod thin;
 use std::path::Path;
 use std::sync::Arc;
 
-use self::buffers::Capacity;
 pub use self::ceilings::Ceilings;
 use self::driver::{Device, Event, Pinned, Stream};
 use self::fixed::Fixed;
@@ -32,6 +32,8 @@ use self::gemm::{Gemms, Operands};
 use self::graphs::Graphs;
 use self::kernels::Kernels;
 use self::network::{Loader, Network, Origin};
+pub use self::options::{Attention, CudaOptions};
+use self::options::{capacity, check, check_memory};
 use self::plan::{List, Plan};
 use self::pool::DevicePool;
 use self::profile::Profile;
@@ -39,71 +41,10 @@ pub use self::profile::{Part, Span};
 use self::step::Step;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
 use crate::sampling::{self, sample};
-use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Sampled};
+use crate::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Sampled};
 
 /// Rows of logits that come to the host at once, for draws that the device does not make.
 const HOST_LOGITS: usize = 32;
-
-/// Attention kernels, for comparing them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Attention {
-    /// The fastest that fits the device and the head size.
-    Best,
-    /// What devices before Hopper run.
-    Portable,
-    /// One warp per query and head, any head size.
-    Plain,
-}
-
-/// Size and preparation of the engine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CudaOptions {
-    /// Which device.
-    pub device: usize,
-    /// Blocks of the KV pool.
-    pub kv_blocks: usize,
-    /// Tokens per block.
-    pub block_tokens: usize,
-    /// Element type of the KV pool; bf16 only.
-    pub kv_dtype: KvDtype,
-    /// Most tokens of one step.
-    pub max_batch_tokens: usize,
-    /// Most segments of one step.
-    pub max_sequences: usize,
-    /// Products are measured, and graphs captured, at start-up. Without it the library's first choice is taken and
-    /// graphs are captured when first needed: for tests, which start many engines.
-    pub prepare: bool,
-    /// Decode steps are replayed from captured graphs.
-    pub graphs: bool,
-    /// The pool has a host side, for transports. Costs page-locked host memory of the pool's size.
-    pub host_side: bool,
-    /// Every step's KV is brought to the host side before `on_layer`: for a worker that pushes.
-    pub publish: bool,
-    /// Weights of the layers are rounded to e4m3 with a scale per output, activations per token: half the bytes, twice
-    /// the arithmetic. Hopper only.
-    pub quantise_fp8: bool,
-    /// Which kernels attend.
-    pub attention: Attention,
-}
-
-impl Default for CudaOptions {
-    fn default() -> Self {
-        Self {
-            device: 0,
-            kv_blocks: 1024,
-            block_tokens: 16,
-            kv_dtype: KvDtype::Bf16,
-            max_batch_tokens: 2048,
-            max_sequences: 256,
-            prepare: false,
-            graphs: true,
-            host_side: true,
-            publish: false,
-            quantise_fp8: false,
-            attention: Attention::Best,
-        }
-    }
-}
 
 /// A model on a GPU. See [`Engine`].
 ///
@@ -285,7 +226,7 @@ impl CudaEngine {
         let graph = self.options.graphs && profile.is_none() && batch.segments.iter().all(single);
         let size = if graph { self.graphs.size_for(tokens) } else { None };
         let layout = *self.fixed.pool.layout();
-        let mut plan = Plan::new(batch, &layout, self.fixed.tiling(), size.unwrap_or(0), all_logits);
+        let plan = Plan::new(batch, &layout, self.fixed.tiling(), size.unwrap_or(0), all_logits);
         let room = self.inputs.as_mut_slice::<i32>();
         let Some(room) = room.get_mut(..plan.numbers.len()) else {
             let needed = plan.numbers.len();
@@ -300,10 +241,6 @@ impl CudaEngine {
                 let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
                 Step { fixed, gemms, stream, plan: &plan, layer_events, profile }.queue()?;
             }
-        }
-        if self.options.publish {
-            plan.written.sort_unstable();
-            plan.written.dedup();
         }
         Ok(plan)
     }
@@ -446,49 +383,3 @@ impl Drop for CudaEngine {
 
 /// Rows at which large products are measured.
 const PREFILL_ROWS: [usize; 7] = [128, 256, 512, 1024, 2048, 4096, 8192];
-
-/// Refuses what the kernels cannot do, before anything is loaded.
-fn check(config: &ModelConfig, options: &CudaOptions) -> Result<(), EngineError> {
-    let refuse = |what: String| Err(EngineError::Unsupported(format!("on a cuda device: {what}")));
-    if options.kv_dtype != KvDtype::Bf16 {
-        return refuse("the KV pool is bf16 only; leave --kv-dtype at bf16".into());
-    }
-    if options.max_batch_tokens == 0 || options.max_sequences == 0 {
-        return refuse("a step of no tokens".into());
-    }
-    for (name, size) in
-        [("hidden_size", config.hidden), ("intermediate_size", config.ffn), ("head_dim", config.head_dim)]
-    {
-        if size % 8 != 0 {
-            return refuse(format!("{name} {size} is not a multiple of 8"));
-        }
-    }
-    Ok(())
-}
-
-fn check_memory(device: &Device, config: &ModelConfig, layout: &KvLayout) -> Result<(), EngineError> {
-    let (weights, free) = (config.parameters() * 2, device.free_bytes());
-    let pool = layout.total_bytes();
-    if weights.saturating_add(pool) > free {
-        return Err(EngineError::OutOfMemory(format!(
-            "{}: the weights need {weights} bytes and the KV pool {pool}, {free} of {} are free; use fewer KV \
-             blocks (--kv-mib), a smaller model or another device",
-            device.name, device.total_bytes
-        )));
-    }
-    Ok(())
-}
-
-fn capacity(config: &ModelConfig, options: &CudaOptions) -> Capacity {
-    let rows = options.max_batch_tokens.max(options.max_sequences);
-    let per_sequence = config.max_context.div_ceil(options.block_tokens);
-    // Tables of all sequences at full length, and once more the blocks written; no more than the pool has, shared or not.
-    let tables = options.max_sequences * per_sequence.min(options.kv_blocks);
-    let lists = 10 * rows + 4 * options.max_sequences;
-    Capacity {
-        rows,
-        wanted: options.max_sequences,
-        inputs: lists + 2 * tables + 2 * options.kv_blocks,
-        quantise: options.quantise_fp8,
-    }
-}
