@@ -5,16 +5,19 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test soak sabotage setup build model lint fmt
+.PHONY: demo test chart soak sabotage setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
 	@echo '$$ tandem generate --prefill-on remote "What is the capital of France?"'
 	@$(TANDEM) generate --cache-dir $(CACHE) --prefill-on remote "What is the capital of France?"
 
-test: setup model ## everything: unit, property, model-golden and whole-cluster tests
+test: setup model chart ## everything: unit, property, model-golden and whole-cluster tests, the chart
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
 	cargo test --doc --workspace -q
+
+chart: build ## the Helm chart: lint, Kubernetes' schemas over values files and features, refusals, the binary's flags
+	@python3 deploy/test/chart.py "$$(deploy/test/tools.sh)" $(TANDEM)
 
 MINUTES ?= 5
 soak: build model ## processes, etcd and load for MINUTES=5 with a random fault every few seconds; SEED=N repeats one

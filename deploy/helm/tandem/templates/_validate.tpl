@@ -1,0 +1,40 @@
+{{/* Values that fit the schema and not each other: refused here, with what to do. */}}
+{{- define "tandem.validate" -}}
+{{- if and .Values.etcd.bundled.enabled .Values.etcd.endpoints -}}
+{{- fail "etcd.endpoints and etcd.bundled.enabled=true: choose one; with an etcd of yours set etcd.bundled.enabled=false" -}}
+{{- end -}}
+{{- if not (or .Values.etcd.bundled.enabled .Values.etcd.endpoints) -}}
+{{- fail "no etcd: set etcd.bundled.enabled=true (trials) or etcd.endpoints=[http://host:2379]" -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.egress (eq .Values.model.source "init") -}}
+{{- fail "networkPolicy.egress=true would cut off the download of model.source=init: use another source or egress=false" -}}
+{{- end -}}
+{{- if and (eq .Values.model.source "init") (eq (dir .Values.model.path) "/") -}}
+{{- fail "model.path needs a folder above it with model.source=init, such as /models/NAME" -}}
+{{- end -}}
+{{- if and .Values.router.autoscaling.enabled (gt (int .Values.router.autoscaling.minReplicas) (int .Values.router.autoscaling.maxReplicas)) -}}
+{{- fail "router.autoscaling: minReplicas is above maxReplicas" -}}
+{{- end -}}
+{{- range $role := list "prefill" "decode" -}}
+{{- $pool := index $.Values $role -}}
+{{- $scaling := $pool.autoscaling -}}
+{{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}
+{{- fail (printf "%s.autoscaling: minReplicas is above maxReplicas" $role) -}}
+{{- end -}}
+{{- if and (eq $scaling.mode "hpa") (eq (int $scaling.minReplicas) 0) -}}
+{{- fail (printf "%s.autoscaling: an HPA cannot count from 0; set minReplicas to 1 or mode to keda" $role) -}}
+{{- end -}}
+{{- if and (eq $scaling.mode "keda") (eq (int $scaling.minReplicas) 0) (not $scaling.triggers) -}}
+{{- fail (printf "%s.autoscaling: with minReplicas 0 the default trigger, a metric of the pool's own workers, would never wake it; give triggers" $role) -}}
+{{- end -}}
+{{- if and (eq (toString $pool.maxSurge) "0") (eq (toString $pool.maxUnavailable) "0") -}}
+{{- fail (printf "%s: maxSurge and maxUnavailable cannot both be 0" $role) -}}
+{{- end -}}
+{{- if and $.Values.engine.quantize (ne $pool.device "cuda") -}}
+{{- fail (printf "engine.quantize needs device cuda, and %s.device is %s" $role $pool.device) -}}
+{{- end -}}
+{{- if and (eq $pool.device "cuda") (gt (int $pool.threads) 0) -}}
+{{- fail (printf "%s.threads is for device cpu" $role) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

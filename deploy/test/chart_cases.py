@@ -1,0 +1,190 @@
+"""What chart.py renders and what must be seen in it. Names are those of release `llm`, so llm-tandem-PART."""
+
+
+def sets(*values):
+    return [x for v in values for x in ("--set", v)]
+
+
+def container(objects, part):
+    return objects["Deployment", f"llm-tandem-{part}"]["spec"]["template"]["spec"]["containers"][0]
+
+
+def pod(objects, part):
+    return objects["Deployment", f"llm-tandem-{part}"]["spec"]["template"]["spec"]
+
+
+def defaults(o):
+    assert o["Deployment", "llm-tandem-prefill"]["spec"]["replicas"] == 1
+    for role in ("prefill", "decode"):
+        template = o["Deployment", f"llm-tandem-{role}"]["spec"]["template"]
+        assert template["metadata"]["labels"]["llm-d.ai/role"] == role
+        assert "add" not in container(o, role)["securityContext"]["capabilities"]
+        assert "--etcd=http://llm-tandem-etcd:2379" in container(o, role)["args"]
+        assert "--cluster=serving-llm" in container(o, role)["args"]
+    assert o["PodDisruptionBudget", "llm-tandem-decode"]["apiVersion"] == "policy/v1"
+    assert container(o, "router")["lifecycle"]["preStop"] == {"sleep": {"seconds": 5}}
+    assert pod(o, "router")["terminationGracePeriodSeconds"] == 5 + 120 + 10
+    decode = o["NetworkPolicy", "llm-tandem-decode"]["spec"]["ingress"][0]["from"]
+    callers = [p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in decode]
+    assert callers == ["router", "prefill", "decode"], callers
+
+
+def hpa(o):
+    for role, metric in (("prefill", "tandem_queued_tokens"), ("decode", "tandem_sequences")):
+        scaler = o["HorizontalPodAutoscaler", f"llm-tandem-{role}"]
+        assert scaler["apiVersion"] == "autoscaling/v2"
+        assert scaler["spec"]["metrics"][0]["pods"]["metric"]["name"] == metric
+        assert "replicas" not in o["Deployment", f"llm-tandem-{role}"]["spec"], "helm upgrade would undo the autoscaler"
+
+
+def old(o):
+    assert o["HorizontalPodAutoscaler", "llm-tandem-prefill"]["apiVersion"] == "autoscaling/v2beta2"
+    assert o["HorizontalPodAutoscaler", "llm-tandem-router"]["apiVersion"] == "autoscaling/v2beta2"
+    assert o["PodDisruptionBudget", "llm-tandem-router"]["apiVersion"] == "policy/v1beta1"
+    assert container(o, "router")["lifecycle"]["preStop"] == {"exec": {"command": ["sleep", "5"]}}
+
+
+def keda(o):
+    scaled = o["ScaledObject", "llm-tandem-decode"]
+    assert scaled["apiVersion"] == "keda.sh/v1alpha1"
+    assert scaled["spec"]["scaleTargetRef"]["name"] == "llm-tandem-decode"
+    trigger = scaled["spec"]["triggers"][0]
+    assert trigger["type"] == "prometheus" and trigger["metadata"]["threshold"] == "32"
+    assert trigger["metadata"]["query"] == 'sum(tandem_sequences{namespace="serving", pod=~"llm-tandem-decode-.*"})'
+    assert "replicas" not in o["Deployment", "llm-tandem-decode"]["spec"]
+    assert ("ScaledObject", "llm-tandem-prefill") not in o
+
+
+def gpu(o):
+    for role in ("prefill", "decode"):
+        limits = container(o, role)["resources"]["limits"]
+        assert limits["nvidia.com/gpu"] == 1 and limits["memory"] == "64Gi", limits
+        assert "--device=cuda" in container(o, role)["args"] and "--quantize=fp8" in container(o, role)["args"]
+
+
+def rdma(o):
+    limits = container(o, "prefill")["resources"]["limits"]
+    assert limits == {"rdma/hca_shared_devices_a": 1, "hugepages-2Mi": "2Gi", "memory": "8Gi"}, limits
+    assert container(o, "prefill")["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert "add" not in container(o, "decode")["securityContext"]["capabilities"]
+
+
+def model_from(source):
+    def assertion(o):
+        for part in ("router", "prefill", "decode"):
+            mounts = {m["name"]: m for m in container(o, part)["volumeMounts"]}
+            volumes = {v["name"]: v for v in pod(o, part)["volumes"]}
+            assert mounts["model"]["readOnly"] is True
+            assert source in volumes["model"], volumes["model"]
+            assert ("initContainers" in pod(o, part)) == (source == "emptyDir")
+    return assertion
+
+
+def monitors(o):
+    assert o["ServiceMonitor", "llm-tandem-router"]["spec"]["endpoints"][0] == {
+        "port": "tandem", "path": "/metrics", "interval": "15s"}
+    assert o["PodMonitor", "llm-tandem-decode"]["metadata"]["labels"]["release"] == "kps"
+    assert o["Service", "llm-tandem"]["spec"]["ports"][0]["name"] == "tandem"
+
+
+def egress(o):
+    policy = o["NetworkPolicy", "llm-tandem-prefill"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    ports = [r["ports"][0]["port"] for r in policy["egress"]]
+    assert ports == [53, 2379, 50071], ports
+    assert [r["ports"][0]["port"] for r in o["NetworkPolicy", "llm-tandem-router"]["spec"]["egress"]] == [53, 2379, 50071, 50061]
+    router = o["NetworkPolicy", "llm-tandem-router"]["spec"]["ingress"][0]["from"]
+    assert router == [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}]
+
+
+def external(o):
+    assert ("StatefulSet", "llm-tandem-etcd") not in o and ("NetworkPolicy", "llm-tandem-etcd") not in o
+    assert "--etcd=http://a:2379,http://b:2379" in container(o, "router")["args"]
+
+
+def images(o):
+    assert container(o, "prefill")["image"] == "tandem:2.0.0"
+    assert container(o, "decode")["image"] == "tandem:1.9.0"
+    assert container(o, "router")["image"].startswith("reg/tandem@sha256:")
+
+
+def placed(o):
+    spec = pod(o, "decode")
+    assert spec["nodeSelector"] == {"gpu": "h100"} and spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert spec["hostNetwork"] and spec["dnsPolicy"] == "ClusterFirstWithHostNet" and spec["runtimeClassName"] == "nvidia"
+    spread = spec["topologySpreadConstraints"][0]
+    assert spread["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "decode"
+    assert "--zone=b" in container(o, "decode")["args"] and "--no-graphs" in container(o, "decode")["args"]
+    assert {"name": "LD_LIBRARY_PATH", "value": "/x"} in container(o, "decode")["env"]
+
+
+def bare(o):
+    kinds = {kind for kind, _ in o}
+    assert kinds == {"Deployment", "Service", "StatefulSet"}, kinds
+
+
+FEATURES = [
+    ("defaults", [], defaults),
+    ("hpa", sets("prefill.autoscaling.mode=hpa", "decode.autoscaling.mode=hpa"), hpa),
+    ("hpa, own metrics", sets("prefill.autoscaling.mode=hpa", "prefill.autoscaling.metrics[0].type=External",
+                              "prefill.autoscaling.metrics[0].external.metric.name=m",
+                              "prefill.autoscaling.metrics[0].external.target.type=Value",
+                              "prefill.autoscaling.metrics[0].external.target.value=3"), None),
+    ("keda", sets("decode.autoscaling.mode=keda", "decode.autoscaling.target=32"), keda),
+    ("Kubernetes 1.20", [*sets("prefill.autoscaling.mode=hpa", "router.autoscaling.enabled=true"), "--kube-version", "1.20.2"], old),
+    ("gpu, fp8", sets("prefill.device=cuda", "decode.device=cuda", "engine.quantize=fp8",
+                      "prefill.resources.limits.memory=64Gi", "decode.resources.limits.memory=64Gi"), gpu),
+    ("rdma, hugepages", sets("prefill.rdma=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
+                             "prefill.resources.limits.hugepages-2Mi=2Gi", "prefill.resources.limits.memory=8Gi"), rdma),
+    ("model on a claim", sets("model.source=pvc", "model.pvc.claimName=models", "model.pvc.subPath=m"),
+     model_from("persistentVolumeClaim")),
+    ("model on the node", sets("model.source=hostPath", "model.hostPath.path=/mnt/m"), model_from("hostPath")),
+    ("model by an init container", sets("model.source=init", "model.init.image=fetch:1", "model.init.args[0]=x",
+                                        "model.init.env[0].name=A", "model.init.env[0].value=b"), model_from("emptyDir")),
+    ("monitors", sets("monitoring.enabled=true", "monitoring.labels.release=kps"), monitors),
+    ("egress", [*sets("networkPolicy.egress=true", "networkPolicy.monitoring[0].ipBlock.cidr=10.0.0.0/8"),
+                "--set-json", 'networkPolicy.clients=[{"namespaceSelector":{}}]'], egress),
+    ("external etcd", sets("etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379,http://b:2379}"), external),
+    ("an image for each part", sets("image.tag=2.0.0", "decode.image.tag=1.9.0", "router.image.repository=reg/tandem",
+                                    "router.image.digest=sha256:" + "a" * 64), images),
+    ("placed on nodes", sets("decode.nodeSelector.gpu=h100", "decode.tolerations[0].key=nvidia.com/gpu", "decode.zone=b",
+                             "decode.tolerations[0].operator=Exists", "decode.hostNetwork=true", "decode.runtimeClassName=nvidia",
+                             "decode.extraArgs={--no-graphs}", "decode.extraEnv[0].name=LD_LIBRARY_PATH",
+                             "decode.extraEnv[0].value=/x"), placed),
+    ("bare", sets("networkPolicy.enabled=false", "serviceAccount.create=false", "router.pdb.enabled=false",
+                  "prefill.pdb.enabled=false", "decode.pdb.enabled=false"), bare),
+]
+
+# One misspelt value at each level and part of the tree.
+MISSPELT = [
+    "replica=2", "Prefill.replicas=2", "prefill.replica=2", "prefill.autoscaling.minReplica=1", "prefill.pdb.minAvailble=1",
+    "prefill.resources.limit.cpu=1", "prefill.image.tags=x", "decode.kvMiB=1", "decode.tolerations[0].keys=x",
+    "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true",
+    "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "engine.kvDtypes=bf16",
+    "model.sources=pvc", "model.pvc.claim=x", "model.init.img=x", "log.level=info", "image.pullPolice=Always",
+    "security.users=1", "serviceAccount.creates=true", "networkPolicy.egres=true", "networkPolicy.clients[0].pods=x",
+    "monitoring.enable=true", "prefill.extraEnv[0].nam=x",
+]
+OUT_OF_RANGE = [
+    "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",
+    "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
+    "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
+    "security.user=0", "router.prefillOn=never", "router.service.type=Ingress", "etcd.endpoints={https://a:2379}",
+    "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b",
+]
+CONFLICTS = [
+    (["etcd.endpoints={http://a:2379}"], "choose one"),
+    (["etcd.bundled.enabled=false"], "no etcd"),
+    (["model.source=pvc"], "model.pvc.claimName"),
+    (["model.source=hostPath"], "model.hostPath.path"),
+    (["model.source=init"], "model.init.image"),
+    (["model.source=init", "model.init.image=x", "networkPolicy.egress=true"], "cut off the download"),
+    (["model.source=init", "model.init.image=x", "model.path=/m"], "needs a folder above it"),
+    (["prefill.autoscaling.minReplicas=9"], "minReplicas is above maxReplicas"),
+    (["router.autoscaling.enabled=true", "router.autoscaling.minReplicas=9"], "minReplicas is above maxReplicas"),
+    (["prefill.autoscaling.mode=hpa", "prefill.autoscaling.minReplicas=0"], "cannot count from 0"),
+    (["prefill.autoscaling.mode=keda", "prefill.autoscaling.minReplicas=0"], "would never wake it"),
+    (["decode.maxSurge=0"], "cannot both be 0"),
+    (["engine.quantize=fp8"], "needs device cuda"),
+    (["prefill.device=cuda", "prefill.threads=4"], "is for device cpu"),
+]
