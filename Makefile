@@ -5,19 +5,25 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test chart soak sabotage setup build model lint fmt
+.PHONY: demo test chart observability images soak sabotage setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
 	@echo '$$ tandem generate --prefill-on remote "What is the capital of France?"'
 	@$(TANDEM) generate --cache-dir $(CACHE) --prefill-on remote "What is the capital of France?"
 
-test: setup model chart ## everything: unit, property, model-golden and whole-cluster tests, the chart
+test: setup model chart observability images ## everything: unit, property, model-golden and whole-cluster tests, chart, alarms, images
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
 	cargo test --doc --workspace -q
 
 chart: build ## the Helm chart: lint, Kubernetes' schemas over values files and features, refusals, the binary's flags
 	@python3 deploy/test/chart.py "$$(deploy/test/tools.sh)" $(TANDEM)
+
+observability: model ## alarms with their unit tests, the dashboard, real metrics pages: promtool, and every name against the documents
+	@python3 deploy/test/observability.py "$$(deploy/test/tools.sh)" $(TANDEM) $(MODEL_DIR)
+
+images: model ## Dockerfile and compose.yaml: hadolint, the compose specification, flags, the health check
+	@python3 deploy/test/images.py "$$(deploy/test/tools.sh)" $(TANDEM) $(MODEL_DIR)
 
 MINUTES ?= 5
 soak: build model ## processes, etcd and load for MINUTES=5 with a random fault every few seconds; SEED=N repeats one

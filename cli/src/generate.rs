@@ -16,6 +16,9 @@ use crate::prompts::{self, Prompt};
 use crate::report::{self, ChoiceOutcome, Outcome};
 use crate::signal;
 
+/// How often a request is sent that never left, because its router was stopping.
+const OPEN_TRIES: u32 = 3;
+
 /// Runs the command; a temporary cluster is drained whatever happens.
 pub async fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let interrupted = async {
@@ -109,20 +112,16 @@ async fn one(
     prompt: &Prompt,
     show: bool,
 ) -> anyhow::Result<Outcome> {
-    let sampling = sampling(&args.sampling);
-    let n = sampling.n.unwrap_or(1) as usize;
-    let request = v1::GenerateRequest {
-        input: Some(prompt.input.clone()),
-        sampling: Some(sampling),
-        ..v1::GenerateRequest::default()
+    let n = args.sampling.n.unwrap_or(1) as usize;
+    let mut tries = 0;
+    let mut events = loop {
+        tries += 1;
+        match client.generate(request(args, prompt)?).await {
+            Ok(events) => break events.into_inner(),
+            Err(status) if tries < OPEN_TRIES && dial::never_left(&status) => {}
+            Err(status) => return Err(status.into()),
+        }
     };
-    let mut request = tonic::Request::new(request);
-    if let Some(seconds) = args.timeout {
-        let limit =
-            Duration::try_from_secs_f64(seconds).context("--timeout: a positive number of seconds")?;
-        request.set_timeout(limit);
-    }
-    let mut events = client.generate(request).await?.into_inner();
     let mut outcome =
         Outcome { id: prompt.id.clone(), choices: vec![ChoiceOutcome::default(); n], ..Outcome::default() };
     let mut terminal = Terminal { show, labelled: n > 1 };
@@ -145,6 +144,21 @@ async fn one(
         }
     }
     Err(anyhow!("the stream ended without its last message"))
+}
+
+fn request(args: &GenerateArgs, prompt: &Prompt) -> anyhow::Result<tonic::Request<v1::GenerateRequest>> {
+    let request = v1::GenerateRequest {
+        input: Some(prompt.input.clone()),
+        sampling: Some(sampling(&args.sampling)),
+        ..v1::GenerateRequest::default()
+    };
+    let mut request = tonic::Request::new(request);
+    if let Some(seconds) = args.timeout {
+        let limit =
+            Duration::try_from_secs_f64(seconds).context("--timeout: a positive number of seconds")?;
+        request.set_timeout(limit);
+    }
+    Ok(request)
 }
 
 /// The live view of one prompt.

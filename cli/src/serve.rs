@@ -24,6 +24,8 @@ const PREFILL_STEP_TOKENS: usize = 512;
 const PREFILL_STEP_TOKENS_GPU: usize = 8192;
 /// The same of a decode worker: local prompts must not hold up running sequences for long.
 const DECODE_STEP_TOKENS: usize = 256;
+/// How long a process that starts waits for an etcd that does not answer, before it ends with an error.
+const FIRST_CONTACT: Duration = Duration::from_secs(60);
 /// How long a reservation may wait for its KV.
 const RESERVATION: Duration = Duration::from_secs(120);
 
@@ -33,11 +35,9 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let text = load_text(&args.model).await?;
     let registry = match args.etcd.is_empty() {
         true => Registry::Served(MemoryRegistry::new()),
-        false => Registry::Watched(Arc::new(EtcdRegistry::new(
-            &args.etcd,
-            &args.cluster,
-            cluster::etcd::DEFAULT_LEASE,
-        ))),
+        false => Registry::Watched(Arc::new(
+            EtcdRegistry::new(&args.etcd, &args.cluster, cluster::etcd::DEFAULT_LEASE).patient(FIRST_CONTACT),
+        )),
     };
     let listener = bind(args.listen).await?;
     announce("router", &text.name, listener.local_addr()?);
@@ -136,7 +136,7 @@ impl Start {
             Some(address) => Arc::new(RemoteRegistry::new(address)),
             None => {
                 let lease = Duration::from_secs(args.lease_seconds);
-                Arc::new(EtcdRegistry::new(&args.etcd, &args.cluster, lease))
+                Arc::new(EtcdRegistry::new(&args.etcd, &args.cluster, lease).patient(FIRST_CONTACT))
             }
         };
         announce(role, &model_name, bound);

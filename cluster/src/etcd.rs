@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use etcd_client::{Client, ConnectOptions, EventType, GetOptions, PutOptions, WatchOptions};
 use futures::future::{BoxFuture, FutureExt};
@@ -26,6 +26,7 @@ pub struct EtcdRegistry {
     endpoints: Vec<String>,
     prefix: String,
     lease: Duration,
+    patience: Duration,
 }
 
 impl EtcdRegistry {
@@ -35,7 +36,26 @@ impl EtcdRegistry {
             endpoints: endpoints.to_vec(),
             prefix: format!("/tandem/v1/{cluster}/"),
             lease: lease.max(Duration::from_secs(1)),
+            patience: Duration::ZERO,
         }
+    }
+
+    /// How long the first contact may take. An etcd that starts beside us, or is away for a moment, must not cost
+    /// a worker its loaded weights; an address that is wrong must still end in an error.
+    pub fn patient(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// Whether to try the first contact again; says so once.
+    async fn try_again(&self, since: Instant, error: &RegistryError, told: &mut bool) -> bool {
+        if !matches!(error, RegistryError::Unreachable { .. }) || since.elapsed() >= self.patience {
+            return false;
+        }
+        if !std::mem::replace(told, true) {
+            tracing::warn!(%error, "waiting for etcd, at most {} s", self.patience.as_secs());
+        }
+        tokio::time::sleep(jittered(RETRY)).await;
+        true
     }
 
     async fn connect(&self) -> Result<Client, RegistryError> {
@@ -197,8 +217,15 @@ impl Join for EtcdRegistry {
         load: watch::Receiver<Load>,
     ) -> BoxFuture<'_, Result<Membership, RegistryError>> {
         async move {
-            let now = load.borrow().clone();
-            let (client, lease) = self.register(&member, &now).await?;
+            let (since, mut told) = (Instant::now(), false);
+            let (client, lease) = loop {
+                let now = load.borrow().clone();
+                match self.register(&member, &now).await {
+                    Ok(registered) => break registered,
+                    Err(error) if self.try_again(since, &error, &mut told).await => {}
+                    Err(error) => return Err(error),
+                }
+            };
             let registry = self.clone();
             Ok(Membership::spawn(|left| registry.stay(client, lease, member, load, left)))
         }
@@ -214,9 +241,13 @@ impl Watch for EtcdRegistry {
             let (first_error, failed) = oneshot::channel();
             tokio::spawn(async move {
                 let mut first_error = Some(first_error);
+                let (since, mut told) = (Instant::now(), false);
                 loop {
                     let Err(error) = registry.follow(&out).await else { return };
                     let known = out.borrow().connected || !out.borrow().members.is_empty();
+                    if !known && first_error.is_some() && registry.try_again(since, &error, &mut told).await {
+                        continue;
+                    }
                     if !known && let Some(report) = first_error.take() {
                         let _ = report.send(error);
                         return;

@@ -130,6 +130,26 @@ async fn etcd_away_at_the_start_is_an_error() {
 }
 
 #[tokio::test]
+async fn a_patient_start_waits_for_etcd() {
+    let mut etcd = Etcd::start().await;
+    etcd.kill();
+    let patient = registry(&etcd).patient(Duration::from_secs(30));
+    let load = watch::channel(Load::default()).1;
+    let (joining, watching) = (patient.clone(), patient);
+    let joining = tokio::spawn(async move { joining.join(member("a", 7), load).await });
+    let watching = tokio::spawn(async move { watching.watch().await });
+    // Once an impatient one has failed, the two have too, or are about to.
+    assert!(registry(&etcd).watch().await.is_err());
+    assert!(!joining.is_finished() && !watching.is_finished());
+
+    etcd.restart();
+    let a = joining.await.unwrap().unwrap();
+    let mut seen = watching.await.unwrap().unwrap();
+    until(&mut seen, "a", |p| p.connected && p.members.contains_key("a")).await;
+    a.leave(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
 async fn etcd_keys_are_readable() {
     let etcd = Etcd::start().await;
     let load = watch::channel(Load::default()).1;

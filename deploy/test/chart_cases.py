@@ -1,5 +1,7 @@
 """What chart.py renders and what must be seen in it. Names are those of release `llm`, so llm-tandem-PART."""
 
+import json
+
 
 def sets(*values):
     return [x for v in values for x in ("--set", v)]
@@ -87,6 +89,15 @@ def monitors(o):
     assert o["Service", "llm-tandem"]["spec"]["ports"][0]["name"] == "tandem"
 
 
+def alarms(o):
+    rules = o["PrometheusRule", "llm-tandem"]
+    assert rules["metadata"]["labels"]["release"] == "kps"
+    assert rules["spec"]["groups"][0]["rules"][0]["alert"] == "TandemRouterGone"
+    board = o["ConfigMap", "llm-tandem-dashboard"]
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(board["data"]["tandem.json"])["title"] == "Tandem"
+
+
 def egress(o):
     policy = o["NetworkPolicy", "llm-tandem-prefill"]["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
@@ -142,6 +153,7 @@ FEATURES = [
     ("model by an init container", sets("model.source=init", "model.init.image=fetch:1", "model.init.args[0]=x",
                                         "model.init.env[0].name=A", "model.init.env[0].value=b"), model_from("emptyDir")),
     ("monitors", sets("monitoring.enabled=true", "monitoring.labels.release=kps"), monitors),
+    ("alarms and dashboard", sets("monitoring.rules=true", "monitoring.dashboard=true", "monitoring.labels.release=kps"), alarms),
     ("egress", [*sets("networkPolicy.egress=true", "networkPolicy.monitoring[0].ipBlock.cidr=10.0.0.0/8"),
                 "--set-json", 'networkPolicy.clients=[{"namespaceSelector":{}}]'], egress),
     ("external etcd", sets("etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379,http://b:2379}"), external),

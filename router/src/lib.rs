@@ -107,7 +107,10 @@ pub async fn run(
             }));
             picture
         }
-        Registry::Watched(registry) => registry.watch().await?,
+        Registry::Watched(registry) => tokio::select! {
+            picture = registry.watch() => picture?,
+            () = stop.cancelled() => return Ok(()),
+        },
     };
     let fleet = Fleet::default();
     let registry = telemetry::Metrics::default();

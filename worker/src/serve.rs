@@ -96,10 +96,10 @@ impl Life {
         F: Fn(TcpStream) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        let (ready, is_ready) = watch::channel(true);
+        // Ready once it is a member: a rolling upgrade must not end the old worker before the router knows the new one.
+        let (ready, is_ready) = watch::channel(false);
         let control = Control { load: Arc::clone(&self.load), stop: stop.clone() };
         routes.add_service(WorkerControlServer::new(control));
-        tokio::spawn(follow_readiness(self.load.subscribe(), ready));
         let (load, attempts) = (Arc::clone(&self.load), self.attempts.clone());
         let (patience, lease) = (self.config.progress_timeout, self.config.lease);
         let watchdog = progress::watch(self.progress, patience, lease, load, attempts);
@@ -121,6 +121,7 @@ impl Life {
             joined = self.registry.join(self.member, load) => joined?,
             () = stop.cancelled() => return Ok(()),
         };
+        tokio::spawn(follow_readiness(self.load.subscribe(), ready));
         tracing::info!(worker = %self.config.name, "serving");
         tokio::select! {
             () = stop.cancelled() => {}

@@ -1,0 +1,126 @@
+"""Writes dashboard.json, the Grafana dashboard: `python3 dashboard.py > dashboard.json`. Panels are rows of a table here.
+
+A test compares the file with this program's output, and every metric in it with docs/METRICS.md.
+"""
+
+import json
+
+# Columns of a row of panels: 24 units of Grafana's grid.
+WIDTH, HEIGHT = 8, 7
+SCOPE = 'namespace=~"$namespace"'
+
+
+def rate(metric, labels="", by=None):
+    by = f" by ({by})" if by else ""
+    inner = f'{{{SCOPE}{"," + labels if labels else ""}}}'
+    return f"sum{by} (rate({metric}{inner}[$__rate_interval]))"
+
+
+def gauge(metric, labels="", by=None):
+    by = f" by ({by})" if by else ""
+    return f'sum{by} ({metric}{{{SCOPE}{"," + labels if labels else ""}}})'
+
+
+def quantiles(metric, by=None):
+    more = f", {by}" if by else ""
+    legend = f" {{{{{by}}}}}" if by else ""
+    return [(f"histogram_quantile({q}, sum by (le{more}) (rate({metric}_bucket{{{SCOPE}}}[$__rate_interval])))", f"p{round(q * 100)}{legend}")
+            for q in (0.5, 0.99)]
+
+
+# (section, [(title, unit, what it says, [(expression, legend)])])
+SECTIONS = [
+    ("What clients see", [
+        ("Requests by outcome", "reqps", "Generate calls by how they ended.", [(rate("tandem_requests_total", by="outcome"), "{{outcome}}")]),
+        ("Time to first token", "s", "Received to first text, queueing included.", quantiles("tandem_time_to_first_token_seconds")),
+        ("Gaps between tokens", "s", "Inter-token latency.", quantiles("tandem_inter_token_latency_seconds")),
+        ("Request duration", "s", "Received to last message.", quantiles("tandem_request_duration_seconds")),
+        ("Tokens", "short", "Prompt and output tokens per second of requests that ended well.",
+         [(rate("tandem_prompt_tokens_total"), "prompt"), (rate("tandem_output_tokens_total"), "output")]),
+        ("Shed", "reqps", "Requests refused because there was no room, and duplicates.",
+         [(rate("tandem_shed_total", by="reason"), "{{reason}}"), (rate("tandem_duplicate_requests_total"), "duplicate id")]),
+    ]),
+    ("Router", [
+        ("Requests in the router", "short", "Running, and waiting for room.",
+         [(gauge("tandem_requests_running"), "running"), (gauge("tandem_requests_queued"), "queued")]),
+        ("Where prompts are prefilled, and why", "reqps", "remote: on the prefill pool; local: on the decode worker.",
+         [(rate("tandem_placements_total", by="reason"), "{{reason}}")]),
+        ("Workers by state", "short", "As each router knows them.", [(gauge("tandem_workers", by="state, pod"), "{{state}} ({{pod}})")]),
+        ("Attempts that were followed by another", "reqps", "Survived losses: retries by reason, and those that went on from tokens already sent.",
+         [(rate("tandem_retries_total", by="reason"), "retry: {{reason}}"), (rate("tandem_resumes_total"), "resume")]),
+        ("Moved sequences", "ops", "Running sequences that a draining worker moved, KV and all.",
+         [(rate("tandem_migrations_total", by="outcome"), "{{outcome}}")]),
+        ("Registry", "short", "1 while etcd answers this router.", [(gauge("tandem_registry_connected", by="pod"), "{{pod}}")]),
+    ]),
+    ("Pools", [
+        ("Running sequences per worker", "short", "Of both pools.", [(gauge("tandem_sequences", 'state="running"', by="pod"), "{{pod}}")]),
+        ("Waiting sequences per worker", "short", "Accepted and not yet in a step.", [(gauge("tandem_sequences", 'state="waiting"', by="pod"), "{{pod}}")]),
+        ("Queued prompt tokens per worker", "short", "What the prefill pool's autoscaler goes by.", [(gauge("tandem_queued_tokens", by="pod"), "{{pod}}")]),
+        ("Computed tokens per worker", "short", "Tokens per second in engine steps.", [(rate("tandem_step_tokens_total", by="pod"), "{{pod}}")]),
+        ("Duration of an engine step", "s", "Per worker.", quantiles("tandem_step_duration_seconds", by="pod")),
+        ("Steps per worker", "ops", "Engine steps per second.", [(rate("tandem_steps_total", by="pod"), "{{pod}}")]),
+        ("Stuck or draining", "short", "1 while a worker has work and makes no steps, or takes nothing new.",
+         [(gauge("tandem_stuck", by="pod"), "stuck {{pod}}"), (gauge("tandem_draining", by="pod"), "draining {{pod}}")]),
+        ("Refused calls", "ops", "Calls of a router that a worker refused.", [(rate("tandem_calls_refused_total", by="reason"), "{{reason}}")]),
+        ("Preemptions and local prefills", "ops", "Work that the decode pool does again, or for the prefill pool.",
+         [(rate("tandem_preemptions_total"), "preemptions"), (rate("tandem_local_prefills_total"), "local prefills")]),
+    ]),
+    ("KV", [
+        ("KV blocks by state", "short", "They add up to the pools.", [(gauge("tandem_kv_blocks", by="state"), "{{state}}")]),
+        ("KV pool in use per worker", "percentunit", "Neither free nor cached.",
+         [("1 - " + gauge("tandem_kv_blocks", 'state=~"free|cached"', by="pod") + " / " + gauge("tandem_kv_blocks", by="pod"), "{{pod}}")]),
+        ("KV on the wire", "Bps", "Sent by the pushing side, received and discarded by the other.",
+         [(rate("tandem_kv_sent_bytes_total"), "sent"), (rate("tandem_kv_received_bytes_total"), "received"),
+          (rate("tandem_kv_discarded_bytes_total"), "discarded"), (rate("tandem_kv_verified_bytes_total"), "verified before the first step")]),
+        ("Pushes and landings", "ops", "How they ended.",
+         [(rate("tandem_kv_pushes_total", by="outcome"), "push {{outcome}}"), (rate("tandem_kv_landings_total", by="outcome"), "landing {{outcome}}")]),
+        ("Damage", "ops", "Wrong checksums on arrival, cells sent again, blocks that changed in memory, duplicates.",
+         [(rate("tandem_kv_checksum_failures_total"), "checksum failures"), (rate("tandem_kv_refetched_cells_total"), "sent again"),
+          (rate("tandem_kv_corrupt_blocks_total"), "changed in memory"), (rate("tandem_kv_duplicate_cells_total"), "duplicates")]),
+        ("KV connections", "short", "Open, made per second, closed or refused for nonsense, staleness or forgery.",
+         [(gauge("tandem_kv_connections"), "open"), (rate("tandem_kv_connects_total"), "made/s"),
+          (rate("tandem_kv_protocol_errors_total"), "protocol errors/s"), (rate("tandem_kv_refused_total", by="reason"), "refused {{reason}}/s")]),
+        ("Verification before the first step", "s", "How long one piece takes.", quantiles("tandem_kv_verify_duration_seconds")),
+    ]),
+]
+
+
+def panel(number, title, unit, says, targets, x, y):
+    return {
+        "id": number, "type": "timeseries", "title": title, "description": says,
+        "datasource": {"type": "prometheus", "uid": "${source}"},
+        "gridPos": {"x": x, "y": y, "w": WIDTH, "h": HEIGHT},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0, "custom": {"fillOpacity": 8, "showPoints": "never"}}, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi", "sort": "desc"}},
+        "targets": [{"refId": chr(65 + i), "expr": expr, "legendFormat": legend} for i, (expr, legend) in enumerate(targets)],
+    }
+
+
+def panels():
+    made, y, number = [], 0, 1
+    for section, rows in SECTIONS:
+        made.append({"id": number, "type": "row", "title": section, "collapsed": False, "panels": [], "gridPos": {"x": 0, "y": y, "w": 24, "h": 1}})
+        y, number = y + 1, number + 1
+        for index, (title, unit, says, targets) in enumerate(rows):
+            made.append(panel(number, title, unit, says, targets, index % 3 * WIDTH, y + index // 3 * HEIGHT))
+            number += 1
+        y += (len(rows) + 2) // 3 * HEIGHT
+    return made
+
+
+def dashboard():
+    source = {"name": "source", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+    namespace = {
+        "name": "namespace", "label": "Namespace", "type": "query", "datasource": {"type": "prometheus", "uid": "${source}"},
+        "query": {"query": "label_values(tandem_requests_total, namespace)", "refId": "namespace"}, "refresh": 2,
+        "includeAll": True, "multi": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"},
+    }
+    return {
+        "uid": "tandem", "title": "Tandem", "tags": ["llm", "tandem"], "schemaVersion": 39, "version": 1, "editable": True,
+        "graphTooltip": 1, "refresh": "10s", "time": {"from": "now-30m", "to": "now"}, "timezone": "browser",
+        "templating": {"list": [source, namespace]}, "annotations": {"list": []}, "links": [], "panels": panels(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(dashboard(), indent=1))
