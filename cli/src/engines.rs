@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use cluster::Role;
+use cluster::{Join, Role};
+use constraint::Vocabulary;
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::kv::pool::BlockPool;
@@ -17,7 +18,15 @@ use crate::args::{Device, EngineArgs, KvType};
 pub struct Built {
     pub engine: Box<dyn Engine>,
     pub pool: Arc<BlockPool>,
+    pub vocabulary: Vocabulary,
     pub compat_hash: String,
+}
+
+impl Built {
+    /// What a worker works with.
+    pub fn deps(self, registry: Arc<dyn Join>) -> worker::Deps {
+        worker::Deps { engine: self.engine, pool: self.pool, registry, vocabulary: self.vocabulary }
+    }
 }
 
 /// Loads the model of `dir` for steps of up to `step_tokens` tokens.
@@ -83,7 +92,8 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
         )?),
     };
     let blocks = u32::try_from(kv_blocks).context("--kv-blocks is too large")?;
-    Ok(Built { engine, pool: BlockPool::new(blocks), compat_hash })
+    let vocabulary = Vocabulary::of(dir, config.vocab, &config.eos);
+    Ok(Built { engine, pool: BlockPool::new(blocks), vocabulary, compat_hash })
 }
 
 fn threads(args: &EngineArgs) -> anyhow::Result<usize> {

@@ -47,10 +47,10 @@ pub fn read(args: &GenerateArgs, chat: bool) -> anyhow::Result<Vec<Prompt>> {
         false => Input::Text(text),
         true => {
             let message =
-                |role: &str, content: &str| v1::ChatMessage { role: role.into(), content: content.into() };
+                |role: &str, content: &str| v1::ChatMessage { role: role.into(), content: content.into(), ..Default::default() };
             let system = args.system.iter().map(|s| message("system", s));
             let user = (!text.is_empty()).then(|| message("user", &text));
-            Input::Chat(v1::ChatMessages { messages: system.chain(user).collect() })
+            Input::Chat(v1::ChatMessages { messages: system.chain(user).collect(), ..Default::default() })
         }
     };
     Ok(vec![Prompt { id: "0".into(), input }])
@@ -71,8 +71,9 @@ fn from_file(file: &Path) -> anyhow::Result<Vec<Prompt>> {
             (Some(messages), None, None) => Input::Chat(v1::ChatMessages {
                 messages: messages
                     .into_iter()
-                    .map(|m| v1::ChatMessage { role: m.role, content: m.content })
+                    .map(|m| v1::ChatMessage { role: m.role, content: m.content, ..Default::default() })
                     .collect(),
+                ..Default::default()
             }),
             (None, Some(text), None) => Input::Text(text),
             (None, None, Some(ids)) => Input::TokenIds(v1::TokenIds { ids }),

@@ -23,7 +23,6 @@ impl Outcome {
     /// The object of `--json`. The first choice stands at the top; all of them under `choices` when n > 1.
     pub fn to_json(&self) -> Value {
         let usage = self.complete.usage.unwrap_or_default();
-        let kv = self.complete.kv.clone().unwrap_or_default();
         let mut object = self.choice_json(0);
         object["id"] = json!(self.id);
         object["request_id"] = json!(self.complete.request_id);
@@ -34,14 +33,9 @@ impl Outcome {
             "output_tokens": usage.output_tokens,
             "cached_tokens": usage.cached_tokens,
         });
-        object["timeline"] = timeline_json(&self.complete.timeline.clone().unwrap_or_default());
-        object["kv"] = json!({
-            "bytes": kv.bytes,
-            "blocks": kv.blocks,
-            "cached_blocks": kv.cached_blocks,
-            "transport": kv.transport,
-            "refetched": kv.refetched,
-        });
+        let mut timeline = router::timeline::json(&self.complete);
+        object["kv"] = timeline["kv"].take();
+        object["timeline"] = timeline["stages"].take();
         if self.choices.len() > 1 {
             object["choices"] = (0..self.choices.len()).map(|i| self.choice_json(i)).collect();
         }
@@ -70,6 +64,7 @@ fn finish_reason(end: Option<&v1::ChoiceEnd>) -> &'static str {
     match end.map(v1::ChoiceEnd::finish_reason) {
         Some(FinishReason::Stop) => "stop",
         Some(FinishReason::Length) => "length",
+        Some(FinishReason::ToolCalls) => "tool_calls",
         _ => "cancelled",
     }
 }
@@ -78,28 +73,6 @@ fn logprob_json(l: &v1::TokenLogprob) -> Value {
     let top: Vec<Value> =
         l.top.iter().map(|t| json!({"token_id": t.token_id, "logprob": t.logprob})).collect();
     json!({"token_id": l.token_id, "logprob": l.logprob, "top": top})
-}
-
-fn timeline_json(t: &v1::Timeline) -> Value {
-    json!({
-        "tokenize_ms": t.tokenize_ms,
-        "queue_ms": t.queue_ms,
-        "placement_ms": t.placement_ms,
-        "reserve_ms": t.reserve_ms,
-        "prefill_ms": t.prefill_ms,
-        "exposed_transfer_ms": t.exposed_transfer_ms,
-        "ttft_ms": t.ttft_ms,
-        "decode_ms": t.decode_ms,
-        "itl_mean_ms": t.itl_mean_ms,
-        "itl_p99_ms": t.itl_p99_ms,
-        "itl_max_ms": t.itl_max_ms,
-        "attempts": t.attempts,
-        "moves": t.moves,
-        "total_ms": t.total_ms,
-        "prefill_worker": t.prefill_worker,
-        "decode_worker": t.decode_worker,
-        "placement_reason": t.placement_reason,
-    })
 }
 
 /// Where the time went, for people.

@@ -73,8 +73,7 @@ pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
     let start = Start::new(&args, Role::Prefill, &stop).await?;
     let max_prompts = args.engine.max_sequences.min(64);
     let config = PrefillConfig { worker: start.config, max_prompts };
-    let deps =
-        prefill_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
+    let deps = start.built.deps(start.registry);
     Ok(prefill_worker::run(config, deps, start.listener, stop).await?)
 }
 
@@ -83,8 +82,7 @@ pub async fn decode(args: WorkerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
     let start = Start::new(&args, Role::Decode, &stop).await?;
     let config = DecodeConfig { worker: start.config, reservation: RESERVATION };
-    let deps =
-        decode_worker::Deps { engine: start.built.engine, pool: start.built.pool, registry: start.registry };
+    let deps = start.built.deps(start.registry);
     Ok(decode_worker::run(config, deps, start.listener, stop).await?)
 }
 

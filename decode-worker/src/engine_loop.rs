@@ -183,6 +183,7 @@ impl EngineLoop {
                 self.rate.add(tokens, started.elapsed());
                 self.metrics.steps.add(tokens, started.elapsed());
                 self.progress.step();
+                self.fail_lost_forms();
                 self.apply(&run, drawn, started);
                 Ok(())
             }
@@ -277,6 +278,17 @@ impl EngineLoop {
                 }
             }
         }
+    }
+
+    /// Ends the requests whose grammar could not be followed before anybody sees what was drawn.
+    fn fail_lost_forms(&mut self) {
+        self.groups.retain(|_, group| match group.request.form_failure() {
+            None => true,
+            Some(why) => {
+                let _ = group.events.send(Err(why));
+                false
+            }
+        });
     }
 
     fn fail(&mut self, run: &[(usize, usize)], why: &str) {

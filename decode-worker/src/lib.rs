@@ -93,7 +93,7 @@ pub async fn run(
     let (inbox, submissions) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
     let service = service::DecodeService {
-        limits: config.worker.limits(layout, &info),
+        limits: config.worker.limits(layout, &info, deps.vocabulary),
         pool: Arc::clone(&deps.pool),
         kv,
         receiver: receiver.clone(),

@@ -45,6 +45,13 @@ impl Default for SamplingParams {
     }
 }
 
+/// What an output must look like, as a function of the output so far.
+pub trait Constraint: Send + Sync + std::fmt::Debug {
+    /// Sets the logits of all tokens that may not follow `output` to minus infinity. `choice` only helps to find again
+    /// what was worked out for an earlier part of the same output.
+    fn restrict(&self, choice: u32, output: &[u32], logits: &mut [f32]);
+}
+
 /// One token to draw from the logits of a segment's last token.
 #[derive(Debug, Clone, Copy)]
 pub struct SampleRequest<'a> {
@@ -56,6 +63,8 @@ pub struct SampleRequest<'a> {
     pub output: &'a [u32],
     /// Tokens that may not be drawn now (end tokens while `min_tokens` is not reached).
     pub banned: &'a [u32],
+    /// The form that the output must have.
+    pub constraint: Option<&'a dyn Constraint>,
     /// Which of the `n` parallel choices of a request this is; enters the random draw.
     pub choice: u32,
 }

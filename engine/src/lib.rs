@@ -14,7 +14,7 @@ mod mapped;
 pub mod model;
 pub mod sampling;
 
-pub use batch::{Batch, SampleRequest, Sampled, SamplingParams, Segment};
+pub use batch::{Batch, Constraint, SampleRequest, Sampled, SamplingParams, Segment};
 pub use error::EngineError;
 pub use kv::layout::{KvDtype, KvLayout};
 

@@ -179,7 +179,7 @@ fn continuation(engine: &mut dyn Engine, prompts: &[Vec<u32>], steps: usize) -> 
             .zip(&sequences)
             .map(|(prompt, all)| {
                 let output = &all[prompt.len()..];
-                [SampleRequest { params: &params, prompt, output, banned: &[], choice: 0 }]
+                [SampleRequest { params: &params, prompt, output, banned: &[], constraint: None, choice: 0 }]
             })
             .collect();
         let segments = (0..prompts.len()).map(|i| Segment {

@@ -235,6 +235,10 @@ impl EngineLoop {
 }
 
 fn finish(job: Job, first: Vec<Sampled>) {
+    if let Some(why) = job.request.form_failure() {
+        let _ = job.done.send(Err(why));
+        return;
+    }
     let now = Instant::now();
     let started = job.progress.started.unwrap_or(now);
     let computed = Computed {

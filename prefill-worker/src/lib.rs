@@ -72,7 +72,7 @@ pub async fn run(
     let (inbox, jobs) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
     let service = service::PrefillService {
-        limits: config.worker.limits(layout, &info),
+        limits: config.worker.limits(layout, &info, deps.vocabulary),
         sender,
         engine: inbox,
         slots: config.worker.slots(),

@@ -7,6 +7,8 @@ pub mod admission;
 mod attempt;
 mod fair_queue;
 pub mod fleet;
+mod form;
+mod http;
 pub mod journey;
 mod legs;
 mod losses;
@@ -131,15 +133,16 @@ pub async fn run(
     });
     routes
         .add_service(OperatorServer::new(operator_service::OperatorService { fleet: shared.fleet.clone() }));
+    let inference = InferenceService::new(shared);
     routes.add_service(
-        InferenceServer::new(InferenceService::new(shared))
+        InferenceServer::new(inference.clone())
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
     );
     let routes = proto::server::with_health_and_reflection(routes, is_ready.clone())
         .await
         .map_err(|e| RunError::Serve(e.to_string()))?;
     let pages = telemetry::http::routes(registry.page(collect), is_ready);
-    let routes = Routes::from(routes.into_axum_router().merge(pages));
+    let routes = Routes::from(routes.into_axum_router().merge(pages).merge(http::routes(inference)));
     let server = Server::builder()
         .accept_http1(true)
         .tcp_nodelay(true)

@@ -9,6 +9,7 @@ use crate::request::Prepared;
 use crate::text::detokenize::Detokenizer;
 use crate::text::model::TextModel;
 use crate::text::stop::{Shown, StopMatcher};
+use crate::text::tools::ToolParser;
 use crate::timeline::Timeline;
 
 /// The output side of one request, over all its attempts.
@@ -23,6 +24,7 @@ struct Choice {
     detokenizer: Detokenizer,
     stop: StopMatcher,
     stops: Vec<String>,
+    tools: Option<ToolParser>,
     /// All tokens that the client has.
     sent: Vec<u32>,
     last_token: Option<Instant>,
@@ -36,6 +38,7 @@ impl Relay {
             detokenizer: Detokenizer::default(),
             stop: StopMatcher::new(&prepared.stop),
             stops: prepared.stop.clone(),
+            tools: prepared.tools.as_ref().map(|(format, tools)| ToolParser::new(*format, tools)),
             sent: Vec::new(),
             last_token: None,
             end: None,
@@ -91,12 +94,14 @@ impl Relay {
             } else if choice.end.is_none() && choice.sent.len() >= self.max_tokens {
                 shown.push_str(&choice.flush(index, FinishReason::Length, text));
             }
-            if !shown.is_empty() {
+            let (text, tool_calls) = choice.without_calls(shown);
+            if !text.is_empty() || !tool_calls.is_empty() {
                 timeline.text(now);
             }
             chunks.push(v1::Chunk {
                 index,
-                text: shown,
+                text,
+                tool_calls,
                 token_ids: vec![token.token_id],
                 logprobs: token.logprob.into_iter().collect(),
             });
@@ -136,7 +141,8 @@ impl Choice {
     }
 
     fn show(&mut self, index: u32, token: u32, text: &TextModel) -> String {
-        let new = self.detokenizer.push(token, |ids| text.decode(ids));
+        let special = self.tools.is_some();
+        let new = self.detokenizer.push(token, |ids| text.decode(ids, special));
         self.pass(index, &new)
     }
 
@@ -151,13 +157,30 @@ impl Choice {
     }
 
     fn flush(&mut self, index: u32, reason: FinishReason, text: &TextModel) -> String {
-        let rest = self.detokenizer.flush(|ids| text.decode(ids));
+        let special = self.tools.is_some();
+        let rest = self.detokenizer.flush(|ids| text.decode(ids, special));
         let mut shown = self.pass(index, &rest);
         if self.end.is_none() {
             shown.push_str(&self.stop.flush());
             self.close(index, reason, String::new());
         }
         shown
+    }
+
+    /// What is to be seen of new text, and the calls that it completed. A choice that has ended by itself after a call
+    /// ended for that call.
+    fn without_calls(&mut self, shown: String) -> (String, Vec<v1::ToolCall>) {
+        let Some(tools) = &mut self.tools else { return (shown, Vec::new()) };
+        let mut parsed = tools.push(&shown);
+        if let Some(end) = &mut self.end {
+            let rest = tools.flush();
+            parsed.text.push_str(&rest.text);
+            parsed.calls.extend(rest.calls);
+            if tools.has_called() && end.finish_reason() == FinishReason::Stop {
+                end.set_finish_reason(FinishReason::ToolCalls);
+            }
+        }
+        (parsed.text, parsed.calls)
     }
 
     fn close(&mut self, index: u32, reason: FinishReason, matched_stop: String) {

@@ -3,7 +3,9 @@
 use proto::v1::{self, generate_request::Input};
 use tonic::Status;
 
+use crate::form::OutputForm;
 use crate::text::model::{TextError, TextModel};
+use crate::text::tools::{self, ToolFormat};
 
 /// Output tokens when the client names no number.
 const DEFAULT_MAX_TOKENS: u32 = 4096;
@@ -25,10 +27,24 @@ pub struct Prepared {
     pub stop: Vec<String>,
     /// Tokens that end a choice and whose text is not shown.
     pub ends: Vec<u32>,
+    /// Calls that are looked for in the text, and how they are written.
+    pub tools: Option<(ToolFormat, Vec<v1::Tool>)>,
+}
+
+/// A request from the wire, whole. Takes milliseconds for long prompts: off the async threads.
+pub fn read(call: v1::GenerateRequest, text: &TextModel) -> Result<Prepared, Status> {
+    let sampling = call.sampling.unwrap_or_default();
+    let chat = match &call.input {
+        Some(Input::Chat(chat)) => Some(chat),
+        _ => None,
+    };
+    let prompt = tokenize(call.input.as_ref(), text)?;
+    let form = OutputForm::of(sampling.constraint.clone(), chat, text)?;
+    prepare(call.request_id, &call.model, sampling, prompt, form, text)
 }
 
 /// Token ids of a request's input.
-pub fn tokenize(input: Option<Input>, text: &TextModel) -> Result<Vec<u32>, Status> {
+fn tokenize(input: Option<&Input>, text: &TextModel) -> Result<Vec<u32>, Status> {
     let too_long = |bytes: usize| bytes > text.max_context_tokens.saturating_mul(MAX_BYTES_PER_TOKEN);
     let refuse = |field: &str, bytes: usize| {
         Err(Status::invalid_argument(format!(
@@ -40,33 +56,43 @@ pub fn tokenize(input: Option<Input>, text: &TextModel) -> Result<Vec<u32>, Stat
         None => Err(Status::invalid_argument("input: one of text, chat or token_ids is required")),
         Some(Input::Text(raw)) if raw.is_empty() => Err(Status::invalid_argument("text: empty prompt")),
         Some(Input::Text(raw)) if too_long(raw.len()) => refuse("text", raw.len()),
-        Some(Input::Text(raw)) => text.encode_text(&raw).map_err(text_error),
+        Some(Input::Text(raw)) => text.encode_text(raw).map_err(text_error),
         Some(Input::Chat(chat)) if chat.messages.is_empty() => {
             Err(Status::invalid_argument("chat.messages: empty conversation"))
         }
         Some(Input::Chat(chat)) => {
-            let bytes = chat.messages.iter().map(|m| m.content.len()).sum();
+            tools::check(chat).map_err(Status::invalid_argument)?;
+            let bytes = conversation_bytes(chat);
             if too_long(bytes) {
                 return refuse("chat.messages", bytes);
             }
-            text.encode_chat(&chat.messages).map(|(_, ids)| ids).map_err(text_error)
+            text.encode_chat(chat).map(|(_, ids)| ids).map_err(text_error)
         }
         Some(Input::TokenIds(ids)) => match ids.ids.iter().find(|t| **t as usize >= text.vocab_size) {
             Some(bad) => Err(Status::invalid_argument(format!(
                 "token_ids: {bad} is not in the vocabulary of {} tokens",
                 text.vocab_size
             ))),
-            None => Ok(ids.ids),
+            None => Ok(ids.ids.clone()),
         },
     }
 }
 
+/// Everything of a conversation that goes into the prompt.
+fn conversation_bytes(chat: &v1::ChatMessages) -> usize {
+    let calls = |m: &v1::ChatMessage| m.tool_calls.iter().map(|c| c.name.len() + c.arguments.len()).sum::<usize>();
+    let messages = chat.messages.iter().map(|m| m.content.len() + calls(m)).sum::<usize>();
+    let tools = chat.tools.iter().map(|t| t.name.len() + t.description.len() + t.parameters.len());
+    messages + tools.sum::<usize>() + chat.template_variables.len()
+}
+
 /// Checks everything but the input and fills in defaults.
-pub fn prepare(
+fn prepare(
     request_id: String,
     model: &str,
     sampling: v1::SamplingParams,
     prompt: Vec<u32>,
+    form: OutputForm,
     text: &TextModel,
 ) -> Result<Prepared, Status> {
     let invalid = |what: String| Err(Status::invalid_argument(what));
@@ -117,7 +143,12 @@ pub fn prepare(
         return invalid(format!("sampling.logit_bias: at most {MAX_LOGIT_BIAS} entries"));
     }
     let mut ends = sampling.stop_token_ids;
-    if !sampling.ignore_eos.unwrap_or(false) {
+    let has_grammar = !form.grammar.is_empty();
+    if has_grammar && sampling.min_tokens.unwrap_or(0) > 0 {
+        return invalid("sampling.min_tokens: not together with a constraint, which alone says when the output ends".into());
+    }
+    // A complete grammar leaves nothing but an end token to draw.
+    if has_grammar || !sampling.ignore_eos.unwrap_or(false) {
         ends.extend(&text.eos_token_ids);
     }
     let engine = v1::EngineSampling {
@@ -131,6 +162,7 @@ pub fn prepare(
         seed: sampling.seed.unwrap_or_else(rand::random),
         logprobs: sampling.logprobs,
         logit_bias: sampling.logit_bias,
+        grammar: form.grammar,
     };
     validate(&engine, text.vocab_size)?;
     let sequence = v1::Sequence {
@@ -146,7 +178,7 @@ pub fn prepare(
         outputs: Vec::new(),
         origin: String::new(),
     };
-    Ok(Prepared { sequence, stop: sampling.stop, ends })
+    Ok(Prepared { sequence, stop: sampling.stop, ends, tools: form.tools })
 }
 
 /// The engine's own rules, so that a bad value is refused here and not by a worker.

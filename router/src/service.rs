@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use proto::v1;
@@ -17,7 +17,8 @@ use crate::timeline::{Timeline, millis};
 /// Messages that may wait for a slow client before its request is held back.
 const CLIENT_BUFFER: usize = 64;
 
-type Chunks = ReceiverStream<Result<v1::GenerateResponse, Status>>;
+/// The messages of one request, as they come.
+pub type Chunks = ReceiverStream<Result<v1::GenerateResponse, Status>>;
 
 /// The gRPC face of the router.
 #[derive(Clone)]
@@ -25,12 +26,15 @@ pub struct InferenceService {
     /// What all requests share.
     pub shared: Arc<Shared>,
     running: Arc<Mutex<HashSet<String>>>,
+    /// When this router began, in seconds of Unix time.
+    pub started_unix: u64,
 }
 
 impl InferenceService {
     /// Over that state.
     pub fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, running: Arc::default() }
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { shared, running: Arc::default(), started_unix: since.as_secs() }
     }
 
     /// Tokenizing takes milliseconds for long prompts: off the async threads.
@@ -44,29 +48,41 @@ impl InferenceService {
             .map_err(|_| Status::invalid_argument("input: the tokenizer failed on this text"))?
     }
 
-    /// Checks a request and sends it on its journey.
-    async fn start(&self, call: Request<v1::GenerateRequest>) -> Result<Response<Chunks>, Status> {
+    /// Checks a request and sends it on its journey. What it ends with is counted.
+    pub async fn start(
+        &self,
+        call: v1::GenerateRequest,
+        client_key: &str,
+        time: Option<Duration>,
+    ) -> Result<Chunks, Status> {
+        let started = self.try_start(call, client_key, time).await;
+        if let Err(refused) = &started {
+            self.shared.metrics.ended_badly(refused);
+        }
+        started
+    }
+
+    async fn try_start(
+        &self,
+        call: v1::GenerateRequest,
+        client_key: &str,
+        time: Option<Duration>,
+    ) -> Result<Chunks, Status> {
         let received = Instant::now();
-        let deadline = deadline(&call)?.map(|left| received + left);
-        let client_key = client_key(&call);
-        let call = call.into_inner();
+        let deadline = time.map(|left| received + left);
         let mut timeline = Timeline::new(received);
         let prepared = self
-            .off_thread(move |shared| {
-                let prompt = request::tokenize(call.input, &shared.text)?;
-                let sampling = call.sampling.unwrap_or_default();
-                request::prepare(call.request_id, &call.model, sampling, prompt, &shared.text)
-            })
+            .off_thread(move |shared| request::read(call, &shared.text))
             .await?;
         timeline.known.tokenize_ms = millis(received.elapsed());
         let claim = self.claim(&prepared.sequence.request_id)?;
         let (out, stream) = mpsc::channel(CLIENT_BUFFER);
-        let journey = Journey::new(Arc::clone(&self.shared), prepared, &client_key, deadline, timeline, out);
+        let journey = Journey::new(Arc::clone(&self.shared), prepared, client_key, deadline, timeline, out);
         tokio::spawn(async move {
             journey.run().await;
             drop(claim);
         });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(ReceiverStream::new(stream))
     }
 
     fn claim(&self, id: &str) -> Result<Claim, Status> {
@@ -100,11 +116,9 @@ impl v1::inference_server::Inference for InferenceService {
         &self,
         call: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let started = self.start(call).await;
-        if let Err(refused) = &started {
-            self.shared.metrics.ended_badly(refused);
-        }
-        started
+        let time = deadline(&call).inspect_err(|refused| self.shared.metrics.ended_badly(refused))?;
+        let client_key = client_key(&call.metadata().clone().into_headers());
+        self.start(call.into_inner(), &client_key, time).await.map(Response::new)
     }
 
     async fn tokenize(
@@ -121,7 +135,7 @@ impl v1::inference_server::Inference for InferenceService {
                 }
                 Some(Input::Chat(chat)) => {
                     let (rendered, ids) =
-                        shared.text.encode_chat(&chat.messages).map_err(request::text_error)?;
+                        shared.text.encode_chat(&chat).map_err(request::text_error)?;
                     Ok(v1::TokenizeResponse { ids, rendered })
                 }
             })
@@ -153,8 +167,8 @@ impl v1::inference_server::Inference for InferenceService {
 }
 
 /// Whose request it is, for fairness: `x-client-key`, else `x-api-key`, else `authorization`. All others share.
-fn client_key<T>(call: &Request<T>) -> String {
-    let named = |name: &str| call.metadata().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+pub fn client_key(headers: &axum::http::HeaderMap) -> String {
+    let named = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
     ["x-client-key", "x-api-key", "authorization"].into_iter().find_map(named).unwrap_or_default()
 }
 

@@ -3,6 +3,41 @@
 use std::time::{Duration, Instant};
 
 use proto::v1;
+use serde_json::{Value, json};
+
+/// Where a finished request's time went, for scripts: `stages` (ms, and by whom) and `kv` (what moved).
+pub fn json(complete: &v1::Complete) -> Value {
+    let t = complete.timeline.clone().unwrap_or_default();
+    let kv = complete.kv.clone().unwrap_or_default();
+    json!({
+        "stages": {
+            "tokenize_ms": t.tokenize_ms,
+            "queue_ms": t.queue_ms,
+            "placement_ms": t.placement_ms,
+            "reserve_ms": t.reserve_ms,
+            "prefill_ms": t.prefill_ms,
+            "exposed_transfer_ms": t.exposed_transfer_ms,
+            "ttft_ms": t.ttft_ms,
+            "decode_ms": t.decode_ms,
+            "itl_mean_ms": t.itl_mean_ms,
+            "itl_p99_ms": t.itl_p99_ms,
+            "itl_max_ms": t.itl_max_ms,
+            "attempts": t.attempts,
+            "moves": t.moves,
+            "total_ms": t.total_ms,
+            "prefill_worker": t.prefill_worker,
+            "decode_worker": t.decode_worker,
+            "placement_reason": t.placement_reason,
+        },
+        "kv": {
+            "bytes": kv.bytes,
+            "blocks": kv.blocks,
+            "cached_blocks": kv.cached_blocks,
+            "transport": kv.transport,
+            "refetched": kv.refetched,
+        },
+    })
+}
 
 /// Marks set as a request passes.
 #[derive(Debug)]

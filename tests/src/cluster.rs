@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{Join, MemoryRegistry, Watch};
+use constraint::Vocabulary;
 use decode_worker::DecodeConfig;
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::kv::pool::BlockPool;
@@ -211,12 +212,13 @@ impl Cluster {
             Some(slots) if is_prefill => (slots, 0),
             _ => (spec.max_sequences, spec.max_waiting),
         };
+        let config = ModelConfig::load(model).unwrap();
         let worker = WorkerConfig {
             name: name.clone(),
             model: "tiny".into(),
             advertise: None,
             zone: String::new(),
-            compat_hash: ModelConfig::load(model).unwrap().compat_hash(model, "test").unwrap(),
+            compat_hash: config.compat_hash(model, "test").unwrap(),
             incarnation: cluster::member::new_incarnation(),
             max_sequences,
             max_waiting,
@@ -226,14 +228,15 @@ impl Cluster {
             drain_deadline: Duration::from_secs(30),
         };
         let registry = Arc::clone(join);
+        let vocabulary = Vocabulary::of(model, config.vocab, &config.eos);
         let ended: BoxFuture<'static, Result<(), String>> = if is_prefill {
             let config = PrefillConfig { worker, max_prompts: 16 };
-            let deps = prefill_worker::Deps { engine, pool: Arc::clone(&pool), registry };
+            let deps = worker::Deps { engine, pool: Arc::clone(&pool), registry, vocabulary };
             let run = prefill_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })
         } else {
             let config = DecodeConfig { worker, reservation: Duration::from_secs(60) };
-            let deps = decode_worker::Deps { engine, pool: Arc::clone(&pool), registry };
+            let deps = worker::Deps { engine, pool: Arc::clone(&pool), registry, vocabulary };
             let run = decode_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })
         };

@@ -18,6 +18,23 @@ pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
     (status, body.to_owned())
 }
 
+/// Status, head and body of a POST. Over HTTP/1.0, so that a stream comes without chunk sizes.
+pub async fn post(address: SocketAddr, path: &str, headers: &str, body: &str) -> (u16, String, String) {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let length = body.len();
+    let head =
+        format!("POST {path} HTTP/1.0\r\nHost: {address}\r\n{headers}Content-Length: {length}\r\n\r\n");
+    socket.write_all(head.as_bytes()).await.unwrap();
+    // A server that refuses a long body by its length may close before it is all there.
+    let _ = socket.write_all(body.as_bytes()).await;
+    let mut reply = Vec::new();
+    let _ = socket.read_to_end(&mut reply).await;
+    let reply = String::from_utf8(reply).unwrap();
+    let (head, body) = reply.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, head.to_ascii_lowercase(), body.to_owned())
+}
+
 /// A page of metrics.
 #[derive(Debug, Default)]
 pub struct Metrics {

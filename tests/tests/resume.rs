@@ -138,6 +138,35 @@ async fn stop_strings_and_tokens_survive_the_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_grammar_survives_the_cut() {
+    for policy in [Policy::Remote, Policy::Local] {
+        let (_dir, cluster, cuts) = start(policy).await;
+        let schema = r#"{"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99},
+            "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"], "additionalProperties": false}"#;
+        let constraint = v1::Constraint { form: Some(v1::constraint::Form::JsonSchema(schema.into())) };
+        // Room for white space, of which a random model is fond.
+        let sampling = v1::SamplingParams {
+            constraint: Some(constraint),
+            max_tokens: Some(60),
+            logit_bias: [(220, -100.0), (198, -100.0), (197, -100.0), (201, -100.0)].into(),
+            ..seeded()
+        };
+        let p = prompt(33);
+        let four = v1::SamplingParams { n: Some(4), ..sampling.clone() };
+        let output = cluster.generate(request(&p, four)).await.unwrap();
+        for text in &output.text {
+            let value: serde_json::Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+            assert!(value["a"].as_u64().is_some_and(|a| a < 100) && value["b"].is_string(), "{text}");
+        }
+        let stopped = |end: &v1::ChoiceEnd| end.finish_reason() == FinishReason::Stop;
+        assert!(output.complete.choices.iter().all(stopped));
+        equal_at_every_cut(&cluster, &cuts, &p, v1::SamplingParams { n: Some(2), ..sampling }).await;
+        cluster.assert_nothing_leaked().await;
+        cluster.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lost_prefill_worker_is_replaced() {
     let (_dir, cluster, cuts) = start(Policy::Remote).await;
     let p = prompt(200);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{Join, Member, Role};
+use constraint::Vocabulary;
 use engine::kv::pool::BlockPool;
 use engine::{Engine, EngineInfo, KvLayout};
 use kv_transport::Identity;
@@ -20,6 +21,8 @@ pub struct Deps {
     pub pool: Arc<BlockPool>,
     /// Where to become a member.
     pub registry: Arc<dyn Join>,
+    /// The bytes of the model's tokens, for constrained output.
+    pub vocabulary: Vocabulary,
 }
 
 /// Settings that both kinds of worker share.
@@ -67,13 +70,14 @@ impl WorkerConfig {
     }
 
     /// What its requests are checked against.
-    pub fn limits(&self, layout: KvLayout, info: &EngineInfo) -> Arc<Limits> {
+    pub fn limits(&self, layout: KvLayout, info: &EngineInfo, vocabulary: Vocabulary) -> Arc<Limits> {
         Arc::new(Limits {
             vocab_size: info.vocab_size,
             max_context_tokens: info.max_context_tokens,
             layout,
             compat_hash: self.compat_hash.clone(),
             incarnation: self.incarnation,
+            vocabulary,
         })
     }
 

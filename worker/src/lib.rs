@@ -1,12 +1,13 @@
 //! What a prefill and a decode worker have in common: the frame around the engine.
 //!
-//! Requests from the wire ([`request`]), refusal of stale attempts ([`attempts`]), the KV pool as a
+//! Requests from the wire ([`request`]), the form of their output ([`form`]), refusal of stale attempts ([`attempts`]), the KV pool as a
 //! registered region ([`pool`]), measured rates ([`rate`]), what is counted ([`metrics`]), and serving gRPC and KV on one address until
 //! told to stop ([`serve`]).
 
 pub mod attempts;
 pub mod config;
 mod control;
+pub mod form;
 pub mod metrics;
 pub mod pool;
 pub mod progress;

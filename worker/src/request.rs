@@ -3,10 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use constraint::Vocabulary;
 use engine::kv::hash::{self, BlockHash};
 use engine::{KvLayout, SampleRequest, Sampled, SamplingParams};
 use proto::v1;
 use tonic::Status;
+
+use crate::form::Form;
 
 /// Most parallel choices of one request.
 pub const MAX_CHOICES: u32 = 16;
@@ -24,6 +27,8 @@ pub struct Limits {
     pub compat_hash: String,
     /// Requests meant for another start of this worker are refused.
     pub incarnation: u64,
+    /// For grammars.
+    pub vocabulary: Vocabulary,
 }
 
 /// A request on a worker: clients choose ids, and several routers may see the same one.
@@ -65,6 +70,8 @@ pub struct Request {
     pub stem: Arc<[u32]>,
     /// How tokens are drawn.
     pub sampling: Arc<SamplingParams>,
+    /// The form of the output, where it must have one.
+    pub form: Option<Arc<Form>>,
     /// Output tokens per choice, at most.
     pub max_tokens: usize,
     /// Before that many output tokens no stop token may be drawn.
@@ -133,7 +140,9 @@ impl Request {
         if s.n == 0 || s.n > MAX_CHOICES {
             return invalid(format!("sequence.n: 1 to {MAX_CHOICES}, not {}", s.n));
         }
-        let sampling = sampling_from_wire(s.sampling.unwrap_or_default());
+        let mut sampling = s.sampling.unwrap_or_default();
+        let grammar = std::mem::take(&mut sampling.grammar);
+        let sampling = sampling_from_wire(sampling);
         sampling
             .validate(limits.vocab_size)
             .map_err(|e| Status::invalid_argument(format!("sampling.{e}")))?;
@@ -154,6 +163,7 @@ impl Request {
             open: open.into(),
             stem,
             sampling: Arc::new(sampling),
+            form: (!grammar.is_empty()).then(|| Form::start(grammar, &limits.vocabulary)),
             max_tokens,
             min_tokens: s.min_tokens as usize,
             stop_token_ids: s.stop_token_ids.into(),
@@ -162,6 +172,11 @@ impl Request {
             root,
             hashes: hashes.into(),
         })
+    }
+
+    /// Why what was drawn is not to be used, if so.
+    pub fn form_failure(&self) -> Option<Status> {
+        self.form.as_ref().and_then(|form| form.failure())
     }
 
     /// Hashes of the blocks that may come from a cache: all full ones, but never the whole stem, since the
@@ -190,7 +205,8 @@ impl Request {
     /// The next draw of a choice that has put out these tokens.
     pub fn draw<'a>(&'a self, choice: u32, output: &'a [u32]) -> SampleRequest<'a> {
         let banned = self.banned(output.len());
-        SampleRequest { params: &self.sampling, prompt: &self.prompt, output, banned, choice }
+        let constraint = self.form.as_deref().map(|form| form as _);
+        SampleRequest { params: &self.sampling, prompt: &self.prompt, output, banned, constraint, choice }
     }
 
     /// Stop tokens that may not be drawn as output token number `position`.
@@ -305,7 +321,14 @@ mod tests {
             head_dim: 8,
             dtype: KvDtype::F32,
         };
-        Limits { vocab_size: 100, max_context_tokens: 256, layout, compat_hash: "c".into(), incarnation: 7 }
+        Limits {
+            vocab_size: 100,
+            max_context_tokens: 256,
+            layout,
+            compat_hash: "c".into(),
+            incarnation: 7,
+            vocabulary: Vocabulary::of(std::path::Path::new("."), 100, &[0]),
+        }
     }
 
     fn with_outputs(outputs: &[(&[u32], bool)]) -> Result<Request, Status> {

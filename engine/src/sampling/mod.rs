@@ -1,7 +1,7 @@
 //! From logits to a token: a pure function of the logits, the request and the draw's coordinates.
 //!
 //! Order: log-probabilities (of the raw logits) → logit bias → repetition, presence and frequency
-//! penalties → banned tokens → temperature → top-k → top-p → min-p → draw. The draw is a function of
+//! penalties → banned tokens → constraint → temperature → top-k → top-p → min-p → draw. The draw is a function of
 //! `(seed, output position, choice)`, so a sequence that moves to another worker goes on as if it had not.
 
 mod draw;
@@ -52,6 +52,7 @@ pub(crate) fn is_argmax(request: &SampleRequest<'_>) -> bool {
         && params.presence_penalty == 0.0
         && params.frequency_penalty == 0.0
         && request.banned.is_empty()
+        && request.constraint.is_none()
 }
 
 /// The token with the largest logit, the lowest id among equals.

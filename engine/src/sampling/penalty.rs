@@ -20,6 +20,9 @@ pub(super) fn apply(logits: &mut [f32], request: &SampleRequest<'_>) {
             *logit = f32::NEG_INFINITY;
         }
     }
+    if let Some(constraint) = request.constraint {
+        constraint.restrict(request.choice, request.output, logits);
+    }
 }
 
 /// Once per token seen anywhere: positive logits are divided, negative ones multiplied.

@@ -5,7 +5,7 @@ use crate::batch::SamplingParams;
 use proptest::prelude::*;
 
 fn request(params: &SamplingParams) -> SampleRequest<'_> {
-    SampleRequest { params, prompt: &[], output: &[], banned: &[], choice: 0 }
+    SampleRequest { params, prompt: &[], output: &[], banned: &[], constraint: None, choice: 0 }
 }
 
 fn params() -> SamplingParams {
@@ -27,7 +27,7 @@ fn greedy_takes_the_lowest_id_on_ties_and_survives_nan() {
 #[test]
 fn penalties_bias_and_bans() {
     let run = |params: SamplingParams, prompt: &[u32], output: &[u32], banned: &[u32]| {
-        let request = SampleRequest { params: &params, prompt, output, banned, choice: 0 };
+        let request = SampleRequest { params: &params, prompt, output, banned, constraint: None, choice: 0 };
         let mut logits = vec![2.0, 1.8, -1.0, 1.7];
         penalty::apply(&mut logits, &request);
         logits

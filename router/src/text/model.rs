@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use constraint::Vocabulary;
 use engine::model::ModelConfig;
 use proto::v1;
 use tokenizers::Tokenizer;
 
 use super::template::{ChatTemplate, TemplateError};
+use super::tools::ToolFormat;
 
 /// Tokenizer, chat template and the facts about the model that requests are checked against.
 pub struct TextModel {
@@ -18,8 +20,11 @@ pub struct TextModel {
     pub vocab_size: usize,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
+    /// The bytes of every token, for grammars and log-probabilities.
+    pub vocabulary: Vocabulary,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
+    tool_format: ToolFormat,
 }
 
 /// A model folder that cannot be served, or text that cannot be rendered.
@@ -62,13 +67,16 @@ impl TextModel {
             )));
         }
         let template = ChatTemplate::load(dir)?;
+        let tool_format = template.as_ref().map_or(ToolFormat::Hermes, |t| ToolFormat::of_template(&t.source()));
         Ok(Self {
             name: name.to_owned(),
             max_context_tokens: config.max_context,
             vocab_size: config.vocab,
+            vocabulary: Vocabulary::of(dir, config.vocab, &config.eos),
             eos_token_ids: config.eos,
             tokenizer,
             template,
+            tool_format,
         })
     }
 
@@ -83,9 +91,9 @@ impl TextModel {
     }
 
     /// A conversation → the rendered prompt and its token ids.
-    pub fn encode_chat(&self, messages: &[v1::ChatMessage]) -> Result<(String, Vec<u32>), TextError> {
+    pub fn encode_chat(&self, chat: &v1::ChatMessages) -> Result<(String, Vec<u32>), TextError> {
         let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
-        let rendered = template.render(messages)?;
+        let rendered = template.render(chat)?;
         // The template writes the special tokens itself.
         let ids = self.encode(&rendered, false)?;
         Ok((rendered, ids))
@@ -97,8 +105,18 @@ impl TextModel {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Token ids → text, special tokens left out.
-    pub fn decode(&self, ids: &[u32]) -> String {
-        self.tokenizer.decode(ids, true).unwrap_or_default()
+    /// Token ids → text, special tokens left out unless wanted.
+    pub fn decode(&self, ids: &[u32], with_special: bool) -> String {
+        self.tokenizer.decode(ids, !with_special).unwrap_or_default()
+    }
+
+    /// The id of a token by its text.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// How this model writes function calls.
+    pub fn tool_format(&self) -> ToolFormat {
+        self.tool_format
     }
 }
