@@ -5,14 +5,14 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test chart observability images soak sabotage setup build model lint fmt
+.PHONY: demo test clients chart observability images soak sabotage setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
 	@echo '$$ tandem generate --prefill-on remote "What is the capital of France?"'
 	@$(TANDEM) generate --cache-dir $(CACHE) --prefill-on remote "What is the capital of France?"
 
-test: setup model chart observability images ## everything: unit, property, model-golden and whole-cluster tests, chart, alarms, images
+test: setup model chart observability images clients ## everything: unit, property, model-golden and whole-cluster tests, chart, alarms, images
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
 	cargo test --doc --workspace -q
 
@@ -24,6 +24,10 @@ observability: model ## alarms with their unit tests, the dashboard, real metric
 
 images: model ## Dockerfile and compose.yaml: hadolint, the compose specification, flags, the health check
 	@python3 deploy/test/images.py "$$(deploy/test/tools.sh)" $(TANDEM) $(MODEL_DIR)
+
+CLIENTS ?= openai
+clients: model ## OpenAI's client, unchanged, against a cluster; CLIENTS='openai grpcurl aiperf guidellm' runs the others too
+	@tests/clients/run.sh $(TANDEM) $(CACHE) $(CLIENTS)
 
 MINUTES ?= 5
 soak: build model ## processes, etcd and load for MINUTES=5 with a random fault every few seconds; SEED=N repeats one

@@ -46,8 +46,11 @@ pub fn read(args: &GenerateArgs, chat: bool) -> anyhow::Result<Vec<Prompt>> {
     let input = match chat && !args.raw {
         false => Input::Text(text),
         true => {
-            let message =
-                |role: &str, content: &str| v1::ChatMessage { role: role.into(), content: content.into(), ..Default::default() };
+            let message = |role: &str, content: &str| v1::ChatMessage {
+                role: role.into(),
+                content: content.into(),
+                ..Default::default()
+            };
             let system = args.system.iter().map(|s| message("system", s));
             let user = (!text.is_empty()).then(|| message("user", &text));
             Input::Chat(v1::ChatMessages { messages: system.chain(user).collect(), ..Default::default() })

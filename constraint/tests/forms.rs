@@ -1,5 +1,7 @@
 //! Grammars followed over a small vocabulary: only what they allow can be drawn, whoever asks and in whatever order.
 
+#![allow(clippy::unwrap_used)]
+
 use constraint::{Constraint, ConstraintError, Vocabulary, lark};
 use proptest::prelude::*;
 use serde_json::json;

@@ -81,7 +81,14 @@ fn tokens(engine: &CpuEngine, count: usize) -> Vec<u32> {
 fn prefill(engine: &mut CpuEngine, count: usize) -> Result<(), Failure> {
     let (tokens, blocks) = (tokens(engine, count), (0..2560).collect::<Vec<u32>>());
     let params = SamplingParams::default();
-    let samples = [SampleRequest { params: &params, prompt: &[], output: &[], banned: &[], constraint: None, choice: 0 }];
+    let samples = [SampleRequest {
+        params: &params,
+        prompt: &[],
+        output: &[],
+        banned: &[],
+        constraint: None,
+        choice: 0,
+    }];
     let mut best = f64::MAX;
     for _ in 0..4 {
         let segment = Segment { tokens: &tokens, position: 0, blocks: &blocks, samples: &samples };
@@ -110,7 +117,14 @@ fn decode(engine: &mut CpuEngine, batch: usize, context: usize) -> Result<(), Fa
         )?;
     }
     let params = SamplingParams::default();
-    let samples = [SampleRequest { params: &params, prompt: &[], output: &[], banned: &[], constraint: None, choice: 0 }];
+    let samples = [SampleRequest {
+        params: &params,
+        prompt: &[],
+        output: &[],
+        banned: &[],
+        constraint: None,
+        choice: 0,
+    }];
     let (steps, mut times) = (32, Vec::new());
     for step in 0..steps {
         let segments = tables.iter().map(|blocks| Segment {

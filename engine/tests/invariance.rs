@@ -168,8 +168,14 @@ fn copied_blocks_continue_alike_and_samples_are_drawn_per_request() {
 
     let greedy = SamplingParams::default();
     let random = SamplingParams { temperature: 1.0, seed: 4, logprobs: Some(2), ..SamplingParams::default() };
-    let request =
-        |params, choice| SampleRequest { params, prompt: &tokens, output: &[], banned: &[], constraint: None, choice };
+    let request = |params, choice| SampleRequest {
+        params,
+        prompt: &tokens,
+        output: &[],
+        banned: &[],
+        constraint: None,
+        choice,
+    };
     let samples = [request(&greedy, 0), request(&random, 0), request(&random, 1)];
     let segment = Segment { samples: &samples, ..segment };
     let quiet = Segment { tokens: &tokens, position: 0, blocks: &[10, 11, 12], samples: &[] };

@@ -135,8 +135,7 @@ pub async fn run(
         .add_service(OperatorServer::new(operator_service::OperatorService { fleet: shared.fleet.clone() }));
     let inference = InferenceService::new(shared);
     routes.add_service(
-        InferenceServer::new(inference.clone())
-            .max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
+        InferenceServer::new(inference.clone()).max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
     );
     let routes = proto::server::with_health_and_reflection(routes, is_ready.clone())
         .await

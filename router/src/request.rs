@@ -80,7 +80,8 @@ fn tokenize(input: Option<&Input>, text: &TextModel) -> Result<Vec<u32>, Status>
 
 /// Everything of a conversation that goes into the prompt.
 fn conversation_bytes(chat: &v1::ChatMessages) -> usize {
-    let calls = |m: &v1::ChatMessage| m.tool_calls.iter().map(|c| c.name.len() + c.arguments.len()).sum::<usize>();
+    let calls =
+        |m: &v1::ChatMessage| m.tool_calls.iter().map(|c| c.name.len() + c.arguments.len()).sum::<usize>();
     let messages = chat.messages.iter().map(|m| m.content.len() + calls(m)).sum::<usize>();
     let tools = chat.tools.iter().map(|t| t.name.len() + t.description.len() + t.parameters.len());
     messages + tools.sum::<usize>() + chat.template_variables.len()
@@ -145,7 +146,10 @@ fn prepare(
     let mut ends = sampling.stop_token_ids;
     let has_grammar = !form.grammar.is_empty();
     if has_grammar && sampling.min_tokens.unwrap_or(0) > 0 {
-        return invalid("sampling.min_tokens: not together with a constraint, which alone says when the output ends".into());
+        return invalid(
+            "sampling.min_tokens: not together with a constraint, which alone says when the output ends"
+                .into(),
+        );
     }
     // A complete grammar leaves nothing but an end token to draw.
     if has_grammar || !sampling.ignore_eos.unwrap_or(false) {

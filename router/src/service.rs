@@ -71,9 +71,7 @@ impl InferenceService {
         let received = Instant::now();
         let deadline = time.map(|left| received + left);
         let mut timeline = Timeline::new(received);
-        let prepared = self
-            .off_thread(move |shared| request::read(call, &shared.text))
-            .await?;
+        let prepared = self.off_thread(move |shared| request::read(call, &shared.text)).await?;
         timeline.known.tokenize_ms = millis(received.elapsed());
         let claim = self.claim(&prepared.sequence.request_id)?;
         let (out, stream) = mpsc::channel(CLIENT_BUFFER);
@@ -134,8 +132,7 @@ impl v1::inference_server::Inference for InferenceService {
                     Ok(v1::TokenizeResponse { ids, rendered })
                 }
                 Some(Input::Chat(chat)) => {
-                    let (rendered, ids) =
-                        shared.text.encode_chat(&chat).map_err(request::text_error)?;
+                    let (rendered, ids) = shared.text.encode_chat(&chat).map_err(request::text_error)?;
                     Ok(v1::TokenizeResponse { ids, rendered })
                 }
             })

@@ -1,5 +1,7 @@
 //! Conversations rendered by the models' own templates, byte for byte as transformers renders them.
 
+#![allow(clippy::unwrap_used)]
+
 use proto::v1;
 use router::text::template::ChatTemplate;
 use serde_json::Value;
@@ -55,7 +57,9 @@ fn conversations_are_rendered_as_by_transformers() {
         let template = ChatTemplate::new(golden(&format!("{name}.jinja")), None, tokens.into()).unwrap();
         let rendered = template.render(&conversation(case));
         match case["text"].as_str() {
-            Some(expected) => assert_eq!(rendered.unwrap_or_else(|e| panic!("{what}: {e}")), expected, "{what}"),
+            Some(expected) => {
+                assert_eq!(rendered.unwrap_or_else(|e| panic!("{what}: {e}")), expected, "{what}")
+            }
             None => assert!(rendered.is_err(), "{what}: transformers refuses it: {}", case["refused"]),
         }
         compared += 1;

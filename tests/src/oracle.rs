@@ -38,7 +38,8 @@ impl Oracle {
         let mut position = 0;
         let mut next = prompt.to_vec();
         while output.len() < max_tokens && !output.last().is_some_and(|t| ends.contains(t)) {
-            let samples = [SampleRequest { params, prompt, output: &output, banned: &[], constraint: None, choice }];
+            let samples =
+                [SampleRequest { params, prompt, output: &output, banned: &[], constraint: None, choice }];
             let segment = Segment { tokens: &next, position, blocks: &self.table, samples: &samples };
             let drawn = self.engine.forward(&Batch { segments: vec![segment] }, &mut |_| {}).unwrap();
             position += next.len();

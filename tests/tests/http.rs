@@ -69,8 +69,7 @@ async fn the_same_answer_as_over_grpc() {
     streamed["stream"] = json!(true);
     streamed["stream_options"] = json!({"include_usage": true});
     let pieces = events(&cluster, CHAT, &streamed).await;
-    let text: String =
-        pieces.iter().filter_map(|p| p["choices"][0]["delta"]["content"].as_str()).collect();
+    let text: String = pieces.iter().filter_map(|p| p["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(text, grpc.text[0]);
     let last = pieces.last().unwrap();
     assert_eq!((&last["choices"], &last["usage"]["completion_tokens"]), (&json!([]), &json!(12)));

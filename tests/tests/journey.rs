@@ -114,10 +114,8 @@ async fn refusals_name_the_field_and_cost_nothing() {
         change(&mut sampling);
         request(&prompt(5), sampling)
     };
-    let chat = v1::GenerateRequest {
-        input: Some(Input::Chat(v1::ChatMessages { messages: vec![] })),
-        ..Default::default()
-    };
+    let chat =
+        v1::GenerateRequest { input: Some(Input::Chat(v1::ChatMessages::default())), ..Default::default() };
     let cases: Vec<(v1::GenerateRequest, Code, &str)> = vec![
         (text("", ok.clone()), Code::InvalidArgument, "text: empty"),
         (v1::GenerateRequest::default(), Code::InvalidArgument, "input"),

@@ -155,7 +155,8 @@ async fn a_grammar_survives_the_cut() {
         let four = v1::SamplingParams { n: Some(4), ..sampling.clone() };
         let output = cluster.generate(request(&p, four)).await.unwrap();
         for text in &output.text {
-            let value: serde_json::Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+            let value: serde_json::Value =
+                serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
             assert!(value["a"].as_u64().is_some_and(|a| a < 100) && value["b"].is_string(), "{text}");
         }
         let stopped = |end: &v1::ChoiceEnd| end.finish_reason() == FinishReason::Stop;

@@ -57,7 +57,14 @@ pub fn step(engine: &mut dyn Engine, chunks: &[Chunk]) -> Result<()> {
 /// Calls `run` with the chunks as a batch.
 pub fn with_batch<T>(chunks: &[Chunk], run: impl FnOnce(&Batch<'_>) -> T) -> T {
     let params = SamplingParams::default();
-    let draw = [SampleRequest { params: &params, prompt: &[], output: &[], banned: &[], constraint: None, choice: 0 }];
+    let draw = [SampleRequest {
+        params: &params,
+        prompt: &[],
+        output: &[],
+        banned: &[],
+        constraint: None,
+        choice: 0,
+    }];
     let segments = chunks.iter().map(|chunk| Segment {
         tokens: &chunk.tokens,
         position: chunk.position,

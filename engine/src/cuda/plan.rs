@@ -143,7 +143,14 @@ mod tests {
     #[test]
     fn chunks_and_single_tokens_lie_where_the_kernels_look() {
         let params = SamplingParams::default();
-        let draw = [SampleRequest { params: &params, prompt: &[], output: &[], banned: &[], constraint: None, choice: 0 }];
+        let draw = [SampleRequest {
+            params: &params,
+            prompt: &[],
+            output: &[],
+            banned: &[],
+            constraint: None,
+            choice: 0,
+        }];
         let chunk = Segment { tokens: &[1, 2, 3, 4, 5, 6], position: 2, blocks: &[9, 7, 0], samples: &[] };
         let single = Segment { tokens: &[8], position: 5, blocks: &[20, 21], samples: &draw };
         let plan = Plan::new(&Batch { segments: vec![chunk, single] }, &LAYOUT, TILING, 0, false);

@@ -68,7 +68,9 @@ impl From<Status> for ApiError {
                 (StatusCode::BAD_REQUEST, "invalid_request_error", None)
             }
             Code::NotFound => return Self::no_model(status.message().to_owned()),
-            Code::AlreadyExists => (StatusCode::CONFLICT, "invalid_request_error", Some("request_id_running")),
+            Code::AlreadyExists => {
+                (StatusCode::CONFLICT, "invalid_request_error", Some("request_id_running"))
+            }
             Code::ResourceExhausted => {
                 (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"))
             }
@@ -86,7 +88,9 @@ impl From<Status> for ApiError {
         };
         let told = status.get_error_details().retry_info().and_then(|info| info.retry_delay);
         let retry_seconds = match status.code() {
-            Code::ResourceExhausted | Code::Unavailable => Some(told.map_or(1, |delay| delay.as_secs().max(1))),
+            Code::ResourceExhausted | Code::Unavailable => {
+                Some(told.map_or(1, |delay| delay.as_secs().max(1)))
+            }
             _ => None,
         };
         let is_context = status.message().contains("the context");

@@ -21,9 +21,7 @@ pub fn of_chat(text: &TextModel, tokens: &[v1::TokenLogprob]) -> Value {
 
 /// `logprobs` of a text choice, and where its text ends when it begins at `offset` characters.
 pub fn of_text(text: &TextModel, tokens: &[v1::TokenLogprob], mut offset: usize) -> (Value, usize) {
-    let name = |id: u32| {
-        String::from_utf8_lossy(&text.vocabulary.token(id).unwrap_or_default()).into_owned()
-    };
+    let name = |id: u32| String::from_utf8_lossy(&text.vocabulary.token(id).unwrap_or_default()).into_owned();
     let mut offsets = Vec::with_capacity(tokens.len());
     let mut names = Vec::with_capacity(tokens.len());
     let mut tops = Vec::with_capacity(tokens.len());

@@ -100,7 +100,8 @@ impl Common {
 
     /// How tokens are drawn and when the output ends.
     pub fn sampling(&mut self, logprobs: Option<u32>) -> Result<v1::SamplingParams, ApiError> {
-        let invalid = |field: &str, why: String| Err(ApiError::invalid(Some(field), format!("{field}: {why}")));
+        let invalid =
+            |field: &str, why: String| Err(ApiError::invalid(Some(field), format!("{field}: {why}")));
         let top_k = match self.top_k {
             None | Some(-1) => None,
             Some(k) => match u32::try_from(k) {

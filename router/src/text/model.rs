@@ -67,7 +67,8 @@ impl TextModel {
             )));
         }
         let template = ChatTemplate::load(dir)?;
-        let tool_format = template.as_ref().map_or(ToolFormat::Hermes, |t| ToolFormat::of_template(&t.source()));
+        let tool_format =
+            template.as_ref().map_or(ToolFormat::Hermes, |t| ToolFormat::of_template(&t.source()));
         Ok(Self {
             name: name.to_owned(),
             max_context_tokens: config.max_context,

@@ -83,6 +83,9 @@ mod tests {
     fn as_python_writes_it() {
         let value = json!({"b": [1, 2.5, null], "a": {"é\n": "<'\">"}, "c": [], "d": true});
         assert_eq!(dumps(&value), r#"{"b": [1, 2.5, null], "a": {"é\n": "<'\">"}, "c": [], "d": true}"#);
-        assert_eq!(dumps(&sort_keys(value)), r#"{"a": {"é\n": "<'\">"}, "b": [1, 2.5, null], "c": [], "d": true}"#);
+        assert_eq!(
+            dumps(&sort_keys(value)),
+            r#"{"a": {"é\n": "<'\">"}, "b": [1, 2.5, null], "c": [], "d": true}"#
+        );
     }
 }

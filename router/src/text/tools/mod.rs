@@ -57,7 +57,9 @@ pub fn check(chat: &v1::ChatMessages) -> Result<(), String> {
     let Some(choice) = &chat.tool_choice else { return Ok(()) };
     let known = chat.tools.iter().any(|tool| tool.name == choice.function);
     match choice.mode() {
-        Mode::Required if chat.tools.is_empty() => Err("tool_choice: required, but there are no tools".into()),
+        Mode::Required if chat.tools.is_empty() => {
+            Err("tool_choice: required, but there are no tools".into())
+        }
         Mode::Required if !choice.function.is_empty() && !known => {
             Err(format!("tool_choice: there is no tool {:?}", choice.function))
         }

@@ -24,6 +24,8 @@ pub struct ToolParser {
     /// How much of `held` was searched for the end of a call.
     searched: usize,
     is_inside: bool,
+    /// Nothing but white space has come since a call.
+    is_after_call: bool,
     /// Anything but white space was shown: Llama's calls stand at the beginning only.
     has_shown: bool,
     calls: usize,
@@ -43,6 +45,7 @@ impl ToolParser {
             held: String::new(),
             searched: 0,
             is_inside: false,
+            is_after_call: false,
             has_shown: false,
             calls: 0,
         }
@@ -69,7 +72,7 @@ impl ToolParser {
         let calls = if self.is_inside { self.read(body(&held)) } else { None };
         match calls {
             Some(calls) => parsed.calls = calls,
-            None if self.calls > 0 && held.trim().is_empty() => {}
+            None if self.is_after_call && held.trim().is_empty() => {}
             None => parsed.text = held,
         }
         self.note(&parsed);
@@ -93,19 +96,21 @@ impl ToolParser {
         }
     }
 
-    /// Shows what stands before a mark, or before what may become one.
+    /// Shows what stands before a mark, or before what may become one. White space behind a call belongs to it.
     fn open(&mut self, mark: &str, parsed: &mut Parsed) -> bool {
-        let (shown, found) = match self.held.find(mark) {
+        let (before, found) = match self.held.find(mark) {
             Some(at) => (at, true),
             None => (self.held.len() - begins(&self.held, mark), false),
         };
-        let rest = self.held.split_off(shown);
+        let is_blank = self.is_after_call && self.held[..before].trim().is_empty();
+        if is_blank && !found {
+            return false;
+        }
+        let rest = self.held.split_off(before);
         let shown = std::mem::replace(&mut self.held, rest);
-        // White space between calls belongs to them.
-        if !(shown.trim().is_empty() && (found || self.calls > 0 || !parsed.calls.is_empty())) {
+        if !is_blank {
+            self.is_after_call &= shown.is_empty();
             parsed.text.push_str(&shown);
-        } else if !found {
-            self.held.insert_str(0, &shown);
         }
         self.is_inside = found;
         self.searched = 0;
@@ -135,8 +140,14 @@ impl ToolParser {
         let rest = self.held.split_off(at + CLOSE.len());
         let call = std::mem::replace(&mut self.held, rest);
         match self.read(body(&call)) {
-            Some(calls) => parsed.calls.extend(calls),
-            None => parsed.text.push_str(&call),
+            Some(calls) => {
+                parsed.calls.extend(calls);
+                self.is_after_call = true;
+            }
+            None => {
+                parsed.text.push_str(&call);
+                self.is_after_call = false;
+            }
         }
         self.is_inside = false;
         self.searched = 0;
