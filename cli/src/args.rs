@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::trace::TraceArgs;
+
 /// The model that is used when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
 
@@ -260,6 +262,8 @@ pub struct UpArgs {
     pub engine: EngineArgs,
     #[command(flatten)]
     pub placement: PlacementArgs,
+    #[command(flatten)]
+    pub trace: TraceArgs,
 }
 
 /// Settings of `router`.
@@ -281,6 +285,8 @@ pub struct RouterArgs {
     pub drain_seconds: u64,
     #[command(flatten)]
     pub placement: PlacementArgs,
+    #[command(flatten)]
+    pub trace: TraceArgs,
 }
 
 /// Settings of `prefill` and `decode`.
@@ -321,6 +327,8 @@ pub struct WorkerArgs {
     pub drain_seconds: u64,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub trace: TraceArgs,
     /// Stop when standard input ends (set by `up` on its children)
     #[arg(long, hide = true)]
     pub stop_with_parent: bool,

@@ -11,6 +11,7 @@ use engine::cuda::{CudaEngine, CudaOptions};
 use engine::kv::pool::BlockPool;
 use engine::model::ModelConfig;
 use engine::{Engine, KvDtype, KvLayout};
+use telemetry::trace::Tracer;
 
 use crate::args::{Device, EngineArgs, KvType};
 
@@ -24,8 +25,9 @@ pub struct Built {
 
 impl Built {
     /// What a worker works with.
-    pub fn deps(self, registry: Arc<dyn Join>) -> worker::Deps {
-        worker::Deps { engine: self.engine, pool: self.pool, registry, vocabulary: self.vocabulary }
+    pub fn deps(self, registry: Arc<dyn Join>, tracer: Tracer) -> worker::Deps {
+        let Self { engine, pool, vocabulary, .. } = self;
+        worker::Deps { engine, pool, registry, vocabulary, tracer }
     }
 }
 

@@ -51,6 +51,7 @@ fn spec(args: &GenerateArgs) -> LocalSpec<'_> {
         model: &args.model,
         engine: &args.engine,
         placement: &args.placement,
+        trace: crate::trace::TraceArgs::default(),
         log: log_level(),
     }
 }

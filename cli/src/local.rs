@@ -9,11 +9,13 @@ use cluster::MemoryRegistry;
 use proto::v1::ListWorkersRequest;
 use proto::v1::inference_client::InferenceClient;
 use router::Registry;
+use telemetry::trace::Tracer;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{EngineArgs, ModelChoice, PlacementArgs, UpArgs};
+use crate::trace::{self, TraceArgs};
 use crate::{model, serve, signal};
 
 const START_PATIENCE: Duration = Duration::from_secs(120);
@@ -30,6 +32,7 @@ pub struct LocalSpec<'a> {
     pub model: &'a ModelChoice,
     pub engine: &'a EngineArgs,
     pub placement: &'a PlacementArgs,
+    pub trace: TraceArgs,
     pub log: String,
 }
 
@@ -40,6 +43,7 @@ pub struct LocalCluster {
     /// The other ends of the children's standard inputs: closing them is their sign to drain.
     lifelines: Vec<ChildStdin>,
     router: JoinHandle<Result<(), router::RunError>>,
+    tracer: Tracer,
     stop: CancellationToken,
 }
 
@@ -53,10 +57,12 @@ impl LocalCluster {
         let listener = serve::bind(spec.listen).await?;
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
-        let deps = router::Deps { text, registry: Registry::Served(MemoryRegistry::new()) };
+        let tracer = spec.trace.tracer("tandem-router", &address.to_string())?;
+        let registry = Registry::Served(MemoryRegistry::new());
+        let deps = router::Deps { text, registry, tracer: tracer.clone() };
         let config = serve::router_config(spec.placement, DRAIN);
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
-        let mut cluster = Self { address, children: Vec::new(), lifelines: Vec::new(), router, stop };
+        let mut cluster = Self { address, children: Vec::new(), lifelines: Vec::new(), router, tracer, stop };
         for (role, count) in [("prefill", spec.prefill), ("decode", spec.decode)] {
             for number in 0..count {
                 let name = format!("{role}-{number}");
@@ -112,7 +118,9 @@ impl LocalCluster {
             }
         }
         self.stop.cancel();
-        Ok((&mut self.router).await??)
+        let ended = (&mut self.router).await?;
+        trace::shutdown(self.tracer.clone()).await;
+        Ok(ended?)
     }
 }
 
@@ -133,6 +141,7 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         .args(["--gpu", &engine.gpu.to_string()])
         .args(["--max-sequences", &engine.max_sequences.to_string()])
         .args(["--max-waiting", &engine.max_waiting.to_string()]);
+    command.args(spec.trace.flags());
     for (flag, value) in [
         ("--threads", engine.threads),
         ("--kv-blocks", engine.kv_blocks),
@@ -163,6 +172,7 @@ pub async fn up(args: UpArgs) -> anyhow::Result<()> {
         model: &args.model,
         engine: &args.engine,
         placement: &args.placement,
+        trace: args.trace.clone(),
         log: log_level(),
     };
     let mut cluster = tokio::select! {

@@ -13,6 +13,7 @@ mod prompts;
 mod report;
 mod serve;
 mod signal;
+mod trace;
 
 use clap::Parser;
 

@@ -1,6 +1,6 @@
 //! What `generate` prints: a JSON object a prompt, or where the time went in words.
 
-use proto::v1::{self, FinishReason};
+use proto::v1;
 use serde_json::{Value, json};
 
 /// One finished prompt.
@@ -48,7 +48,7 @@ impl Outcome {
         let mut object = json!({
             "output_token_ids": choice.token_ids,
             "text": choice.text,
-            "finish_reason": finish_reason(end),
+            "finish_reason": end.map_or("cancelled", router::relay::finish_reason),
         });
         if let Some(stop) = end.map(|e| &e.matched_stop).filter(|s| !s.is_empty()) {
             object["matched_stop"] = json!(stop);
@@ -57,15 +57,6 @@ impl Outcome {
             object["logprobs"] = choice.logprobs.iter().map(logprob_json).collect();
         }
         object
-    }
-}
-
-fn finish_reason(end: Option<&v1::ChoiceEnd>) -> &'static str {
-    match end.map(v1::ChoiceEnd::finish_reason) {
-        Some(FinishReason::Stop) => "stop",
-        Some(FinishReason::Length) => "length",
-        Some(FinishReason::ToolCalls) => "tool_calls",
-        _ => "cancelled",
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use worker::WorkerConfig;
 
 use crate::args::{Device, PlacementArgs, PrefillOn, RouterArgs, WorkerArgs};
-use crate::{engines, model, signal};
+use crate::{engines, model, signal, trace};
 
 /// Tokens in one step of a prefill worker: enough rows to fill the matrix units.
 const PREFILL_STEP_TOKENS: usize = 512;
@@ -42,7 +42,11 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let listener = bind(args.listen).await?;
     announce("router", &text.name, listener.local_addr()?);
     let config = router_config(&args.placement, Duration::from_secs(args.drain_seconds));
-    Ok(router::run(config, router::Deps { text, registry }, listener, stop).await?)
+    let tracer = args.trace.tracer("tandem-router", &listener.local_addr()?.to_string())?;
+    let deps = router::Deps { text, registry, tracer: tracer.clone() };
+    let ended = router::run(config, deps, listener, stop).await;
+    trace::shutdown(tracer).await;
+    Ok(ended?)
 }
 
 /// A router's settings.
@@ -73,8 +77,11 @@ pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
     let start = Start::new(&args, Role::Prefill, &stop).await?;
     let max_prompts = args.engine.max_sequences.min(64);
     let config = PrefillConfig { worker: start.config, max_prompts };
-    let deps = start.built.deps(start.registry);
-    Ok(prefill_worker::run(config, deps, start.listener, stop).await?)
+    let tracer = args.trace.tracer("tandem-prefill", &config.worker.name)?;
+    let deps = start.built.deps(start.registry, tracer.clone());
+    let ended = prefill_worker::run(config, deps, start.listener, stop).await;
+    trace::shutdown(tracer).await;
+    Ok(ended?)
 }
 
 /// Runs a decode worker until it is told to stop.
@@ -82,8 +89,11 @@ pub async fn decode(args: WorkerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
     let start = Start::new(&args, Role::Decode, &stop).await?;
     let config = DecodeConfig { worker: start.config, reservation: RESERVATION };
-    let deps = start.built.deps(start.registry);
-    Ok(decode_worker::run(config, deps, start.listener, stop).await?)
+    let tracer = args.trace.tracer("tandem-decode", &config.worker.name)?;
+    let deps = start.built.deps(start.registry, tracer.clone());
+    let ended = decode_worker::run(config, deps, start.listener, stop).await;
+    trace::shutdown(tracer).await;
+    Ok(ended?)
 }
 
 /// What a worker process has before it serves.

@@ -104,6 +104,7 @@ pub async fn run(
         load: Arc::clone(&load),
         reservation: config.reservation,
         refusals,
+        tracer: deps.tracer,
     };
     let rules = scheduler::Rules {
         step_tokens: config.worker.step_tokens,

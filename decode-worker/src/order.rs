@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use engine::kv::pool::Block;
 use proto::v1;
+use telemetry::trace::Span;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tonic::Status;
 use worker::Request;
@@ -120,4 +121,6 @@ impl Portrait {
 pub(crate) struct Hold {
     pub _slot: OwnedSemaphorePermit,
     pub attempt: Arc<Running>,
+    /// Ends with the request.
+    pub span: Span,
 }

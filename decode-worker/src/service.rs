@@ -9,12 +9,13 @@ use engine::KvMemory;
 use engine::kv::pool::{Block, BlockPool};
 use kv_transport::{Receiver, Sender};
 use proto::v1::{self, decode_event::Event};
+use telemetry::trace::{Span, Tracer};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status};
 use worker::attempts::{Attempts, Observer};
 use worker::metrics::Refusals;
-use worker::request::{Limits, load_to_wire};
+use worker::request::{Limits, load_to_wire, traceparent};
 use worker::{Request, serve};
 
 use crate::cargo::Cargo;
@@ -36,6 +37,7 @@ pub(crate) struct DecodeService {
     pub load: Arc<watch::Sender<Load>>,
     pub reservation: Duration,
     pub refusals: Refusals,
+    pub tracer: Tracer,
 }
 
 #[tonic::async_trait]
@@ -46,7 +48,8 @@ impl v1::decode_worker_server::DecodeWorker for DecodeService {
         &self,
         call: tonic::Request<v1::DecodeRequest>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
-        self.start(call.into_inner()).map(Response::new).map_err(|status| self.refusals.count(status))
+        let span = self.tracer.serve("decode", traceparent(&call));
+        self.start(call.into_inner(), span).map(Response::new).map_err(|status| self.refusals.count(status))
     }
 
     async fn r#move(&self, call: tonic::Request<v1::MoveRequest>) -> Result<Response<v1::MoveReply>, Status> {
@@ -59,7 +62,7 @@ impl v1::decode_worker_server::DecodeWorker for DecodeService {
 
 impl DecodeService {
     /// Reserves room for a request and opens its stream.
-    fn start(&self, call: v1::DecodeRequest) -> Result<Stream, Status> {
+    fn start(&self, call: v1::DecodeRequest, span: Span) -> Result<Stream, Status> {
         if self.load.borrow().draining {
             return Err(Status::unavailable("this decode worker is draining"));
         }
@@ -70,7 +73,7 @@ impl DecodeService {
         let slot = Arc::clone(&self.slots)
             .try_acquire_many_owned(open)
             .map_err(|_| serve::shed("all sequence slots of this decode worker are taken"))?;
-        let hold = Hold { _slot: slot, attempt };
+        let hold = Hold { _slot: slot, attempt, span };
 
         let block_tokens = self.limits.layout.block_tokens;
         let cargo = call.moving.then(|| Cargo::of(&request, block_tokens));
@@ -78,6 +81,7 @@ impl DecodeService {
         let reusable = &reusable[..cargo.as_ref().map_or(reusable.len(), |c| c.shared.min(reusable.len()))];
         let cached = self.pool.lookup(reusable);
         let cached_blocks = cached.len();
+        hold.span.set("tandem.kv.cached_blocks", i64::try_from(cached_blocks).unwrap_or(i64::MAX));
         let uncached = request.stem.len() - cached_blocks * block_tokens;
         let (events, stream) = mpsc::unbounded_channel();
         tokio::spawn(tell_end(hold.attempt.observer(), events.downgrade()));

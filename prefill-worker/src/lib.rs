@@ -79,6 +79,7 @@ pub async fn run(
         attempts: attempts.clone(),
         load: Arc::clone(&load),
         refusals,
+        tracer: deps.tracer,
     };
     let rules = scheduler::Rules {
         step_tokens: config.worker.step_tokens,

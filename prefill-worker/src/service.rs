@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender as Inbox;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cluster::Load;
 use kv_transport::{Push, PushReport, Sender};
 use prost::Message;
 use proto::v1;
+use telemetry::trace::{Span, Tracer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tonic::{Response, Status};
 use worker::attempts::{Attempts, Running};
 use worker::metrics::Refusals;
-use worker::request::{Limits, load_to_wire, sampled_to_wire};
+use worker::request::{Limits, load_to_wire, sampled_to_wire, traceparent};
 use worker::{Request, serve};
 
 use crate::error;
@@ -28,6 +29,7 @@ pub(crate) struct PrefillService {
     pub attempts: Attempts,
     pub load: Arc<watch::Sender<Load>>,
     pub refusals: Refusals,
+    pub tracer: Tracer,
 }
 
 #[tonic::async_trait]
@@ -36,6 +38,7 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
         &self,
         call: tonic::Request<v1::PrefillRequest>,
     ) -> Result<Response<v1::PrefillReply>, Status> {
+        let (span, began) = (self.tracer.serve("prefill", traceparent(&call)), Instant::now());
         let call = call.into_inner();
         let ticket = call.ticket.clone();
         let (request, attempt, _slot) = self.accept(call).map_err(|status| self.refusals.count(status))?;
@@ -44,6 +47,7 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
             let push = self.sender.open(ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
             let computed = self.compute(&request, &push, source).await?;
             let (report, exposed) = self.commit(&request, push, &computed).await?;
+            trace(&span, began, &computed, &report);
             Ok(self.reply(&computed, &report, exposed))
         };
         tokio::select! {
@@ -140,6 +144,19 @@ impl PrefillService {
             load: Some(load_to_wire(&self.load.borrow())),
         }
     }
+}
+
+/// Where the span's time went: until the ticket was good, waiting for the engine, computing, and what the push still took.
+fn trace(span: &Span, began: Instant, computed: &Computed, report: &PushReport) {
+    let ms = |ms: f64| Duration::from_secs_f64(ms.max(0.0) / 1e3);
+    let started = computed.at - ms(computed.prefill_ms);
+    let submitted = started - ms(computed.queue_ms);
+    span.part("open ticket", began, submitted);
+    span.part("queue", submitted, started);
+    span.part("compute", started, computed.at);
+    span.part("exposed transfer", computed.at, Instant::now());
+    span.set("tandem.kv.bytes", i64::try_from(report.bytes).unwrap_or(i64::MAX));
+    span.set("tandem.kv.transport", report.transport.to_string());
 }
 
 async fn passed(deadline: Option<Instant>) {

@@ -137,9 +137,11 @@ impl Journey {
         let attempt = sequence.attempt;
         let reserving = Instant::now();
         let from = KvFrom::Prefill { local_max_tokens: placement.local_prefill_max_tokens };
-        let (reserved, tokens) = legs::reserve(&self.shared.fleet, &worker, sequence, from)
+        let trace = self.span.traceparent();
+        let (reserved, tokens) = legs::reserve(&self.shared.fleet, &worker, sequence, from, trace)
             .await
             .map_err(Lost::at(&placement.decode))?;
+        self.timeline.mark("reserve", reserving);
         self.note_reserved(placement, &reserved, millis(reserving - placed_at), millis(reserving.elapsed()));
         Ok((Decoding { worker, tokens, attempt, _load: load }, reserved))
     }
@@ -182,7 +184,7 @@ impl Journey {
             }
         };
         self.timeline.known.prefill_worker.clone_from(name);
-        Ok(Some(legs::prefill(&self.worker(name)?, self.sequence_now(), ticket)))
+        Ok(Some(legs::prefill(&self.worker(name)?, self.sequence_now(), ticket, self.span.traceparent())))
     }
 
     fn note_reserved(

@@ -18,6 +18,7 @@ use crate::relay::{self, Relay};
 use crate::request::Prepared;
 use crate::text::model::TextModel;
 use crate::timeline::{Timeline, millis};
+use telemetry::trace::{Span, Tracer};
 
 /// Full workers are asked again after this, then after twice as long, up to sixteen times.
 const SHED_PAUSE: Duration = Duration::from_millis(20);
@@ -39,12 +40,22 @@ pub struct Shared {
     pub model: Mutex<Model>,
     /// What is counted.
     pub metrics: Metrics,
+    /// Where spans go.
+    pub tracer: Tracer,
     /// This start of this router, to workers.
     pub origin: String,
 }
 
 /// Where messages to the client go. Its bound is the client's backpressure.
 pub type Out = mpsc::Sender<Result<v1::GenerateResponse, Status>>;
+
+/// What is known of a request's time when its journey begins.
+pub struct Traced {
+    /// Its stages.
+    pub timeline: Timeline,
+    /// Its span.
+    pub span: Span,
+}
 
 /// One request on its way.
 pub struct Journey {
@@ -59,6 +70,7 @@ pub struct Journey {
     pub(crate) cached_tokens: u32,
     pub(crate) chains: Chains,
     pub(crate) losses: Losses,
+    pub(crate) span: Span,
 }
 
 impl Journey {
@@ -68,7 +80,7 @@ impl Journey {
         prepared: Prepared,
         client_key: &str,
         deadline: Option<Instant>,
-        timeline: Timeline,
+        Traced { timeline, span }: Traced,
         out: Out,
     ) -> Self {
         let relay = Relay::new(&prepared);
@@ -87,6 +99,7 @@ impl Journey {
             cached_tokens: 0,
             chains: Chains::default(),
             losses: Losses::default(),
+            span,
         }
     }
 
@@ -110,6 +123,7 @@ impl Journey {
             Ok(()) => Ok(relay::complete(self.complete())),
             Err(status) => {
                 shared.metrics.ended_badly(&status);
+                self.span.fail(crate::metrics::outcome(status.code()), status.message());
                 Err(status)
             }
         };
@@ -130,6 +144,7 @@ impl Journey {
         loop {
             if !self.timeline.has_token() {
                 self.timeline.known.queue_ms = millis(entered.elapsed());
+                self.timeline.mark("queue", entered);
             }
             // A number of its own for every try: a worker that still holds the last one lets it go for this.
             self.prepared.sequence.attempt += 1;
@@ -191,6 +206,8 @@ impl Journey {
     fn complete(self) -> v1::Complete {
         let sequence = &self.prepared.sequence;
         let (choices, output_tokens) = self.relay.complete();
+        self.timeline.trace(&self.span);
+        trace_ends(&self.span, &choices, sequence.prompt.len(), output_tokens);
         self.shared.metrics.ended_well(&self.timeline, sequence.prompt.len(), output_tokens);
         v1::Complete {
             choices,
@@ -205,4 +222,11 @@ impl Journey {
             seed: sequence.sampling.as_ref().map_or(0, |s| s.seed),
         }
     }
+}
+
+/// What the GenAI conventions want of an answer (<https://opentelemetry.io/docs/specs/semconv/gen-ai/>).
+fn trace_ends(span: &Span, choices: &[v1::ChoiceEnd], prompt_tokens: usize, output_tokens: u32) {
+    span.set("gen_ai.usage.input_tokens", i64::try_from(prompt_tokens).unwrap_or(i64::MAX));
+    span.set("gen_ai.usage.output_tokens", i64::from(output_tokens));
+    span.set_list("gen_ai.response.finish_reasons", choices.iter().map(relay::finish_reason).collect());
 }

@@ -5,7 +5,8 @@ use futures::future::{BoxFuture, FutureExt};
 use proto::v1::decode_worker_client::DecodeWorkerClient;
 use proto::v1::prefill_worker_client::PrefillWorkerClient;
 use proto::v1::{self, decode_event::Event};
-use tonic::{Status, Streaming};
+use telemetry::trace::TRACEPARENT;
+use tonic::{Request, Status, Streaming};
 
 use crate::fleet::{Fleet, Worker};
 
@@ -21,12 +22,22 @@ pub(crate) enum KvFrom {
     Decode,
 }
 
+/// A call with the span that it is made for.
+fn traced<T>(message: T, trace: Option<String>) -> Request<T> {
+    let mut request = Request::new(message);
+    if let Some(parent) = trace.and_then(|trace| trace.parse().ok()) {
+        request.metadata_mut().insert(TRACEPARENT, parent);
+    }
+    request
+}
+
 /// Opens the stream of a request on a decode worker: its first message is the reservation.
 pub(crate) async fn reserve(
     fleet: &Fleet,
     decode: &Worker,
     sequence: v1::Sequence,
     from: KvFrom,
+    trace: Option<String>,
 ) -> Result<(v1::Reserved, Streaming<v1::DecodeEvent>), Status> {
     let request = v1::DecodeRequest {
         sequence: Some(sequence),
@@ -40,7 +51,7 @@ pub(crate) async fn reserve(
     };
     let mut events = DecodeWorkerClient::new(decode.channel.clone())
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
-        .decode(request)
+        .decode(traced(request, trace))
         .await?
         .into_inner();
     let first = events.message().await?;
@@ -52,7 +63,12 @@ pub(crate) async fn reserve(
 }
 
 /// Has a prompt computed and pushed to the ticket's owner.
-pub(crate) fn prefill(worker: &Worker, sequence: v1::Sequence, ticket: Bytes) -> Prefilling {
+pub(crate) fn prefill(
+    worker: &Worker,
+    sequence: v1::Sequence,
+    ticket: Bytes,
+    trace: Option<String>,
+) -> Prefilling {
     let assignment = worker.assign(sequence.prompt.len());
     let request = v1::PrefillRequest {
         sequence: Some(sequence),
@@ -65,7 +81,7 @@ pub(crate) fn prefill(worker: &Worker, sequence: v1::Sequence, ticket: Bytes) ->
         let _until_done = assignment;
         let mut client =
             PrefillWorkerClient::new(channel).max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        client.prefill(request).await.map(tonic::Response::into_inner)
+        client.prefill(traced(request, trace)).await.map(tonic::Response::into_inner)
     }
     .boxed()
 }

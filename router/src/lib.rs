@@ -44,6 +44,7 @@ use fleet::Fleet;
 use journey::Shared;
 use placement::{Model, Policy};
 use service::InferenceService;
+use telemetry::trace::Tracer;
 use text::model::TextModel;
 
 /// Settings of a router.
@@ -75,6 +76,8 @@ pub struct Deps {
     pub text: TextModel,
     /// The fleet.
     pub registry: Registry,
+    /// Where spans of requests go.
+    pub tracer: Tracer,
 }
 
 /// Why a router's process ends badly.
@@ -129,6 +132,7 @@ pub async fn run(
         queue_patience: config.queue_patience,
         model: Mutex::new(FIRST_GUESS),
         metrics: counters,
+        tracer: deps.tracer,
         origin: proto::new_request_id(),
     });
     routes

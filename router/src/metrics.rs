@@ -161,7 +161,8 @@ pub fn collect(
     }
 }
 
-fn outcome(code: Code) -> &'static str {
+/// A status by name, as a label.
+pub fn outcome(code: Code) -> &'static str {
     match code {
         Code::Cancelled => "cancelled",
         Code::InvalidArgument => "invalid_argument",

@@ -107,10 +107,11 @@ impl Journey {
         let sequence = self.sequence_now();
         let (id, attempt) = (sequence.request_id.clone(), sequence.attempt);
         let origin = sequence.origin.clone();
+        let trace = self.span.traceparent();
         let (old, running) = (from.worker.clone(), from.attempt);
         let go = async move {
             let load = to.assign(0);
-            let (reserved, tokens) = legs::reserve(&fleet, &to, sequence, KvFrom::Decode).await?;
+            let (reserved, tokens) = legs::reserve(&fleet, &to, sequence, KvFrom::Decode, trace).await?;
             let moved = legs::move_out(&old, (origin, id.clone()), running, reserved.ticket).await?;
             tracing::info!(request = %id, from = %old.member.worker, to = %to.member.worker,
                 bytes = moved.kv.map_or(0, |kv| kv.bytes), stopped_ms = moved.stopped_ms, "moved");

@@ -193,6 +193,16 @@ impl Choice {
     }
 }
 
+/// Why a choice ended, in OpenAI's words.
+pub fn finish_reason(end: &v1::ChoiceEnd) -> &'static str {
+    match end.finish_reason() {
+        FinishReason::Length => "length",
+        FinishReason::ToolCalls => "tool_calls",
+        FinishReason::Cancelled => "cancelled",
+        FinishReason::Stop | FinishReason::Unspecified => "stop",
+    }
+}
+
 /// A chunk as a stream message.
 pub fn chunk(chunk: v1::Chunk) -> v1::GenerateResponse {
     v1::GenerateResponse { event: Some(Event::Chunk(chunk)) }

@@ -4,13 +4,16 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use axum::http::HeaderMap;
 use parking_lot::Mutex;
 use proto::v1;
+use telemetry::trace::{Span, TRACEPARENT};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::journey::{Journey, Shared};
+use crate::journey::{Journey, Shared, Traced};
+use crate::metrics::outcome;
 use crate::request;
 use crate::timeline::{Timeline, millis};
 
@@ -49,38 +52,47 @@ impl InferenceService {
     }
 
     /// Checks a request and sends it on its journey. What it ends with is counted.
-    pub async fn start(
-        &self,
-        call: v1::GenerateRequest,
-        client_key: &str,
-        time: Option<Duration>,
-    ) -> Result<Chunks, Status> {
-        let started = self.try_start(call, client_key, time).await;
+    pub async fn start(&self, call: v1::GenerateRequest, caller: Caller<'_>) -> Result<Chunks, Status> {
+        let started = self.try_start(call, caller).await;
         if let Err(refused) = &started {
             self.shared.metrics.ended_badly(refused);
         }
         started
     }
 
-    async fn try_start(
-        &self,
-        call: v1::GenerateRequest,
-        client_key: &str,
-        time: Option<Duration>,
-    ) -> Result<Chunks, Status> {
+    async fn try_start(&self, call: v1::GenerateRequest, caller: Caller<'_>) -> Result<Chunks, Status> {
         let received = Instant::now();
-        let deadline = time.map(|left| received + left);
+        let deadline = caller.time.map(|left| received + left);
+        let span = self.span(&call, caller.traceparent);
         let mut timeline = Timeline::new(received);
-        let prepared = self.off_thread(move |shared| request::read(call, &shared.text)).await?;
+        let refuse = |refused: &Status| span.fail(outcome(refused.code()), refused.message());
+        let prepared =
+            self.off_thread(move |shared| request::read(call, &shared.text)).await.inspect_err(refuse)?;
         timeline.known.tokenize_ms = millis(received.elapsed());
-        let claim = self.claim(&prepared.sequence.request_id)?;
+        timeline.mark("tokenize", received);
+        let claim = self.claim(&prepared.sequence.request_id).inspect_err(refuse)?;
         let (out, stream) = mpsc::channel(CLIENT_BUFFER);
-        let journey = Journey::new(Arc::clone(&self.shared), prepared, client_key, deadline, timeline, out);
+        let traced = Traced { timeline, span };
+        let journey = Journey::new(Arc::clone(&self.shared), prepared, caller.key, deadline, traced, out);
         tokio::spawn(async move {
             journey.run().await;
             drop(claim);
         });
         Ok(ReceiverStream::new(stream))
+    }
+
+    /// The span that a request is served under, named by the GenAI conventions.
+    fn span(&self, call: &v1::GenerateRequest, parent: Option<&str>) -> Span {
+        let operation = match call.input {
+            Some(v1::generate_request::Input::Chat(_)) => "chat",
+            _ => "text_completion",
+        };
+        let model = &self.shared.text.name;
+        let span = self.shared.tracer.serve(format!("{operation} {model}"), parent);
+        span.set("gen_ai.operation.name", operation);
+        span.set("gen_ai.provider.name", "tandem");
+        span.set("gen_ai.request.model", model.clone());
+        span
     }
 
     fn claim(&self, id: &str) -> Result<Claim, Status> {
@@ -115,8 +127,9 @@ impl v1::inference_server::Inference for InferenceService {
         call: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let time = deadline(&call).inspect_err(|refused| self.shared.metrics.ended_badly(refused))?;
-        let client_key = client_key(&call.metadata().clone().into_headers());
-        self.start(call.into_inner(), &client_key, time).await.map(Response::new)
+        let (metadata, _, call) = call.into_parts();
+        let headers = metadata.into_headers();
+        self.start(call, Caller { time, ..Caller::of(&headers) }).await.map(Response::new)
     }
 
     async fn tokenize(
@@ -163,9 +176,27 @@ impl v1::inference_server::Inference for InferenceService {
     }
 }
 
+/// What a call says of itself besides the request.
+pub struct Caller<'a> {
+    /// Whose turn it takes.
+    pub key: &'a str,
+    /// How long the client waits.
+    pub time: Option<Duration>,
+    /// The client's own span.
+    pub traceparent: Option<&'a str>,
+}
+
+impl<'a> Caller<'a> {
+    /// From a call's headers.
+    pub fn of(headers: &'a HeaderMap) -> Self {
+        let traceparent = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        Self { key: client_key(headers), time: None, traceparent }
+    }
+}
+
 /// Whose request it is, for fairness: `x-client-key`, else `x-api-key`, else `authorization`. All others share.
-pub fn client_key(headers: &axum::http::HeaderMap) -> String {
-    let named = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+fn client_key(headers: &HeaderMap) -> &str {
+    let named = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     ["x-client-key", "x-api-key", "authorization"].into_iter().find_map(named).unwrap_or_default()
 }
 

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use proto::v1;
 use serde_json::{Value, json};
+use telemetry::trace::Span;
 
 /// Where a finished request's time went, for scripts: `stages` (ms, and by whom) and `kv` (what moved).
 pub fn json(complete: &v1::Complete) -> Value {
@@ -50,6 +51,8 @@ pub struct Timeline {
     pub known: v1::Timeline,
     /// Gaps between tokens of one choice, ms.
     gaps: Vec<f64>,
+    /// Stages on this router: name, begin, end.
+    stages: Vec<(&'static str, Instant, Instant)>,
 }
 
 impl Timeline {
@@ -62,7 +65,29 @@ impl Timeline {
             last_token: None,
             known: v1::Timeline::default(),
             gaps: Vec::new(),
+            stages: Vec::new(),
         }
+    }
+
+    /// A stage of the request ends now.
+    pub fn mark(&mut self, stage: &'static str, began: Instant) {
+        self.stages.push((stage, began, Instant::now()));
+    }
+
+    /// The stages as parts of the request's span.
+    pub fn trace(&self, span: &Span) {
+        if !span.is_on() {
+            return;
+        }
+        let decode = self.first_token.zip(self.last_token).map(|(first, last)| ("decode", first, last));
+        for (stage, began, ended) in self.stages.iter().copied().chain(decode) {
+            span.part(stage, began, ended);
+        }
+        if let Some(seconds) = self.ttft() {
+            span.set("gen_ai.server.time_to_first_token", seconds);
+        }
+        span.set("tandem.placement.reason", self.known.placement_reason.clone());
+        span.set("tandem.attempts", i64::from(self.known.attempts));
     }
 
     /// A token arrived; `previous` is when the same choice's last one did.

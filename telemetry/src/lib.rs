@@ -1,10 +1,11 @@
-//! What a process shows of itself: metrics as Prometheus text, readiness, life. See docs/METRICS.md.
+//! What a process shows of itself: metrics as Prometheus text, readiness, life, and the spans of its requests. See docs/METRICS.md.
 //!
 //! Every process owns its [`Metrics`], no global: several processes' worth of Tandem can live in one test. Every
 //! series exists from the start, at zero, and the values of a label are known when it is made: cardinality is
 //! bounded by construction.
 
 pub mod http;
+pub mod trace;
 
 use std::time::Duration;
 

