@@ -61,6 +61,53 @@ pub enum Command {
     Model(ModelArgs),
     /// Measure the parts on the machine at hand
     Bench(BenchArgs),
+    /// Replay a trace: how many workers each pool should have had, when and why, and what it would have cost
+    Plan(PlanArgs),
+}
+
+/// Settings of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Requests: Mooncake's JSON lines (timestamp, input_length, output_length, hash_ids) or Azure's CSV
+    /// (TIMESTAMP,ContextTokens,GeneratedTokens)
+    #[arg(long)]
+    pub trace: PathBuf,
+    /// Promised time to the first token, seconds
+    #[arg(long)]
+    pub slo_ttft: f64,
+    /// Promised time between tokens, seconds
+    #[arg(long)]
+    pub slo_itl: f64,
+    /// How fast a worker is: JSON with the fields of planner/src/profile.rs [default: an 8B model in bf16 on one H100]
+    #[arg(long)]
+    pub profile: Option<PathBuf>,
+    /// Every request that many times, with nothing in common
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub load: u32,
+    /// Fewest prefill workers; 0 lets an idle pool go away
+    #[arg(long, default_value_t = 1)]
+    pub min_prefill: usize,
+    /// Most prefill workers
+    #[arg(long, default_value_t = 64)]
+    pub max_prefill: usize,
+    /// Fewest decode workers
+    #[arg(long, default_value_t = 1)]
+    pub min_decode: usize,
+    /// Most decode workers
+    #[arg(long, default_value_t = 64)]
+    pub max_decode: usize,
+    /// Prefill workers at the trace's beginning [default: the fewest]
+    #[arg(long)]
+    pub start_prefill: Option<usize>,
+    /// Decode workers at the trace's beginning [default: the fewest]
+    #[arg(long)]
+    pub start_decode: Option<usize>,
+    /// Also the cheapest fixed fleet that is as good, and an autoscaler on busy shares
+    #[arg(long)]
+    pub compare: bool,
+    /// One JSON array instead of tables
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What computes.

@@ -9,6 +9,7 @@ mod exit;
 mod generate;
 mod local;
 mod model;
+mod plan;
 mod prompts;
 mod report;
 mod serve;
@@ -37,6 +38,7 @@ fn main() -> std::process::ExitCode {
             Command::Undrain(args) => drain::run(args, false).await,
             Command::Model(args) => model::run(args).await,
             Command::Bench(args) => bench::run(args).await,
+            Command::Plan(args) => plan::run(args).await,
         }
     });
     // Threads that compute or resolve names may outlast the work; nobody waits for them.
