@@ -3,8 +3,8 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let protos =
-        ["inference", "operator", "worker", "registry"].map(|name| format!("tandem/v1/{name}.proto"));
+    let ours = ["inference", "operator", "worker", "registry"].map(|name| format!("tandem/v1/{name}.proto"));
+    let protos: Vec<String> = ours.into_iter().chain(["keda/externalscaler.proto".to_owned()]).collect();
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }

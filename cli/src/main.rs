@@ -39,6 +39,7 @@ fn main() -> std::process::ExitCode {
             Command::Model(args) => model::run(args).await,
             Command::Bench(args) => bench::run(args).await,
             Command::Plan(args) => plan::run(args).await,
+            Command::Planner(args) => plan::serve(args).await,
         }
     });
     // Threads that compute or resolve names may outlast the work; nobody waits for them.

@@ -1,6 +1,7 @@
-//! `tandem plan`: replays a trace through the planner and says what each pool should have had, when and why.
+//! `tandem plan` replays a trace through the planner; `tandem planner` runs it on a live cluster.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use planner::naive::Hpa;
@@ -8,7 +9,8 @@ use planner::replay::{self, Outcome};
 use planner::trace::{self, Request};
 use planner::{Bounds, Decision, Planner, Policy, Profile, Slo};
 
-use crate::args::PlanArgs;
+use crate::args::{PlanArgs, PlannerArgs, PlanningArgs};
+use crate::{serve, signal};
 
 /// Runs the command.
 pub async fn run(args: PlanArgs) -> anyhow::Result<()> {
@@ -16,13 +18,8 @@ pub async fn run(args: PlanArgs) -> anyhow::Result<()> {
 }
 
 fn plan(args: &PlanArgs) -> anyhow::Result<()> {
-    let slo = Slo { ttft: positive("--slo-ttft", args.slo_ttft)?, itl: positive("--slo-itl", args.slo_itl)? };
-    let prefill = bounds("prefill", args.min_prefill, args.max_prefill)?;
-    let decode = bounds("decode", args.min_decode, args.max_decode)?;
-    if decode.min == 0 {
-        bail!("--min-decode: at least 1, since every request ends on a decode worker");
-    }
-    let profile = profile(args.profile.as_deref())?;
+    let (policy, profile) = planning(&args.planning)?;
+    let (slo, prefill, decode) = (policy.slo, policy.prefill, policy.decode);
     let text = std::fs::read_to_string(&args.trace)
         .with_context(|| format!("--trace: cannot read {}", args.trace.display()))?;
     let requests = trace::parse(&text).with_context(|| format!("--trace {}", args.trace.display()))?;
@@ -32,7 +29,7 @@ fn plan(args: &PlanArgs) -> anyhow::Result<()> {
         args.start_prefill.unwrap_or(prefill.min.max(1)).clamp(prefill.min, prefill.max),
         args.start_decode.unwrap_or(decode.min).clamp(decode.min, decode.max),
     ];
-    let mut planner = Planner::new(Policy::new(slo, prefill, decode), profile.clone(), start[0], start[1]);
+    let mut planner = Planner::new(policy, profile.clone(), start[0], start[1]);
     let planned = replay::replay(&requests, &profile, slo, start, &mut planner);
     let mut rows = vec![("planner".to_owned(), planned)];
     if args.compare {
@@ -43,6 +40,30 @@ fn plan(args: &PlanArgs) -> anyhow::Result<()> {
         false => print(args, &requests, &rows),
     }
     Ok(())
+}
+
+/// Runs the planner until it is told to stop.
+pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
+    let stop = signal::stop_token();
+    let (policy, profile) = planning(&args.planning)?;
+    let listener = serve::bind(args.listen).await?;
+    let config = autoscaler::Config {
+        routers: args.routers,
+        policy,
+        profile,
+        interval: Duration::from_secs(args.look_seconds),
+    };
+    Ok(autoscaler::run(config, listener, stop).await?)
+}
+
+fn planning(args: &PlanningArgs) -> anyhow::Result<(Policy, Profile)> {
+    let slo = Slo { ttft: positive("--slo-ttft", args.slo_ttft)?, itl: positive("--slo-itl", args.slo_itl)? };
+    let prefill = bounds("prefill", args.min_prefill, args.max_prefill)?;
+    let decode = bounds("decode", args.min_decode, args.max_decode)?;
+    if decode.min == 0 {
+        bail!("--min-decode: at least 1, since every request ends on a decode worker");
+    }
+    Ok((Policy::new(slo, prefill, decode), profile(args.profile.as_deref())?))
 }
 
 fn compare(
@@ -91,8 +112,8 @@ fn print(args: &PlanArgs, requests: &[Request], rows: &[(String, Outcome)]) {
     println!(
         "{} requests in {hours:.2} h, TTFT within {} s and ITL within {} s\n",
         requests.len(),
-        args.slo_ttft,
-        args.slo_itl
+        args.planning.slo_ttft,
+        args.planning.slo_itl
     );
     println!("  time    pool     from  to  why");
     for decision in &rows[0].1.decisions {
@@ -120,8 +141,7 @@ fn print(args: &PlanArgs, requests: &[Request], rows: &[(String, Outcome)]) {
 
 fn line(decision: &Decision) -> String {
     let minutes = (decision.at / 60.0) as u64;
-    let reason = serde_json::to_value(decision.reason).ok();
-    let reason = reason.as_ref().and_then(|r| r.as_str()).unwrap_or("").replace('_', " ");
+    let reason = decision.reason.name().replace('_', " ");
     let pool = format!("{:?}", decision.pool).to_lowercase();
     format!(
         "{minutes:>3}:{:02}  {pool:<8} {:>4} {:>3}  {reason}",

@@ -65,6 +65,15 @@ SECTIONS = [
         ("Preemptions and local prefills", "ops", "Work that the decode pool does again, or for the prefill pool.",
          [(rate("tandem_preemptions_total"), "preemptions"), (rate("tandem_local_prefills_total"), "local prefills")]),
     ]),
+    ("Planner", [
+        ("Workers that each pool should have", "short", "Planned, and what the load of the moment needs.",
+         [("max by (pool) (tandem_planner_workers{" + SCOPE + "})", "planned {{pool}}"),
+          ("max by (pool) (tandem_planner_need_workers{" + SCOPE + "})", "needed {{pool}}")]),
+        ("Decisions by reason", "short", "In the last hour.",
+         [("sum by (reason) (increase(tandem_planner_decisions_total{" + SCOPE + "}[1h]))", "{{reason}}")]),
+        ("Looks", "ops", "Failed ones: the cluster cannot be seen, the last sizes stand.",
+         [(rate("tandem_planner_looks_total", by="outcome"), "{{outcome}}")]),
+    ]),
     ("KV", [
         ("KV blocks by state", "short", "They add up to the pools.", [(gauge("tandem_kv_blocks", by="state"), "{{state}}")]),
         ("KV pool in use per worker", "percentunit", "Neither free nor cached.",

@@ -57,6 +57,25 @@ def keda(o):
     assert ("ScaledObject", "llm-tandem-prefill") not in o
 
 
+def planned(mode):
+    def assertion(o):
+        args = container(o, "planner")["args"]
+        assert {"--slo-ttft=2", "--min-prefill=1", "--max-decode=4", "--routers=llm-tandem-routers:50051"} <= set(args), args
+        assert o["Service", "llm-tandem-routers"]["spec"]["clusterIP"] == "None"
+        callers = o["NetworkPolicy", "llm-tandem-prefill"]["spec"]["ingress"][0]["from"]
+        assert callers[-1]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "planner"
+        assert o["PodMonitor", "llm-tandem-planner"]
+        if mode == "keda":
+            assert o["ScaledObject", "llm-tandem-prefill"]["spec"]["triggers"] == [{
+                "type": "external", "metadata": {"scalerAddress": "llm-tandem-planner.serving:50081", "pool": "prefill"}}]
+            assert json.loads(o["ConfigMap", "llm-tandem-planner"]["data"]["profile.json"]) == {"kv_tokens": 1000}
+        else:
+            external = o["HorizontalPodAutoscaler", "llm-tandem-decode"]["spec"]["metrics"][0]["external"]
+            assert external["metric"] == {"name": "tandem_planner_workers", "selector": {"matchLabels": {"pool": "decode"}}}
+            assert external["target"] == {"type": "AverageValue", "averageValue": "1"}
+    return assertion
+
+
 def gpu(o):
     for role in ("prefill", "decode"):
         limits = container(o, role)["resources"]["limits"]
@@ -108,6 +127,13 @@ def egress(o):
     assert router == [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}]
 
 
+def tracing(o):
+    for part in ("router", "prefill", "decode"):
+        args = container(o, part)["args"]
+        assert "--otlp-endpoint=http://otel:4317" in args and "--trace-ratio=0.1" in args, args
+    assert 4317 in [r["ports"][0]["port"] for r in o["NetworkPolicy", "llm-tandem-decode"]["spec"]["egress"]]
+
+
 def external(o):
     assert ("StatefulSet", "llm-tandem-etcd") not in o and ("NetworkPolicy", "llm-tandem-etcd") not in o
     assert "--etcd=http://a:2379,http://b:2379" in container(o, "router")["args"]
@@ -142,6 +168,10 @@ FEATURES = [
                               "prefill.autoscaling.metrics[0].external.target.type=Value",
                               "prefill.autoscaling.metrics[0].external.target.value=3"), None),
     ("keda", sets("decode.autoscaling.mode=keda", "decode.autoscaling.target=32"), keda),
+    ("planner, keda", sets("planner.enabled=true", "prefill.autoscaling.mode=keda", "decode.autoscaling.mode=keda",
+                           "monitoring.enabled=true", "planner.profile.kv_tokens=1000"), planned("keda")),
+    ("planner, hpa", sets("planner.enabled=true", "prefill.autoscaling.mode=hpa", "decode.autoscaling.mode=hpa",
+                          "monitoring.enabled=true"), planned("hpa")),
     ("Kubernetes 1.20", [*sets("prefill.autoscaling.mode=hpa", "router.autoscaling.enabled=true"), "--kube-version", "1.20.2"], old),
     ("gpu, fp8", sets("prefill.device=cuda", "decode.device=cuda", "engine.quantize=fp8",
                       "prefill.resources.limits.memory=64Gi", "decode.resources.limits.memory=64Gi"), gpu),
@@ -156,6 +186,7 @@ FEATURES = [
     ("alarms and dashboard", sets("monitoring.rules=true", "monitoring.dashboard=true", "monitoring.labels.release=kps"), alarms),
     ("egress", [*sets("networkPolicy.egress=true", "networkPolicy.monitoring[0].ipBlock.cidr=10.0.0.0/8"),
                 "--set-json", 'networkPolicy.clients=[{"namespaceSelector":{}}]'], egress),
+    ("tracing", [*sets("tracing.endpoint=http://otel:4317", "networkPolicy.egress=true"), "--set-json", "tracing.ratio=0.1"], tracing),
     ("external etcd", sets("etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379,http://b:2379}"), external),
     ("an image for each part", sets("image.tag=2.0.0", "decode.image.tag=1.9.0", "router.image.repository=reg/tandem",
                                     "router.image.digest=sha256:" + "a" * 64), images),
@@ -175,14 +206,15 @@ MISSPELT = [
     "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "engine.kvDtypes=bf16",
     "model.sources=pvc", "model.pvc.claim=x", "model.init.img=x", "log.level=info", "image.pullPolice=Always",
     "security.users=1", "serviceAccount.creates=true", "networkPolicy.egres=true", "networkPolicy.clients[0].pods=x",
-    "monitoring.enable=true", "prefill.extraEnv[0].nam=x",
+    "monitoring.enable=true", "tracing.endpiont=http://a:1", "planner.sloTtft=1", "planner.profile.kvTokens=1", "prefill.extraEnv[0].nam=x",
 ]
 OUT_OF_RANGE = [
     "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",
     "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
     "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
     "security.user=0", "router.prefillOn=never", "router.service.type=Ingress", "etcd.endpoints={https://a:2379}",
-    "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b",
+    "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b", "tracing.ratio=2",
+    "tracing.endpoint=otel:4317",
 ]
 CONFLICTS = [
     (["etcd.endpoints={http://a:2379}"], "choose one"),
@@ -196,6 +228,7 @@ CONFLICTS = [
     (["router.autoscaling.enabled=true", "router.autoscaling.minReplicas=9"], "minReplicas is above maxReplicas"),
     (["prefill.autoscaling.mode=hpa", "prefill.autoscaling.minReplicas=0"], "cannot count from 0"),
     (["prefill.autoscaling.mode=keda", "prefill.autoscaling.minReplicas=0"], "would never wake it"),
+    (["planner.enabled=true", "decode.autoscaling.minReplicas=0"], "at least 1 with the planner"),
     (["decode.maxSurge=0"], "cannot both be 0"),
     (["engine.quantize=fp8"], "needs device cuda"),
     (["prefill.device=cuda", "prefill.threads=4"], "is for device cpu"),

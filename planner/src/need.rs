@@ -42,6 +42,36 @@ pub enum Reason {
     Bounds,
 }
 
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Idle,
+        Self::Wait,
+        Self::Bursts,
+        Self::Backlog,
+        Self::PromptsTooLong,
+        Self::StepTime,
+        Self::KvRoom,
+        Self::Waiting,
+        Self::Bounds,
+    ];
+
+    /// As it is written in logs, metrics and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Wait => "wait",
+            Self::Bursts => "bursts",
+            Self::Backlog => "backlog",
+            Self::PromptsTooLong => "prompts_too_long",
+            Self::StepTime => "step_time",
+            Self::KvRoom => "kv_room",
+            Self::Waiting => "waiting",
+            Self::Bounds => "bounds",
+        }
+    }
+}
+
 /// Workers, and why not one fewer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Need {

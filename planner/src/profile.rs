@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Seconds that work takes on one worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct Profile {
     /// Seconds of a prefill whatever its length.
     pub prefill_base_seconds: f64,
@@ -24,6 +24,12 @@ pub struct Profile {
     pub max_sequences: f64,
     /// Seconds from the decision for a worker until it takes requests.
     pub start_seconds: f64,
+}
+
+impl Default for Profile {
+    fn default() -> Self {
+        Self::H100_8B
+    }
 }
 
 impl Profile {

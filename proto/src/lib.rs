@@ -6,6 +6,12 @@ pub mod v1 {
     tonic::include_proto!("tandem.v1");
 }
 
+/// KEDA's external scaler protocol.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
+pub mod keda {
+    tonic::include_proto!("externalscaler");
+}
+
 pub mod server;
 
 /// The encoded file descriptors, for server reflection.

@@ -21,7 +21,17 @@ kind: APIService
 metadata: {name: v1beta1.custom.metrics.k8s.io}
 spec: {service: {name: custom-metrics, namespace: kube-system, port: 443}, group: custom.metrics.k8s.io, version: v1beta1,
   insecureSkipTLSVerify: true, groupPriorityMinimum: 100, versionPriority: 100}
+---
+apiVersion: apiregistration.k8s.io/v1
+kind: APIService
+metadata: {name: v1beta1.external.metrics.k8s.io}
+spec: {service: {name: custom-metrics, namespace: kube-system, port: 443}, group: external.metrics.k8s.io, version: v1beta1,
+  insecureSkipTLSVerify: true, groupPriorityMinimum: 100, versionPriority: 100}
 """
+
+# Two sequences are enough for a worker of this trial, and it starts in seconds.
+PLANNER = ["planner.enabled=true", "planner.lookSeconds=2", "planner.profile.max_sequences=2", "planner.profile.start_seconds=5",
+           "planner.profile.prefill_token_seconds=0.003"]
 
 
 def verify(v):
@@ -32,9 +42,31 @@ def verify(v):
         v.until(lambda: "tandem_sequences" in v.run(v.TOOLS / "kubectl", "get", "--raw", "/apis/custom.metrics.k8s.io/v1beta1", check=False),
                 "the custom metrics API", 60)
         drive(v)
+        v.say("```\n\n## The planner drives each pool, through HPAs on its gauge\n\n```")
+        planned(v)
     finally:
         api.terminate()
     v.say("```")
+
+
+def planned(v):
+    sets = [x for value in [*PLANNER, "prefill.autoscaling.mode=hpa", "prefill.autoscaling.maxReplicas=2"] for x in ("--set", value)]
+    v.helm("upgrade", "demo", v.CHART, "--reset-then-reuse-values", *sets, "--wait", "--timeout", "180s", keep=lambda out: "")
+    v.until(lambda: len(v.all_pods("prefill")) == 1 and len(v.all_pods("decode")) == 1, "one pod in each pool", 120)
+    load = v.Load(clients=4, prompts=3000, tokens=60, words=120)
+    v.until(lambda: replicas(v) == 3, "3 ready decode pods, as planned", 180)
+    v.until(lambda: len(v.pods("prefill")) == 2, "2 prefill pods, as planned", 180)
+    v.kubectl("get", "hpa")
+    answers = load.answers
+    v.until(lambda: load.answers > answers + 10, "answers from the grown pools", 180)
+    load.stop()
+    v.expect(not load.errors, f"{load.answers} answers, {len(load.errors)} failed while the pools grew")
+    v.kubectl("logs", "deployment/demo-tandem-planner", keep=decisions)
+
+
+def decisions(log):
+    fields = [json.loads(line)["fields"] for line in log.splitlines() if line.startswith("{")]
+    return "\n".join(f"{f['pool']}: {f['from']} -> {f['to']}, {f['reason']}" for f in fields if f["message"] == "decided")
 
 
 def replicas(v):

@@ -92,9 +92,9 @@ def ask(*args, prompt=LONG, tokens=160):
 class Load:
     """Prompts through the Service on one long-lived connection per client, until told to stop; then counts."""
 
-    def __init__(self, clients=2, prompts=100000, tokens=24):
+    def __init__(self, clients=2, prompts=100000, tokens=24, words=0):
         self.file = tempfile.NamedTemporaryFile("w", suffix=".json")
-        json.dump([{"id": i, "text": f"Number {i % 17} is a"} for i in range(prompts)], self.file)
+        json.dump([{"id": i, "text": f"{i} " * words + f"Number {i % 17} is a"} for i in range(prompts)], self.file)
         self.file.flush()
         command = [*INSIDE, TANDEM, "generate", "--addr", address(), "--json", "--prompts", self.file.name,
                    "--concurrency", "2", "--max-tokens", str(tokens)]

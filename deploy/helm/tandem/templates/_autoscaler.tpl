@@ -34,6 +34,17 @@ spec:
     {{- with $scaling.metrics }}
     {{- toYaml . | nindent 4 }}
     {{- else }}
+    {{- if $top.Values.planner.enabled }}
+    # The gauge is the number of workers: each is worth 1
+    - type: External
+      external:
+        metric:
+          name: tandem_planner_workers
+          selector: {matchLabels: {pool: {{ $role }}}}
+        target:
+          type: AverageValue
+          averageValue: "1"
+    {{- else }}
     - type: Pods
       pods:
         metric:
@@ -41,6 +52,7 @@ spec:
         target:
           type: AverageValue
           averageValue: {{ $scaling.target | toString | quote }}
+    {{- end }}
     {{- end }}
 {{- else if eq $scaling.mode "keda" }}
 ---
@@ -66,12 +78,19 @@ spec:
     {{- with $scaling.triggers }}
     {{- toYaml . | nindent 4 }}
     {{- else }}
+    {{- if $top.Values.planner.enabled }}
+    - type: external
+      metadata:
+        scalerAddress: {{ include "tandem.fullname" $top }}-planner.{{ $top.Release.Namespace }}:{{ $top.Values.planner.port }}
+        pool: {{ $role }}
+    {{- else }}
     - type: prometheus
       metricType: AverageValue
       metadata:
         serverAddress: {{ $scaling.prometheus }}
         query: sum({{ include "tandem.poolMetric" $role }}{namespace="{{ $top.Release.Namespace }}", pod=~"{{ $name }}-.*"})
         threshold: {{ $scaling.target | toString | quote }}
+    {{- end }}
     {{- end }}
 {{- end }}
 {{- end -}}

@@ -152,3 +152,10 @@ livenessProbe:
   timeoutSeconds: 5
   failureThreshold: 6
 {{- end -}}
+
+{{- define "tandem.traceArgs" -}}
+{{- with .Values.tracing.endpoint }}
+- --otlp-endpoint={{ . }}
+- --trace-ratio={{ $.Values.tracing.ratio }}
+{{- end }}
+{{- end -}}

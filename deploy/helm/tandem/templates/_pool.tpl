@@ -120,6 +120,7 @@ spec:
 - --lease-seconds={{ $pool.leaseSeconds }}
 - --progress-seconds={{ $pool.progressSeconds }}
 - --drain-seconds={{ $pool.drainSeconds }}
+{{- include "tandem.traceArgs" $top }}
 {{- with $pool.extraArgs }}
 {{ toYaml . }}
 {{- end }}

@@ -15,6 +15,9 @@
 {{- if and .Values.router.autoscaling.enabled (gt (int .Values.router.autoscaling.minReplicas) (int .Values.router.autoscaling.maxReplicas)) -}}
 {{- fail "router.autoscaling: minReplicas is above maxReplicas" -}}
 {{- end -}}
+{{- if and .Values.planner.enabled (eq (int .Values.decode.autoscaling.minReplicas) 0) -}}
+{{- fail "decode.autoscaling.minReplicas must be at least 1 with the planner: every request ends on a decode worker" -}}
+{{- end -}}
 {{- range $role := list "prefill" "decode" -}}
 {{- $pool := index $.Values $role -}}
 {{- $scaling := $pool.autoscaling -}}
@@ -24,8 +27,8 @@
 {{- if and (eq $scaling.mode "hpa") (eq (int $scaling.minReplicas) 0) -}}
 {{- fail (printf "%s.autoscaling: an HPA cannot count from 0; set minReplicas to 1 or mode to keda" $role) -}}
 {{- end -}}
-{{- if and (eq $scaling.mode "keda") (eq (int $scaling.minReplicas) 0) (not $scaling.triggers) -}}
-{{- fail (printf "%s.autoscaling: with minReplicas 0 the default trigger, a metric of the pool's own workers, would never wake it; give triggers" $role) -}}
+{{- if and (eq $scaling.mode "keda") (eq (int $scaling.minReplicas) 0) (not $scaling.triggers) (not $.Values.planner.enabled) -}}
+{{- fail (printf "%s.autoscaling: with minReplicas 0 the default trigger, a metric of the pool's own workers, would never wake it; give triggers, or planner.enabled=true" $role) -}}
 {{- end -}}
 {{- if and (eq (toString $pool.maxSurge) "0") (eq (toString $pool.maxUnavailable) "0") -}}
 {{- fail (printf "%s: maxSurge and maxUnavailable cannot both be 0" $role) -}}

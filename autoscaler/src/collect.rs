@@ -1,0 +1,102 @@
+//! Fetches what a look needs: every router's page, one router's list of workers, the prefill workers' pages.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures::future::join_all;
+use http_body_util::{BodyExt, Limited};
+use planner::{Observation, Profile};
+use proto::v1::ListWorkersRequest;
+use proto::v1::inference_client::InferenceClient;
+use tonic::client::GrpcService;
+use tonic::codegen::http;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::look::{Memory, Page, Seen};
+
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Larger pages are refused.
+const MOST_BYTES: usize = 4 << 20;
+
+/// Why the cluster could not be seen.
+#[derive(Debug, thiserror::Error)]
+pub enum LookError {
+    /// The name has no address.
+    #[error("--routers {0}: {1}")]
+    Name(String, std::io::Error),
+    /// No address answered.
+    #[error("no router answers at {0}")]
+    Silent(String),
+}
+
+/// Looks at one cluster.
+pub struct Collector {
+    routers: String,
+    profile: Profile,
+    channels: HashMap<String, Channel>,
+    memory: Memory,
+}
+
+impl Collector {
+    /// Of the cluster whose routers are behind this name.
+    pub fn new(routers: String, profile: Profile) -> Self {
+        Self { routers, profile, channels: HashMap::new(), memory: Memory::default() }
+    }
+
+    /// One look.
+    pub async fn look(&mut self, now: f64) -> Result<Observation, LookError> {
+        let found = tokio::net::lookup_host(&self.routers).await;
+        let found = found.map_err(|error| LookError::Name(self.routers.clone(), error))?;
+        let mut addresses: Vec<String> = found.map(|address| address.to_string()).collect();
+        addresses.sort();
+        addresses.dedup();
+        let routers = self.pages(addresses.iter().map(|a| (a.clone(), a.clone()))).await;
+        let name = self.routers.clone();
+        let silent = || LookError::Silent(name.clone());
+        let first = addresses.iter().find(|a| routers.contains_key(*a)).ok_or_else(silent)?;
+        let channel = self.channel(first).ok_or_else(silent)?;
+        let listed = tokio::time::timeout(PATIENCE, async {
+            InferenceClient::new(channel).list_workers(ListWorkersRequest {}).await
+        });
+        let workers = listed.await.ok().and_then(Result::ok).ok_or_else(silent)?.into_inner().workers;
+        let prefill = workers.iter().filter(|w| w.role == "prefill");
+        let prefill = self.pages(prefill.map(|w| (w.worker.clone(), w.address.clone()))).await;
+        self.channels.retain(|address, _| {
+            addresses.contains(address) || workers.iter().any(|w| w.address == *address)
+        });
+        let seen = Seen { now, routers: &routers, workers: &workers, prefill: &prefill };
+        Ok(self.memory.observe(&seen, &self.profile))
+    }
+
+    /// Pages by name, of those that answer.
+    async fn pages(&mut self, of: impl Iterator<Item = (String, String)>) -> HashMap<String, Page> {
+        let fetches = of.filter_map(|(name, address)| Some((name, self.channel(&address)?)));
+        let fetches = fetches.map(|(name, channel)| async move {
+            let text = tokio::time::timeout(PATIENCE, fetch(channel)).await.ok().flatten()?;
+            Some((name, Page::parse(&text)))
+        });
+        join_all(fetches.collect::<Vec<_>>()).await.into_iter().flatten().collect()
+    }
+
+    fn channel(&mut self, address: &str) -> Option<Channel> {
+        if let Some(channel) = self.channels.get(address) {
+            return Some(channel.clone());
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?;
+        let channel = endpoint.connect_timeout(PATIENCE).connect_lazy();
+        self.channels.insert(address.to_owned(), channel.clone());
+        Some(channel)
+    }
+}
+
+/// GET /metrics on the connection that gRPC uses.
+async fn fetch(mut channel: Channel) -> Option<String> {
+    let request = http::Request::get("/metrics").body(tonic::body::Body::empty()).ok()?;
+    std::future::poll_fn(|context| GrpcService::poll_ready(&mut channel, context)).await.ok()?;
+    let response = GrpcService::call(&mut channel, request).await.ok()?;
+    if response.status() != http::StatusCode::OK {
+        return None;
+    }
+    let body = Limited::new(response.into_body(), MOST_BYTES).collect().await.ok()?;
+    String::from_utf8(body.to_bytes().into()).ok()
+}
