@@ -29,7 +29,10 @@ impl Connection {
         body.fill(0);
         secret.fill(0);
         match outcome {
-            Ok(()) => self.reply(Kind::Attached, header.transfer, header.seq, 0),
+            Ok(()) => {
+                self.reply(Kind::Attached, header.transfer, header.seq, 0);
+                self.give_key(header.transfer);
+            }
             Err(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
         }
         Ok(())
@@ -85,15 +88,23 @@ impl Connection {
         let committed = match &known {
             Some(Some(landing)) => landing.commit(payload),
             // Ended and let go of. A stale answer means it was committed: the acknowledgement may be repeated.
-            Some(None) => matches!(self.receiver.known(header.transfer), Known::Ended(Refusal::Stale)),
+            Some(None) => self.is_committed(header.transfer),
             None => false,
         };
         if committed {
             self.reply(Kind::CommitAck, header.transfer, header.seq, 0);
         } else if let Some(refusal) = self.refusal(header.transfer) {
             self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64);
+        } else {
+            // Keys must be taken back first.
+            self.commits.push((header.transfer, header.seq));
         }
         Ok(())
+    }
+
+    /// Whether a transfer that is not live any more was committed.
+    pub(crate) fn is_committed(&self, transfer: u128) -> bool {
+        matches!(self.receiver.known(transfer), Known::Ended(Refusal::Stale))
     }
 
     /// The sender gives up.
@@ -106,7 +117,7 @@ impl Connection {
     }
 
     /// Reads a body that is not about cells; memory grows with what arrives, and only if `keep`.
-    async fn body(&mut self, header: Header, keep: bool) -> Result<Bytes, Close> {
+    pub(crate) async fn body(&mut self, header: Header, keep: bool) -> Result<Bytes, Close> {
         let (mut left, mut body) = (header.body_bytes as usize, Vec::new());
         while left > 0 {
             let limit = self.receiver.config.progress_timeout;

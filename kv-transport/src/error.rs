@@ -30,6 +30,8 @@ pub enum Refusal {
     Busy = 12,
     /// The other side speaks another version or nonsense: a bug or a mixed roll-out.
     Protocol = 13,
+    /// Only RDMA is wanted, and the cells came another way: repair RDMA between the two.
+    Downgrade = 14,
 }
 
 impl Refusal {
@@ -48,6 +50,7 @@ impl Refusal {
             10 => Self::Shutdown,
             11 => Self::Revoked,
             12 => Self::Busy,
+            14 => Self::Downgrade,
             _ => Self::Protocol,
         }
     }
@@ -68,6 +71,7 @@ impl std::fmt::Display for Refusal {
             Self::Shutdown => "the receiver is shutting down",
             Self::Revoked => "the receiving side cancelled",
             Self::Busy => "a bound of the receiver is reached",
+            Self::Downgrade => "only RDMA is wanted here, and the cells came over TCP",
             Self::Protocol => "the peer speaks another version or nonsense",
         })
     }
@@ -210,6 +214,12 @@ pub enum PushError {
     Busy {
         /// The configured bound.
         max: usize,
+    },
+    /// RDMA is required and cannot be had: repair it, or let the workers use TCP.
+    #[error("RDMA is required and not available: {reason}")]
+    Downgrade {
+        /// What is missing.
+        reason: String,
     },
     /// The push was dropped or aborted here.
     #[error("the push was closed on this side")]

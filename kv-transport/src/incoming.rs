@@ -6,10 +6,12 @@ use std::sync::{Arc, Weak};
 use tokio::io::Interest;
 use tokio::time::Instant;
 
+use crate::error::Refusal;
 use crate::landing_shared::{Checked, LandingShared};
 use crate::landing_state::{Claim, LandingPhase, Settled};
 use crate::serve::{Close, Connection};
 use crate::socket::attempt;
+use crate::transport::Transport;
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind, MAX_FRAME_CELLS};
 
 /// Bytes one system call moves into place at most: small enough that the checksum finds them in the cache.
@@ -65,6 +67,11 @@ impl Connection {
             }
             return Ok(());
         };
+        if self.receiver.config.require_rdma {
+            self.discard(header.payload_bytes as usize).await?;
+            self.reply(Kind::Refused, header.transfer, header.seq, Refusal::Downgrade as u64);
+            return Ok(());
+        }
         landing.check_time(Instant::now());
         let mut plan = self.plan(landing, &descriptors, &header)?;
         let committed_before = plan.landing.phase() == LandingPhase::Committed;
@@ -184,7 +191,7 @@ impl Connection {
             *cursor = Cursor { at: cursor.at + 1, ..Cursor::default() };
         }
         let mut failures = 0;
-        write.finish(got, &checked, |at, settled| match settled {
+        write.finish((got, Transport::Tcp), &checked, |at, settled| match settled {
             Settled::Refetch | Settled::GaveUp => {
                 plan.bad |= 1 << at;
                 failures += 1;

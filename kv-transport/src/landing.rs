@@ -6,7 +6,6 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
-use crate::TRANSPORT;
 use crate::error::LandingError;
 use crate::landing_shared::{LandingShared, Poll};
 use crate::landing_state::LandingEnd;
@@ -22,7 +21,7 @@ pub struct Landed<H> {
     pub bytes: u64,
     /// Number of cells.
     pub cells: u64,
-    /// How they came.
+    /// How they came: `tcp`, `rdma`, `shm`, or several joined by `+` when the transfer moved.
     pub transport: &'static str,
     /// Cells that had to be sent again.
     pub refetched: u64,
@@ -66,7 +65,7 @@ impl<H: Send + 'static> Landing<H> {
                         hold: *hold,
                         bytes,
                         cells,
-                        transport: TRANSPORT,
+                        transport: self.shared.used.name(),
                         refetched,
                         checksums: parts.checksums,
                     });
@@ -98,7 +97,7 @@ pub struct Revoking {
 
 impl Revoking {
     /// Waits until the hold was dropped: no write can be in flight any more. Over TCP that is at most the time
-    /// of one system call.
+    /// of one system call, over RDMA until the sender's key is dead.
     pub async fn released(self) {
         self.shared.released().await;
     }

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,12 +16,25 @@ use crate::fence::Fence;
 use crate::landing_state::{LandingEnd, LandingPhase, LandingState, Settled};
 use crate::receiver::ReceiverShared;
 use crate::ticket::Secret;
+use crate::transport::{Transport, Used};
 
 /// What a connection that serves a landing is told from elsewhere.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Notice {
     pub(crate) transfer: u128,
-    pub(crate) refusal: Refusal,
+    /// Why it is over; nothing when it only waits for keys to be taken back.
+    pub(crate) refusal: Option<Refusal>,
+}
+
+/// What shall become of a key that was given out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Key {
+    /// The transfer goes on.
+    Keep,
+    /// All is verified and committed.
+    TakeBack,
+    /// The landing is over while writes may be under way.
+    Revoke,
 }
 
 /// What an owner that looks at its landing finds.
@@ -53,6 +66,8 @@ pub(crate) struct Checked {
 pub(crate) struct LandingShared {
     pub(crate) facts: LandingFacts,
     receiver: Weak<ReceiverShared>,
+    /// The ways its cells came.
+    pub(crate) used: Used,
     inner: Mutex<Inner>,
     changed: Notify,
 }
@@ -124,7 +139,7 @@ impl LandingShared {
             checksums: vec![0; facts.cells],
             connections: Vec::new(),
         };
-        Self { facts, receiver, inner: Mutex::new(inner), changed: Notify::new() }
+        Self { facts, receiver, used: Used::default(), inner: Mutex::new(inner), changed: Notify::new() }
     }
 
     /// Applies an event to the state and does what its transition demands, outside the lock.
@@ -145,7 +160,7 @@ impl LandingShared {
         for connection in told {
             if let Some(end) = over {
                 // A full or closed queue: the sender learns at its next frame.
-                let _ = connection.try_send(Notice { transfer: self.transfer, refusal: end.refusal() });
+                let _ = connection.try_send(Notice { transfer: self.transfer, refusal: Some(end.refusal()) });
             }
         }
         if let Some(receiver) = self.receiver.upgrade()
@@ -262,8 +277,21 @@ impl LandingShared {
                 inner.payload.get_or_insert(payload);
             }
             inner.state.commit_arrives();
+            if inner.state.awaits_grants() {
+                for connection in &inner.connections {
+                    // Full or closed: the connection looks at its keys now and then anyway.
+                    let _ = connection.try_send(Notice { transfer: self.transfer, refusal: None });
+                }
+            }
             inner.state.phase() == LandingPhase::Committed
         })
+    }
+
+    /// A peer is about to get a key; nothing when the landing is over.
+    pub(crate) fn grant(self: &Arc<Self>) -> Option<Granted> {
+        // Not `then_some`: a guard made in vain would end a grant that never began.
+        let may = self.inner.lock().state.grant_begins();
+        may.then(|| Granted { landing: self.clone() })
     }
 
     /// Runs `claim` on the state: which cells of a frame may be written.
@@ -303,9 +331,15 @@ pub(crate) struct Write<'a> {
 
 impl Write<'_> {
     /// Ends the write after `bytes` bytes; settles the cells they completed.
-    pub(crate) fn finish(self, bytes: usize, checked: &[Checked], mut settled: impl FnMut(usize, Settled)) {
+    pub(crate) fn finish(
+        self,
+        (bytes, way): (usize, Transport),
+        checked: &[Checked],
+        mut settled: impl FnMut(usize, Settled),
+    ) {
         let landing = self.landing;
         std::mem::forget(self);
+        landing.used.add(way);
         landing.update(|inner| {
             if bytes > 0 {
                 inner.progress = Instant::now();
@@ -327,5 +361,29 @@ impl Write<'_> {
 impl Drop for Write<'_> {
     fn drop(&mut self) {
         self.landing.update(|inner| inner.state.write_ends());
+    }
+}
+
+/// A key in a peer's hands: while this lives, the memory stays with the landing. Dropped only once nothing can be
+/// written with the key any more.
+pub(crate) struct Granted {
+    pub(crate) landing: Arc<LandingShared>,
+}
+
+impl Granted {
+    /// What shall become of it.
+    pub(crate) fn wish(&self) -> Key {
+        let inner = self.landing.inner.lock();
+        match inner.state.phase() {
+            LandingPhase::Revoking | LandingPhase::Void => Key::Revoke,
+            _ if inner.state.awaits_grants() => Key::TakeBack,
+            _ => Key::Keep,
+        }
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        self.landing.update(|inner| inner.state.grant_ends());
     }
 }

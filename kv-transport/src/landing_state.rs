@@ -1,11 +1,13 @@
 //! The states of a landing: what may be written, when it is whole, when its memory is free again.
 //!
 //! ```text
-//! Reserved ──first write──► Receiving ──every cell verified, commit here, no write in flight──► Committed
+//! Reserved ──first write──► Receiving ──every cell verified, commit here, no write or key alive──► Committed
 //!     │                         │                                                          (the caller owns it)
-//!     └─────── revoke ──────────┴──► Revoking ──no write in flight any more──► Void (memory released)
+//!     └─────── revoke ──────────┴──► Revoking ──no write or key alive any more──► Void (memory released)
 //! ```
 //!
+//! A write is one system call or copy of ours; a key lets a peer's network card write until it is taken back.
+
 //! A transfer of no cells goes from Reserved to Committed by its commit alone. Plain synchronous code: no clock,
 //! no sockets, no locks.
 
@@ -141,6 +143,8 @@ pub struct LandingState {
     verified: Bits,
     missing: usize,
     writes: usize,
+    /// Peers whose network card may write by itself.
+    grants: usize,
     commit_here: bool,
     failures: BTreeMap<usize, u8>,
     refetched: u64,
@@ -157,6 +161,7 @@ impl LandingState {
             verified: Bits::new(cells),
             missing: cells,
             writes: 0,
+            grants: 0,
             commit_here: false,
             failures: BTreeMap::new(),
             refetched: 0,
@@ -220,6 +225,30 @@ impl LandingState {
         self.advance();
     }
 
+    /// A peer is about to get a key to write without being asked; false when it must not.
+    #[must_use]
+    pub fn grant_begins(&mut self) -> bool {
+        let may = self.is_open();
+        self.grants += usize::from(may);
+        may
+    }
+
+    /// A key that was given is dead: nothing can be written with it any more.
+    pub fn grant_ends(&mut self) {
+        self.grants = self.grants.saturating_sub(1);
+        self.advance();
+    }
+
+    /// Keys that are alive.
+    pub fn grants(&self) -> usize {
+        self.grants
+    }
+
+    /// Whether all is verified and committed but for keys that are still alive.
+    pub fn awaits_grants(&self) -> bool {
+        self.is_open() && self.commit_here && self.missing == 0 && self.grants > 0
+    }
+
     /// The bytes of a claimed cell are all there; `good` says whether their checksum is right.
     pub fn settle(&mut self, cell: usize, good: bool) -> Settled {
         if self.phase != LandingPhase::Receiving || !self.claimed.remove(cell) {
@@ -259,7 +288,7 @@ impl LandingState {
     }
 
     fn advance(&mut self) {
-        if self.writes > 0 && !cfg!(feature = "sabotage-quarantine") {
+        if self.writes + self.grants > 0 && !cfg!(feature = "sabotage-quarantine") {
             return;
         }
         if self.phase == LandingPhase::Revoking {

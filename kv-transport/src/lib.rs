@@ -1,4 +1,4 @@
-//! Bytes from one registered memory to another, over TCP, with proof of arrival.
+//! Bytes from one registered memory to another, over RDMA, shared memory or TCP, with proof of arrival.
 //!
 //! A [`Receiver`] owns a [`Region`] laid out as a [`Grid`] of *cells*. It reserves slots for a transfer and issues
 //! a ticket: the right to write them. A [`Sender`] opens the ticket, pushes the cells with the checksums their
@@ -39,10 +39,14 @@ mod receiver;
 mod region;
 mod sender;
 mod serve;
+mod serve_rdma;
 mod socket;
 mod stats;
 mod stream;
+mod stream_rdma;
 pub mod ticket;
+mod transport;
+pub mod verbs;
 pub mod wire;
 
 pub use error::{LandingError, PushError, Refusal, ReserveError, TicketError};
@@ -53,11 +57,10 @@ pub use push::{Cell, CellQueue, Push, PushReport};
 pub use receiver::{Receiver, ReceiverConfig, Reserve};
 pub use region::Region;
 pub use sender::{Sender, SenderConfig};
-pub use stats::{ReceiverStats, SenderStats};
+pub use stats::{Fallback, ReceiverStats, SenderStats};
 pub use ticket::Ticket;
-
-/// Name of the transport, as reported by landings and pushes.
-pub const TRANSPORT: &str = "tcp";
+pub use transport::Transport;
+pub use verbs::{Fabric, FabricConfig, FabricError};
 
 /// Who a worker is: its name, and which life of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{PushError, Refusal};
@@ -19,10 +19,14 @@ use crate::stats::SenderCounters;
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) counters: Arc<SenderCounters>,
-    /// Wakes one idle connection.
+    /// Wakes one connection that may take frames.
     pub(crate) work: Notify,
     /// Ends every connection.
     pub(crate) stop: CancellationToken,
+    /// Connections whose queue pair is up, or about to be: while there is one, cells wait for it.
+    lanes: watch::Sender<usize>,
+    /// Why the peer is used over TCP although RDMA was wanted.
+    why_tcp: Mutex<String>,
     inner: Mutex<Inner>,
 }
 
@@ -34,8 +38,44 @@ struct Inner {
 }
 
 impl Link {
-    pub(crate) fn new(counters: Arc<SenderCounters>) -> Self {
-        Self { counters, work: Notify::new(), stop: CancellationToken::new(), inner: Mutex::default() }
+    pub(crate) fn new(counters: Arc<SenderCounters>, lanes: usize) -> Self {
+        Self {
+            counters,
+            work: Notify::new(),
+            stop: CancellationToken::new(),
+            lanes: watch::Sender::new(lanes),
+            why_tcp: Mutex::default(),
+            inner: Mutex::default(),
+        }
+    }
+
+    /// Whether cells go by RDMA, or soon will.
+    pub(crate) fn has_lanes(&self) -> bool {
+        *self.lanes.borrow() > 0
+    }
+
+    /// Waits until cells go over TCP.
+    pub(crate) async fn lanes_gone(&self) {
+        // The sender is `self`: it cannot be dropped meanwhile.
+        let _ = self.lanes.subscribe().wait_for(|lanes| *lanes == 0).await;
+    }
+
+    /// A lane comes or goes. Without any, every connection takes part again.
+    pub(crate) fn count_lane(&self, comes: bool) {
+        self.lanes.send_modify(|lanes| *lanes = if comes { *lanes + 1 } else { lanes.saturating_sub(1) });
+    }
+
+    /// Keeps the reason of a fallback; true when it is another than the last one.
+    pub(crate) fn falls_back(&self, reason: &str) -> bool {
+        let mut why = self.why_tcp.lock();
+        let new = *why != reason;
+        reason.clone_into(&mut why);
+        new
+    }
+
+    /// Why the peer is used over TCP.
+    pub(crate) fn why_tcp(&self) -> String {
+        self.why_tcp.lock().clone()
     }
 
     pub(crate) fn is_dead(&self) -> bool {
@@ -68,6 +108,8 @@ impl Link {
         let removed = if known { inner.pushes.remove(&push.ticket.transfer) } else { None };
         drop(inner);
         drop(removed);
+        // A connection with a queue pair says when nothing of it is in flight any more.
+        self.work.notify_waiters();
     }
 
     pub(crate) fn push(&self, transfer: u128) -> Option<Arc<PushShared>> {

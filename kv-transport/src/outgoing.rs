@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use crate::job::Job;
 use crate::push::PushShared;
 use crate::socket::attempt;
+use crate::transport::Transport;
 use crate::wire::{ATTACH_BYTES, CELL_BYTES, CellDescriptor, Header, Kind};
 
 /// Bytes one system call sends at most.
@@ -99,6 +100,9 @@ impl Outgoing {
             None => write(FILLER.get(..(self.total - self.sent).min(FILLER.len())).unwrap_or_default())?,
         };
         self.sent += sent.unwrap_or(0);
+        if !self.places.is_empty() {
+            self.push.used.add(Transport::Tcp);
+        }
         Ok(sent)
     }
 

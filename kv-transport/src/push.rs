@@ -16,8 +16,9 @@ use crate::job::Job;
 use crate::link::Link;
 use crate::push_state::{Next, PushPhase, PushState, QueuedCell};
 use crate::ticket::Ticket;
+use crate::transport::Used;
 use crate::wire::{MAX_COMMIT_BYTES, MAX_REASON_BYTES};
-use crate::{Grid, Region, TRANSPORT};
+use crate::{Grid, Region};
 
 /// A cell to push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +38,7 @@ pub struct PushReport {
     pub bytes: u64,
     /// Number of cells.
     pub cells: u64,
-    /// How they went.
+    /// How they went: `tcp`, `rdma`, `shm`, or several joined by `+` when the transfer moved.
     pub transport: &'static str,
     /// Cells that had to be sent again.
     pub refetched: u64,
@@ -131,7 +132,7 @@ impl Push {
         let cells = u64::from(shared.grid.planes) * self.slots() as u64;
         let bytes = cells * u64::from(shared.grid.cell_bytes);
         let commit_ack = shared.inner.lock().commit_ack.unwrap_or_else(Instant::now);
-        Ok(PushReport { bytes, cells, transport: TRANSPORT, refetched, commit_ack })
+        Ok(PushReport { bytes, cells, transport: shared.used.name(), refetched, commit_ack })
     }
 
     /// Gives up and tells the receiver why.
@@ -155,6 +156,8 @@ pub(crate) struct PushShared {
     pub(crate) link: Arc<Link>,
     /// Whether it is in the link's list of pushes that have something to send.
     pub(crate) listed: AtomicBool,
+    /// The ways its cells went.
+    pub(crate) used: Used,
     deadline: tokio::time::Instant,
     inner: Mutex<Inner>,
     changed: Notify,
@@ -186,7 +189,8 @@ impl PushShared {
         let reason = "the sender dropped the push".to_owned();
         let inner = Inner { state, hold: Some(hold), payload: Bytes::new(), reason, commit_ack: None };
         let (inner, changed) = (Mutex::new(inner), Notify::new());
-        Self { ticket, grid, region, link, listed: AtomicBool::new(false), deadline, inner, changed }
+        let (listed, used) = (AtomicBool::new(false), Used::default());
+        Self { ticket, grid, region, link, listed, used, deadline, inner, changed }
     }
 
     /// Applies an event to the state and does what follows from it, outside the lock.
@@ -274,10 +278,27 @@ impl PushShared {
 
     /// Runs `read` on the source unless the push is over. The source cannot be released while it runs.
     pub(crate) fn reading<R>(self: &Arc<Self>, read: impl FnOnce() -> R) -> Option<R> {
-        if !self.inner.lock().state.read_begins() {
+        if !self.begin_read() {
             return None;
         }
         let result = read();
+        self.end_read();
+        Some(result)
+    }
+
+    /// A read of the source begins, unless the push is over; [`PushShared::end_read`] must follow.
+    #[must_use]
+    pub(crate) fn begin_read(&self) -> bool {
+        self.inner.lock().state.read_begins()
+    }
+
+    /// Whether it goes on, was committed, or neither.
+    pub(crate) fn phase(&self) -> PushPhase {
+        self.inner.lock().state.phase()
+    }
+
+    /// A read that was let begin is over.
+    pub(crate) fn end_read(&self) {
         let mut inner = self.inner.lock();
         inner.state.read_ends();
         if inner.state.phase() == PushPhase::Closed {
@@ -286,6 +307,5 @@ impl PushShared {
             drop(hold);
             self.changed.notify_waiters();
         }
-        Some(result)
     }
 }

@@ -256,6 +256,17 @@ impl PushState {
         }
     }
 
+    /// Frame `seq` went a way that is gone, and no answer to it will come: its cells are to be sent again.
+    pub fn unsend(&mut self, seq: u32) {
+        let Some(cells) = self.sent.remove(&seq) else {
+            return;
+        };
+        self.sent_cells -= cells.len();
+        for cell in cells.into_iter().rev() {
+            self.pending.push_front(cell);
+        }
+    }
+
     /// The receiver committed. Ignored unless everything was acknowledged and the commit was sent.
     pub fn commit_acked(&mut self) {
         if self.phase == PushPhase::Committing && !self.commit_due {

@@ -16,7 +16,7 @@ use crate::landing_state::{LandingEnd, LandingPhase};
 use crate::mux::KvIncoming;
 use crate::stats::{ReceiverCounters, ReceiverStats};
 use crate::ticket::{Secret, Ticket};
-use crate::{Grid, Identity, Landing, Region};
+use crate::{Fabric, Grid, Identity, Landing, Region};
 
 /// Ended transfers a receiver remembers, to tell late writers why and to answer a repeated commit.
 const REMEMBERED: usize = 4096;
@@ -36,6 +36,13 @@ pub struct ReceiverConfig {
     pub hello_timeout: Duration,
     /// A connection without a frame for this long is closed (default 10 min; senders close theirs earlier).
     pub idle_timeout: Duration,
+    /// A sender must confirm by then that it writes no more into a landing that is over; then its key is taken
+    /// back, or its queue pair torn down (default 500 ms).
+    pub fence_timeout: Duration,
+    /// RDMA devices, with the region of this receiver; none: TCP only (default).
+    pub fabric: Option<Arc<Fabric>>,
+    /// Cells that come over TCP are refused (default false).
+    pub require_rdma: bool,
     /// Where this receiver can be reached, `host:port`, best first; goes into every ticket (default empty).
     pub endpoints: Vec<String>,
 }
@@ -49,6 +56,9 @@ impl Default for ReceiverConfig {
             progress_timeout: Duration::from_secs(10),
             hello_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(600),
+            fence_timeout: Duration::from_millis(500),
+            fabric: None,
+            require_rdma: false,
             endpoints: Vec::new(),
         }
     }
@@ -210,11 +220,20 @@ impl Receiver {
             bytes_total: counters.bytes.get(),
             discarded_bytes_total: counters.discarded_bytes.get(),
             duplicate_cells_total: counters.duplicate_cells.get(),
+            rdma_bytes_total: counters.rdma_bytes.get(),
+            queue_pairs_total: counters.queue_pairs.get(),
+            queue_pairs_lost_total: counters.queue_pairs_lost.get(),
             checksum_failures_total: counters.checksum_failures.get(),
             stale_refused_total: counters.stale_refused.get(),
             forged_refused_total: counters.forged_refused.get(),
             protocol_errors_total: counters.protocol_errors.get(),
         }
+    }
+
+    /// Puts every queue pair with a transfer under way into the error state, as a failing link does: for drills.
+    #[doc(hidden)]
+    pub fn break_queue_pairs(&self) {
+        self.shared.counters.breaks.add(1);
     }
 
     /// Ends every transfer and connection; later reservations are refused.

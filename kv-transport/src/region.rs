@@ -83,6 +83,11 @@ impl Region {
         self.len == 0
     }
 
+    /// Address of the first byte, for registration with a device. Dangling when empty.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
     /// The address of a range after checking that it lies inside.
     fn at(&self, range: &Range<usize>) -> io::Result<*mut u8> {
         if range.start > range.end || range.end > self.len {

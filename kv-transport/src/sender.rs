@@ -15,11 +15,12 @@ use crate::error::PushError;
 use crate::link::Link;
 use crate::push::{Push, PushShared};
 use crate::push_state::{FrameBounds, PushPhase, PushState};
-use crate::stats::{SenderCounters, SenderStats};
+use crate::stats::{Fallback, SenderCounters, SenderStats};
 use crate::stream::{Limits, Stream};
+use crate::stream_rdma::{Lane, LaneConfig};
 use crate::ticket::Ticket;
 use crate::wire;
-use crate::{Grid, Identity, Region};
+use crate::{Fabric, Grid, Identity, Region};
 
 /// The knobs of a sender.
 #[derive(Debug, Clone)]
@@ -40,6 +41,12 @@ pub struct SenderConfig {
     pub frame_cells: usize,
     /// Most bytes in one frame of several cells (default 1 MiB, bound 4 MiB).
     pub frame_bytes: usize,
+    /// RDMA devices, with the region of this sender; none: TCP only (default).
+    pub fabric: Option<Arc<Fabric>>,
+    /// Pushes fail rather than use TCP (default false).
+    pub require_rdma: bool,
+    /// A peer that had to be used over TCP is offered a queue pair again after this long (default 5 s).
+    pub rdma_retry: Duration,
 }
 
 impl Default for SenderConfig {
@@ -53,6 +60,9 @@ impl Default for SenderConfig {
             max_peers: 256,
             frame_cells: wire::MAX_FRAME_CELLS,
             frame_bytes: 1 << 20,
+            fabric: None,
+            require_rdma: false,
+            rdma_retry: Duration::from_secs(5),
         }
     }
 }
@@ -130,7 +140,16 @@ impl Sender {
         let push_handle = Push::new(push.clone());
         link.list(&push);
         push.wait(|state| (state.phase() != PushPhase::Opening).then_some(())).await?;
+        if shared.config.require_rdma && !link.has_lanes() {
+            return Err(PushError::Downgrade { reason: link.why_tcp() });
+        }
         Ok(push_handle)
+    }
+
+    /// Puts every queue pair with a transfer under way into the error state, as a failing link does: for drills.
+    #[doc(hidden)]
+    pub fn break_queue_pairs(&self) {
+        self.shared.counters.breaks.add(1);
     }
 
     /// Counters and gauges.
@@ -145,6 +164,13 @@ impl Sender {
             bytes_total: counters.bytes.get(),
             refetched_cells_total: counters.refetched_cells.get(),
             connects_total: counters.connects.get(),
+            rdma_bytes_total: counters.rdma_bytes.get(),
+            rdma_peers: links.iter().filter(|link| link.has_lanes()).count(),
+            queue_pairs_total: counters.queue_pairs.get(),
+            fallbacks_total: std::array::from_fn(|at| {
+                let why = Fallback::ALL.get(at).copied().unwrap_or(Fallback::Refused);
+                (why, counters.fallbacks.get(at).map_or(0, |counter| counter.get()))
+            }),
         }
     }
 }
@@ -213,8 +239,8 @@ impl Shared {
         let mut reason = "the ticket names no endpoint".to_owned();
         for endpoint in &ticket.endpoints {
             let until = deadline.min(Instant::now() + self.config.connect_timeout);
-            let connects =
-                (0..self.config.streams.max(1)).map(|_| dial(endpoint, &self.identity, &ticket.receiver));
+            let connects = (0..self.config.streams.max(self.lanes()).max(1))
+                .map(|_| dial(endpoint, &self.identity, &ticket.receiver));
             match timeout_at(until, futures::future::try_join_all(connects)).await {
                 Ok(Ok(sockets)) => return Ok(self.start(sockets)),
                 Ok(Err(Unreached::Refused(refusal))) => return Err(PushError::Refused(refusal)),
@@ -226,12 +252,22 @@ impl Shared {
     }
 
     fn start(&self, sockets: Vec<TcpStream>) -> Arc<Link> {
-        let link = Arc::new(Link::new(self.counters.clone()));
+        let link = Arc::new(Link::new(self.counters.clone(), self.lanes()));
         let limits = Limits { progress: self.config.progress_timeout, idle: self.config.idle_timeout };
-        for socket in sockets {
+        for (rail, socket) in sockets.into_iter().enumerate() {
             self.counters.connects.add(1);
-            tokio::spawn(Stream::new(link.clone(), socket, limits).run());
+            let lane = self.config.fabric.clone().filter(|_| rail < self.lanes()).map(|fabric| {
+                let SenderConfig { require_rdma: required, rdma_retry: retry, .. } = self.config;
+                let patience = self.config.connect_timeout;
+                Lane::new(LaneConfig { fabric, rail, required, retry, patience }, link.clone())
+            });
+            tokio::spawn(Stream::new(link.clone(), socket, limits, lane).run());
         }
         link
+    }
+
+    /// Queue pairs to each peer: one for every rail.
+    fn lanes(&self) -> usize {
+        self.config.fabric.as_ref().map_or(0, |fabric| fabric.len())
     }
 }

@@ -10,13 +10,14 @@ use bytes::Buf;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::Identity;
 use crate::error::Refusal;
 use crate::landing_shared::{LandingShared, Notice};
 use crate::landing_state::LandingEnd;
 use crate::receiver::ReceiverShared;
+use crate::serve_rdma::{KEY_TICK, Lane};
 use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox, tune};
 use crate::wire::{self, HEADER_BYTES, Header, Hello, HelloAck, Kind};
 
@@ -60,6 +61,10 @@ pub(crate) struct Connection {
     pub(crate) inbox: Inbox,
     pub(crate) outbox: Outbox,
     pub(crate) attached: Attached,
+    /// A queue pair beside the connection.
+    pub(crate) lane: Option<Lane>,
+    /// Commits, by transfer and frame, that are not answered yet.
+    pub(crate) commits: Vec<(u128, u32)>,
     pub(crate) fairness: Fairness,
     pub(crate) discard: Box<[u8]>,
     pub(crate) peer: Identity,
@@ -88,6 +93,8 @@ pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: TcpStream) {
         inbox: Inbox::new(),
         outbox: Outbox::default(),
         attached: Attached::new(),
+        lane: None,
+        commits: Vec::new(),
         fairness: Fairness::default(),
         discard: Box::default(),
         peer: Identity { worker: String::new(), incarnation: 0 },
@@ -110,6 +117,7 @@ impl Connection {
         tune(&self.stream)?;
         self.hello(busy).await?;
         loop {
+            self.lane_work();
             if self.outbox.len() >= FLUSH_BYTES {
                 self.outbox.flush(&self.stream)?;
             }
@@ -132,6 +140,9 @@ impl Connection {
                 Kind::Attach => self.attach_frame(header).await?,
                 Kind::Commit => self.commit_frame(header).await?,
                 Kind::Abort => self.abort_frame(header).await?,
+                Kind::Offer => self.offer_frame(header).await?,
+                Kind::Fallen => self.fallen_frame(header),
+                Kind::Quiet => self.quiet_frame(header),
                 _ => return Err(Close::Protocol("a reply from a sender")),
             }
         }
@@ -208,6 +219,7 @@ impl Connection {
             while let Ok(notice) = self.notices.try_recv() {
                 self.pass_on(notice);
             }
+            self.lane_settles().await;
             self.outbox.flush(&self.stream)?;
             let full = self.outbox.len() >= MAX_OUTBOX_BYTES;
             let interest = match (self.outbox.is_empty(), full) {
@@ -215,6 +227,7 @@ impl Connection {
                 (false, true) => Interest::WRITABLE,
                 (false, false) => Interest::READABLE | Interest::WRITABLE,
             };
+            let ticks = self.lane.as_ref().is_some_and(Lane::has_grants) || !self.commits.is_empty();
             let notice = tokio::select! {
                 biased;
                 () = self.receiver.stop.cancelled() => return Err(Close::Shutdown),
@@ -226,6 +239,8 @@ impl Connection {
                     }
                     None
                 }
+                () = lane_event(self.lane.as_ref()) => None,
+                () = sleep(KEY_TICK), if ticks && Instant::now() + KEY_TICK < until => None,
                 () = sleep_until(until) => return Err(Close::Silent),
             };
             if let Some(notice) = notice {
@@ -234,8 +249,25 @@ impl Connection {
         }
     }
 
+    /// Does what the queue pair has to do until nothing more is to be expected soon, then arms it.
+    async fn lane_settles(&mut self) {
+        self.lane_work();
+        while self.lane.as_ref().is_some_and(Lane::spins) {
+            self.outbox.flush(&self.stream).ok();
+            tokio::task::yield_now().await;
+            self.lane_work();
+        }
+        if let Some(lane) = &mut self.lane {
+            lane.arm();
+            // What came between the last look and the arming would wake nobody.
+            self.lane_work();
+        }
+    }
+
     fn pass_on(&mut self, notice: Notice) {
-        self.reply(Kind::Refused, notice.transfer, 0, notice.refusal as u64);
+        if let Some(refusal) = notice.refusal {
+            self.reply(Kind::Refused, notice.transfer, 0, refusal as u64);
+        }
     }
 
     /// Ends everything attached and still open.
@@ -272,5 +304,13 @@ impl Connection {
         // Transfer 0 is the connection itself. Best effort: the peer sees the close anyway.
         self.reply(Kind::Refused, 0, 0, refusal as u64);
         let _ = self.outbox.flush(&self.stream);
+    }
+}
+
+/// The next completion of a queue pair, if there is one.
+async fn lane_event(lane: Option<&Lane>) {
+    match lane {
+        Some(lane) => lane.event().await,
+        None => std::future::pending().await,
     }
 }

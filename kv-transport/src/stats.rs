@@ -24,6 +24,11 @@ pub(crate) struct ReceiverCounters {
     pub(crate) committed: Counter,
     pub(crate) voided: [Counter; LandingEnd::ALL.len()],
     pub(crate) bytes: Counter,
+    pub(crate) rdma_bytes: Counter,
+    pub(crate) queue_pairs: Counter,
+    pub(crate) queue_pairs_lost: Counter,
+    /// Times that queue pairs were to be broken on purpose.
+    pub(crate) breaks: Counter,
     pub(crate) discarded_bytes: Counter,
     pub(crate) duplicate_cells: Counter,
     pub(crate) checksum_failures: Counter,
@@ -59,6 +64,12 @@ pub struct ReceiverStats {
     pub voided_total: [(LandingEnd, u64); LandingEnd::ALL.len()],
     /// Payload bytes written into place.
     pub bytes_total: u64,
+    /// Of these, bytes written by RDMA.
+    pub rdma_bytes_total: u64,
+    /// Queue pairs connected.
+    pub queue_pairs_total: u64,
+    /// Queue pairs that broke.
+    pub queue_pairs_lost_total: u64,
     /// Payload bytes thrown away: duplicates and late writes.
     pub discarded_bytes_total: u64,
     /// Cells that arrived once more although verified.
@@ -88,6 +99,11 @@ pub(crate) struct SenderCounters {
     pub(crate) bytes: Counter,
     pub(crate) refetched_cells: Counter,
     pub(crate) connects: Counter,
+    pub(crate) rdma_bytes: Counter,
+    pub(crate) queue_pairs: Counter,
+    /// Times that queue pairs were to be broken on purpose.
+    pub(crate) breaks: Counter,
+    pub(crate) fallbacks: [Counter; Fallback::ALL.len()],
 }
 
 /// A sender's state now (gauges) and since its start (`_total`).
@@ -107,4 +123,53 @@ pub struct SenderStats {
     pub refetched_cells_total: u64,
     /// Connections made.
     pub connects_total: u64,
+    /// Of the bytes, those written by RDMA.
+    pub rdma_bytes_total: u64,
+    /// Peers reached now over RDMA; the others of `peers` over TCP.
+    pub rdma_peers: usize,
+    /// Queue pairs connected.
+    pub queue_pairs_total: u64,
+    /// Times that a peer was used over TCP although RDMA was wanted, by reason.
+    pub fallbacks_total: [(Fallback, u64); Fallback::ALL.len()],
+}
+
+/// Why a peer is used over TCP although RDMA was wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fallback {
+    /// The peer has no RDMA, or no queue pair could be connected to it.
+    Refused,
+    /// The peer did not answer the offer in time.
+    NoAnswer,
+    /// A queue pair of this side could not be made.
+    Local,
+    /// The queue pair broke here.
+    Broken,
+    /// The peer said that its side broke.
+    PeerBroken,
+}
+
+impl Fallback {
+    /// Every reason, in the order of the counters.
+    pub const ALL: [Self; 5] = [Self::Refused, Self::NoAnswer, Self::Local, Self::Broken, Self::PeerBroken];
+
+    /// Short name for metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::NoAnswer => "no_answer",
+            Self::Local => "local",
+            Self::Broken => "broken",
+            Self::PeerBroken => "peer_broken",
+        }
+    }
+}
+
+impl SenderCounters {
+    pub(crate) fn fell_back(&self, why: Fallback) {
+        if let Some(at) = Fallback::ALL.iter().position(|f| *f == why)
+            && let Some(counter) = self.fallbacks.get(at)
+        {
+            counter.add(1);
+        }
+    }
 }

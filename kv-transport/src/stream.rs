@@ -10,10 +10,12 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
 use crate::error::{PushError, Refusal};
-use crate::job::Job;
+use crate::job::{Job, QueuedCell};
 use crate::link::Link;
 use crate::outgoing::Outgoing;
-use crate::socket::{Fairness, INBOX_BYTES, Inbox};
+use crate::push::PushShared;
+use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox};
+use crate::stream_rdma::{Lane, Sent};
 use crate::wire::{HEADER_BYTES, Header, Kind};
 
 /// Transfers remembered as attached before the finished ones among them are forgotten.
@@ -41,11 +43,17 @@ pub(crate) struct Stream {
     /// When a byte last moved in either direction.
     progress: Instant,
     fairness: Fairness,
+    /// A queue pair beside the connection.
+    lane: Option<Lane>,
+    /// Small frames that belong to no push.
+    outbox: Outbox,
 }
 
 impl Stream {
-    pub(crate) fn new(link: Arc<Link>, socket: TcpStream, limits: Limits) -> Self {
+    pub(crate) fn new(link: Arc<Link>, socket: TcpStream, limits: Limits, lane: Option<Lane>) -> Self {
         Self {
+            lane,
+            outbox: Outbox::default(),
             link,
             socket,
             limits,
@@ -76,6 +84,10 @@ impl Stream {
     async fn serve(&mut self) -> Result<(), Lost> {
         loop {
             self.hear()?;
+            self.reap();
+            if let Some(lane) = &mut self.lane {
+                self.unanswered += lane.tend(&mut self.outbox);
+            }
             let moved = self.speak()?;
             if moved > 0 {
                 self.progress = Instant::now();
@@ -89,8 +101,20 @@ impl Stream {
     /// Sends some of the current frame, taking the next one if there is none. 0 when nothing can be sent now.
     fn speak(&mut self) -> Result<usize, Lost> {
         if self.current.is_none() {
+            self.outbox.flush(&self.socket).map_err(|_| Lost::Gone)?;
+            if !self.outbox.is_empty() || !self.may_take() {
+                return Ok(0);
+            }
             let Some((push, job)) = self.link.take() else {
                 return Ok(0);
+            };
+            let (push, job) = match (&self.lane, job) {
+                (Some(lane), Job::Write { seq, cells }) if lane.is_up() => match self.write(push, seq, cells)
+                {
+                    Ok(moved) => return Ok(moved),
+                    Err(push) => (push, Job::Attach),
+                },
+                (_, job) => (push, job),
             };
             if self.attached.len() >= MAX_ATTACHED {
                 self.attached.retain(|transfer| self.link.knows(*transfer));
@@ -112,6 +136,50 @@ impl Stream {
         Ok(n)
     }
 
+    /// Whether a frame may be taken now: by RDMA where there is any, else over TCP.
+    fn may_take(&self) -> bool {
+        match &self.lane {
+            Some(lane) => lane.may_take(),
+            None => !self.link.has_lanes(),
+        }
+    }
+
+    /// A frame for the queue pair; the push comes back when its key must be asked for first.
+    fn write(
+        &mut self,
+        push: Arc<PushShared>,
+        seq: u32,
+        cells: Vec<QueuedCell>,
+    ) -> Result<usize, Arc<PushShared>> {
+        let Some(lane) = &mut self.lane else { return Ok(0) };
+        match lane.write(push, seq, cells) {
+            Ok(Sent::Bytes(bytes)) => Ok(bytes.max(1)),
+            Ok(Sent::Parked) => Ok(1),
+            Ok(Sent::AskForKey(push)) => Err(push),
+            Err(broken) => {
+                self.unanswered += lane.breaks(&broken, &mut self.outbox);
+                Ok(1)
+            }
+        }
+    }
+
+    /// Looks at what the queue pair has done; true when there was something.
+    fn reap(&mut self) -> bool {
+        let Some(lane) = &mut self.lane else { return false };
+        match lane.reap() {
+            Ok(some) => {
+                if some {
+                    self.progress = Instant::now();
+                }
+                some
+            }
+            Err(broken) => {
+                self.unanswered += lane.breaks(&broken, &mut self.outbox);
+                true
+            }
+        }
+    }
+
     /// Reads and handles the replies that are there.
     fn hear(&mut self) -> Result<(), Lost> {
         // A bounded number of reads: a peer that floods with replies must not keep this from speaking.
@@ -120,9 +188,17 @@ impl Stream {
                 let header = Header::parse(bytes)
                     .filter(Header::is_bounded)
                     .ok_or(Lost::Refused(Refusal::Protocol))?;
+                let body_bytes = header.body_bytes as usize;
+                if self.inbox.bytes().len() < HEADER_BYTES + body_bytes {
+                    break;
+                }
                 self.inbox.consume(HEADER_BYTES);
                 self.progress = Instant::now();
-                self.reply(&header)?;
+                if header.kind == Kind::Answer {
+                    self.answer(&header, body_bytes)?;
+                } else {
+                    self.reply(&header)?;
+                }
             }
             match self.socket.try_read(self.inbox.space(INBOX_BYTES / 2)) {
                 Ok(0) => return Err(Lost::Gone),
@@ -135,9 +211,39 @@ impl Stream {
         Ok(())
     }
 
+    /// The only reply with a body.
+    fn answer(&mut self, header: &Header, body_bytes: usize) -> Result<(), Lost> {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        let body = self.inbox.bytes().get(..body_bytes).unwrap_or_default();
+        if crc32c::crc32c(body) != header.body_crc {
+            return Err(Lost::Refused(Refusal::Protocol));
+        }
+        if let Some(lane) = &mut self.lane {
+            lane.answered(header, body);
+        }
+        self.inbox.consume(body_bytes);
+        Ok(())
+    }
+
     fn reply(&mut self, header: &Header) -> Result<(), Lost> {
-        if header.seq != 0 {
+        let of_lane = self.lane.as_mut().is_some_and(|lane| lane.settled(header.transfer, header.seq));
+        if header.seq != 0 && !of_lane {
             self.unanswered = self.unanswered.saturating_sub(1);
+        }
+        if let Some(lane) = &mut self.lane {
+            match header.kind {
+                Kind::Granted => {
+                    if let Err(broken) = lane.granted(header.transfer, header.arg) {
+                        self.unanswered += lane.breaks(&broken, &mut self.outbox);
+                    }
+                    return Ok(());
+                }
+                Kind::Down => {
+                    lane.peer_down(header);
+                    return Ok(());
+                }
+                _ => {}
+            }
         }
         if header.transfer == 0 && header.kind == Kind::Refused {
             return Err(Lost::Refused(Refusal::from_code(header.arg)));
@@ -165,22 +271,53 @@ impl Stream {
 
     /// Waits for something to do; true when the link ends.
     async fn wait(&mut self) -> Result<bool, Lost> {
-        let sending = self.current.is_some();
+        let sending = self.current.is_some() || !self.outbox.is_empty();
         let interest = if sending { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
-        let busy = sending || self.unanswered > 0;
-        let until =
-            if busy { self.progress + self.limits.progress } else { Instant::now() + self.limits.idle };
+        let waits = self.lane.as_ref().is_some_and(Lane::waits);
+        let busy = sending || waits || self.unanswered > 0;
+        let until = self.progress + if busy { self.limits.progress } else { self.limits.idle };
+        while self.lane.as_ref().is_some_and(Lane::spins) {
+            tokio::task::yield_now().await;
+            if self.reap() {
+                return Ok(false);
+            }
+        }
+        if let Some(lane) = &mut self.lane {
+            lane.arm();
+            // What came between the last look and the arming would wake nobody.
+            if self.reap() {
+                return Ok(false);
+            }
+        }
+        // Who may not take a frame must not use up the word that there is one.
+        let may_take = self.may_take();
+        let due = self.lane.as_ref().and_then(Lane::due).filter(|due| *due < until);
         tokio::select! {
             biased;
             () = self.link.stop.cancelled() => Ok(true),
             ready = self.socket.ready(interest) => ready.map(|_| false).map_err(|_| Lost::Gone),
-            () = self.link.work.notified(), if !sending => {
+            () = self.link.lanes_gone(), if !sending && !may_take => Ok(false),
+            () = self.link.work.notified(), if !sending && may_take => {
+                if !self.may_take() {
+                    // A queue pair came up meanwhile: the word is for its connection.
+                    self.link.work.notify_one();
+                }
                 if !busy {
                     self.progress = Instant::now();
                 }
                 Ok(false)
             }
-            () = sleep_until(until) => if busy { Err(Lost::Stalled) } else { Ok(self.link.close_if_idle()) },
+            () = lane_event(self.lane.as_ref()) => Ok(false),
+            () = sleep_until(due.unwrap_or(until)) => {
+                if due.is_some() {
+                    Ok(false)
+                } else if busy {
+                    Err(Lost::Stalled)
+                } else {
+                    self.progress = Instant::now();
+                    Ok(self.link.close_if_idle())
+                }
+            }
         }
     }
 }
@@ -198,5 +335,13 @@ struct EndOfLink<'a>(&'a Link);
 impl Drop for EndOfLink<'_> {
     fn drop(&mut self) {
         self.0.die(&PushError::PeerGone);
+    }
+}
+
+/// The next completion of a queue pair, if there is one.
+async fn lane_event(lane: Option<&Lane>) {
+    match lane {
+        Some(lane) => lane.event().await,
+        None => std::future::pending().await,
     }
 }

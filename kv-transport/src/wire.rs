@@ -4,6 +4,10 @@
 //! after that the sender sends [`Kind::Attach`], [`Kind::Write`], [`Kind::Commit`], [`Kind::Abort`] and the
 //! receiver [`Kind::Attached`], [`Kind::Ack`], [`Kind::CommitAck`], [`Kind::Refused`]. A frame is a header, a
 //! body (guarded by the header's `body_crc`) and, for writes only, the payload of the cells its body describes.
+//!
+//! A connection may carry a queue pair beside it ([`Kind::Offer`], [`Kind::Answer`]). Then a transfer that is
+//! attached gets a key ([`Kind::Granted`]), its cells are written by RDMA, and [`Kind::Placed`], sent behind them on
+//! the same queue pair, stands in for the write; everything else stays on the connection.
 
 use bytes::{Buf, BufMut};
 
@@ -13,7 +17,7 @@ use crate::error::Refusal;
 /// First bytes of every connection. No HTTP or TLS client begins with the first one.
 pub const MAGIC: [u8; 8] = *b"\xF7TDMKV\r\n";
 /// Version of everything in this file.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 48;
 /// Bytes of one cell descriptor in the body of a write.
@@ -26,6 +30,8 @@ pub const MAX_FRAME_BYTES: usize = 4 << 20;
 pub const MAX_COMMIT_BYTES: usize = 1 << 20;
 /// Most bytes of the reason in an abort.
 pub const MAX_REASON_BYTES: usize = 256;
+/// Most bytes of an offer or an answer to one.
+pub const MAX_OFFER_BYTES: usize = 512;
 /// Most bytes of a worker's name.
 pub const MAX_NAME_BYTES: usize = 255;
 /// Most bytes of a hello or hello-ack.
@@ -45,6 +51,14 @@ pub enum Kind {
     Commit = 3,
     /// Sender: gives up; the body is a reason in UTF-8.
     Abort = 4,
+    /// Sender: offers a queue pair; the body is its address. Answered by [`Kind::Answer`].
+    Offer = 5,
+    /// Sender: nothing of this transfer is in flight on the queue pair, nor will be.
+    Quiet = 6,
+    /// Sender: its queue pair is gone. Answered by [`Kind::Down`] once the receiver's is too.
+    Fallen = 7,
+    /// Sender, on the queue pair: the cells the body describes were written before this.
+    Placed = 8,
     /// Receiver: the attach was accepted.
     Attached = 17,
     /// Receiver: write `seq` was taken; bit `i` of `arg` set means its cell `i` must be sent again.
@@ -53,6 +67,13 @@ pub enum Kind {
     CommitAck = 19,
     /// Receiver: the transfer is refused; `arg` is the [`Refusal`].
     Refused = 20,
+    /// Receiver: its queue pair's address when `arg` is 0, else why there is none, in UTF-8.
+    Answer = 21,
+    /// Receiver: `arg` is the key for this transfer's writes on this connection's queue pair.
+    Granted = 22,
+    /// Receiver: its queue pair is gone, and everything that arrived before was answered; nothing of it can be
+    /// written any more.
+    Down = 23,
 }
 
 impl Kind {
@@ -62,10 +83,17 @@ impl Kind {
             2 => Self::Write,
             3 => Self::Commit,
             4 => Self::Abort,
+            5 => Self::Offer,
+            6 => Self::Quiet,
+            7 => Self::Fallen,
+            8 => Self::Placed,
             17 => Self::Attached,
             18 => Self::Ack,
             19 => Self::CommitAck,
             20 => Self::Refused,
+            21 => Self::Answer,
+            22 => Self::Granted,
+            23 => Self::Down,
             _ => return None,
         })
     }
@@ -160,7 +188,20 @@ impl Header {
             }
             Kind::Commit => body <= MAX_COMMIT_BYTES && payload == 0,
             Kind::Abort => body <= MAX_REASON_BYTES && payload == 0,
-            Kind::Attached | Kind::Ack | Kind::CommitAck | Kind::Refused => body == 0 && payload == 0,
+            Kind::Offer => body <= MAX_OFFER_BYTES && payload == 0,
+            Kind::Placed => {
+                let count = usize::from(self.count);
+                (1..=MAX_FRAME_CELLS).contains(&count) && body == count * CELL_BYTES && payload == 0
+            }
+            Kind::Answer => body <= MAX_OFFER_BYTES && payload == 0,
+            Kind::Quiet
+            | Kind::Fallen
+            | Kind::Attached
+            | Kind::Ack
+            | Kind::CommitAck
+            | Kind::Refused
+            | Kind::Granted
+            | Kind::Down => body == 0 && payload == 0,
         }
     }
 }

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kv_transport::mux::{MuxConfig, split};
 use kv_transport::{
-    Cell, Grid, Identity, Landing, Receiver, ReceiverConfig, Region, Reserve, Sender, SenderConfig,
+    Cell, Fabric, FabricConfig, Grid, Identity, Landing, Receiver, ReceiverConfig, Region, Reserve, Sender,
+    SenderConfig,
 };
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
@@ -78,12 +79,25 @@ pub struct Setup {
     pub sender: SenderConfig,
     /// What the tickets advertise instead of the receiver's own address.
     pub endpoint: Option<String>,
+    /// Which sides have RDMA: sender, receiver.
+    pub rdma: (bool, bool),
+}
+
+/// Every RDMA device here, with a region.
+pub fn fabric(region: &Region) -> Arc<Fabric> {
+    Fabric::open(&FabricConfig::default(), region).unwrap()
 }
 
 impl Setup {
     pub fn new(planes: u32, slots: u64, cell_bytes: u32) -> Self {
         let grid = Grid { planes, plane_stride: slots * u64::from(cell_bytes), cell_bytes };
-        Self { grid, receiver: ReceiverConfig::default(), sender: SenderConfig::default(), endpoint: None }
+        Self {
+            grid,
+            receiver: ReceiverConfig::default(),
+            sender: SenderConfig::default(),
+            endpoint: None,
+            rdma: (false, false),
+        }
     }
 
     pub async fn start(self) -> Pair {
@@ -99,6 +113,8 @@ impl Setup {
         StdRng::seed_from_u64(7).fill_bytes(&mut random);
         source.copy_in(0, &random).unwrap();
         let address = listener.local_addr().unwrap();
+        self.sender.fabric = self.rdma.0.then(|| fabric(&source));
+        self.receiver.fabric = self.rdma.1.then(|| fabric(&target));
         self.receiver.endpoints = vec![self.endpoint.unwrap_or(address.to_string())];
         let receiver = Receiver::new(identity("decode", 1), target.clone(), grid, self.receiver);
         let sender = Sender::new(identity("prefill", 1), source.clone(), grid, self.sender);

@@ -1,0 +1,498 @@
+//! The sender's side of a queue pair beside a connection: cells written straight into the peer's memory, and what
+//! happens to them when it breaks.
+//!
+//! ```text
+//! Off ──offer──► Offered ──answer──► Up ──broken here──► Falling ──peer's side is gone too──► Off (again after a while)
+//!  ▲                │ refused, late   └──────────────── peer's side broke ─────────────────────►│
+//!  └────────────────┘                      cells without an answer go back to their pushes
+//! ```
+//!
+//! Cells move to another way only when nothing of them can arrive on the old one any more, and only those whose
+//! verification was not confirmed.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::error::PushError;
+use crate::job::QueuedCell;
+use crate::link::Link;
+use crate::push::PushShared;
+use crate::push_state::PushPhase;
+use crate::socket::Outbox;
+use crate::stats::Fallback;
+use crate::transport::Transport;
+use crate::verbs::{Answer, Control, Done, Fabric, PairBroken, QueuePair, WriteTo};
+use crate::wire::{CELL_BYTES, CellDescriptor, Header, Kind, MAX_FRAME_CELLS};
+
+/// Requests in flight on a queue pair.
+const REQUESTS: u32 = 1024;
+/// Announcements in flight; the peer may have room for fewer.
+const ANNOUNCEMENTS: usize = 64;
+/// Requests of one frame at most: a write for each cell, and the announcement.
+const FRAME_REQUESTS: u32 = MAX_FRAME_CELLS as u32 + 1;
+/// Sequence numbers of an offer and of the word that a queue pair is gone; both are answered.
+pub(crate) const SEQ_OFFER: u32 = u32::MAX - 2;
+pub(crate) const SEQ_FALLEN: u32 = u32::MAX - 3;
+/// Keys of pushes that are over are looked for this often.
+const TICK: Duration = Duration::from_millis(50);
+/// After a completion, the next one is looked for this long before the task sleeps.
+const SPIN: Duration = Duration::from_micros(30);
+
+/// How RDMA is used towards a peer.
+#[derive(Debug, Clone)]
+pub(crate) struct LaneConfig {
+    pub(crate) fabric: Arc<Fabric>,
+    /// Which rail.
+    pub(crate) rail: usize,
+    /// Pushes fail rather than use TCP.
+    pub(crate) required: bool,
+    /// How long until a peer that fell back to TCP is offered a queue pair again.
+    pub(crate) retry: Duration,
+    /// The peer must answer an offer by then.
+    pub(crate) patience: Duration,
+}
+
+pub(crate) struct Lane {
+    config: LaneConfig,
+    link: Arc<Link>,
+    state: State,
+    /// Frames whose answer is due, on the queue pair or on their way into it.
+    unanswered: HashMap<(u128, u32), Arc<PushShared>>,
+    parked: VecDeque<Parked>,
+    grants: HashMap<u128, Grant>,
+    spin_until: Instant,
+    /// Whether the link's frames wait for this lane rather than go over TCP.
+    counted: bool,
+    breaks_seen: u64,
+}
+
+enum State {
+    Off { retry_at: Instant },
+    Offered { pair: Box<QueuePair>, until: Instant },
+    Up(Box<Up>),
+    Falling,
+}
+
+struct Up {
+    pair: QueuePair,
+    base: u64,
+    depth: usize,
+    free: Vec<usize>,
+    /// By announcement buffer: whose source is being read.
+    reading: HashMap<usize, Arc<PushShared>>,
+    done: Vec<Done>,
+}
+
+/// A frame that waits for its transfer's key.
+struct Parked {
+    push: Arc<PushShared>,
+    seq: u32,
+    cells: Vec<QueuedCell>,
+}
+
+struct Grant {
+    push: Arc<PushShared>,
+    key: Option<u32>,
+}
+
+/// What became of a frame.
+pub(crate) enum Sent {
+    /// So many bytes are on their way.
+    Bytes(usize),
+    /// It waits for its transfer's key, which must be asked for by an attach.
+    AskForKey(Arc<PushShared>),
+    /// It waits for its transfer's key, which was asked for.
+    Parked,
+}
+
+impl Lane {
+    pub(crate) fn new(config: LaneConfig, link: Arc<Link>) -> Self {
+        Self {
+            breaks_seen: link.counters.breaks.get(),
+            config,
+            link,
+            state: State::Off { retry_at: Instant::now() },
+            unanswered: HashMap::new(),
+            parked: VecDeque::new(),
+            grants: HashMap::new(),
+            spin_until: Instant::now(),
+            counted: true,
+        }
+    }
+
+    /// Whether the link's frames wait for this lane rather than go over TCP.
+    fn count(&mut self, counted: bool) {
+        if mem::replace(&mut self.counted, counted) != counted {
+            self.link.count_lane(counted);
+        }
+    }
+
+    /// Whether cells go by RDMA now.
+    pub(crate) fn is_up(&self) -> bool {
+        matches!(self.state, State::Up(_))
+    }
+
+    /// Whether a frame may be taken now.
+    pub(crate) fn may_take(&self) -> bool {
+        match &self.state {
+            State::Up(up) => {
+                up.pair.room() >= FRAME_REQUESTS && !up.free.is_empty() && self.unanswered.len() < up.depth
+            }
+            State::Falling => false,
+            State::Off { .. } | State::Offered { .. } => !self.link.has_lanes(),
+        }
+    }
+
+    /// Does what is due by time; a new offer goes to `out`. Frames that were said count as to be answered.
+    pub(crate) fn tend(&mut self, out: &mut Outbox) -> usize {
+        let now = Instant::now();
+        let breaks = self.link.counters.breaks.get();
+        if mem::replace(&mut self.breaks_seen, breaks) != breaks
+            && let State::Up(up) = &mut self.state
+        {
+            up.pair.fail();
+        }
+        match &self.state {
+            State::Off { retry_at } if now >= *retry_at => return self.offer(out),
+            State::Offered { until, .. } if now >= *until => {
+                self.goes_off(
+                    Fallback::NoAnswer,
+                    "the peer did not answer the offer of a queue pair in time",
+                );
+            }
+            _ => {}
+        }
+        self.forget_ended(out);
+        0
+    }
+
+    /// When [`Lane::tend`] has something to do next.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        match &self.state {
+            State::Off { retry_at } => Some(*retry_at),
+            State::Offered { until, .. } => Some(*until),
+            _ if self.grants.is_empty() => None,
+            _ => Some(Instant::now() + TICK),
+        }
+    }
+
+    /// Makes a queue pair and offers it.
+    fn offer(&mut self, out: &mut Outbox) -> usize {
+        let control = Control { sends: REQUESTS, send_buffers: ANNOUNCEMENTS, receive_buffers: 0 };
+        let made = match self.config.fabric.rail(self.config.rail) {
+            Some(rail) => QueuePair::new(rail.clone(), control),
+            None => Err(PairBroken("no RDMA here".into())),
+        };
+        match made {
+            Ok(pair) => {
+                let mut body = Vec::new();
+                pair.offer().put(&mut body);
+                Header::bare(Kind::Offer, 0, SEQ_OFFER, 0).put_with_body(&body, &mut out.bytes);
+                let until = Instant::now() + self.config.patience;
+                self.state = State::Offered { pair: Box::new(pair), until };
+                1
+            }
+            Err(PairBroken(reason)) => {
+                self.goes_off(Fallback::Local, &reason);
+                0
+            }
+        }
+    }
+
+    /// The peer's answer to the offer.
+    pub(crate) fn answered(&mut self, header: &Header, body: &[u8]) {
+        let State::Offered { pair, .. } = mem::replace(&mut self.state, State::Falling) else {
+            // Too late: the offer was given up, and so was the peer's queue pair when the next one comes.
+            self.state = State::Off { retry_at: Instant::now() + self.config.retry };
+            return;
+        };
+        let mut pair = *pair;
+        if header.arg != 0 {
+            return self.goes_off(Fallback::Refused, &String::from_utf8_lossy(body));
+        }
+        let Some(answer) = Answer::take(&mut &*body) else {
+            return self.goes_off(Fallback::Refused, "the peer's answer makes no sense");
+        };
+        if let Err(PairBroken(reason)) = pair.connect(&answer.pair) {
+            return self.goes_off(Fallback::Local, &reason);
+        }
+        self.link.counters.queue_pairs.add(1);
+        let depth = usize::from(answer.depth).clamp(1, ANNOUNCEMENTS);
+        let (free, reading) = ((0..ANNOUNCEMENTS).collect(), HashMap::new());
+        self.state =
+            State::Up(Box::new(Up { pair, base: answer.base, depth, free, reading, done: Vec::new() }));
+        self.count(true);
+    }
+
+    /// The peer gave a key to write.
+    pub(crate) fn granted(&mut self, transfer: u128, key: u64) -> Result<(), PairBroken> {
+        if let Some(grant) = self.grants.get_mut(&transfer) {
+            grant.key = u32::try_from(key).ok();
+        }
+        let (now, later) = self.parked.drain(..).partition(|parked| parked.push.ticket.transfer == transfer);
+        self.parked = later;
+        let mut now: VecDeque<Parked> = now;
+        while let Some(Parked { push, seq, cells }) = now.pop_front() {
+            let fits = matches!(&self.state, State::Up(up) if up.pair.room() >= FRAME_REQUESTS && !up.free.is_empty());
+            if !fits {
+                // Tried again with the next completion.
+                self.parked.push_back(Parked { push, seq, cells });
+                continue;
+            }
+            self.write(push, seq, cells)?;
+        }
+        Ok(())
+    }
+
+    /// A frame of cells: posted, or parked until its transfer has a key.
+    pub(crate) fn write(
+        &mut self,
+        push: Arc<PushShared>,
+        seq: u32,
+        cells: Vec<QueuedCell>,
+    ) -> Result<Sent, PairBroken> {
+        let transfer = push.ticket.transfer;
+        self.unanswered.insert((transfer, seq), push.clone());
+        let key = match self.grants.get(&transfer) {
+            Some(grant) => grant.key,
+            None => {
+                self.grants.insert(transfer, Grant { push: push.clone(), key: None });
+                self.parked.push_back(Parked { push: push.clone(), seq, cells });
+                return Ok(Sent::AskForKey(push));
+            }
+        };
+        let (Some(key), State::Up(up)) = (key, &mut self.state) else {
+            self.parked.push_back(Parked { push, seq, cells });
+            return Ok(Sent::Parked);
+        };
+        let Some(writes) = plan(&push, &cells, up.base, up.pair.max_pieces()) else {
+            return Err(PairBroken("a cell outside the peer's pool".into()));
+        };
+        if !push.begin_read() {
+            // Over meanwhile: nothing of it is sent, and nobody waits for the answer.
+            self.unanswered.remove(&(transfer, seq));
+            return Ok(Sent::Parked);
+        }
+        let Some(buffer) = up.free.pop() else {
+            push.end_read();
+            return Err(PairBroken("no announcement buffer is free".into()));
+        };
+        let announcement = announce(transfer, seq, &cells);
+        let bytes = writes.iter().flat_map(|w| &w.pieces).map(Range::len).sum();
+        push.used.add(Transport::Rdma);
+        up.reading.insert(buffer, push);
+        up.pair.write_and_announce(&writes, key, &announcement, buffer)?;
+        self.link.counters.bytes.add(bytes as u64);
+        self.link.counters.rdma_bytes.add(bytes as u64);
+        Ok(Sent::Bytes(bytes))
+    }
+
+    /// Looks at what the queue pair has done; true when there was something.
+    pub(crate) fn reap(&mut self) -> Result<bool, PairBroken> {
+        let State::Up(up) = &mut self.state else { return Ok(false) };
+        let mut done = mem::take(&mut up.done);
+        let result = up.pair.poll(&mut done);
+        let some = !done.is_empty();
+        for done in done.drain(..) {
+            if let Done::Sent(buffer) = done {
+                up.free.push(buffer);
+                if let Some(push) = up.reading.remove(&buffer) {
+                    push.end_read();
+                }
+            }
+        }
+        up.done = done;
+        result?;
+        if some {
+            self.spin_until = Instant::now() + SPIN;
+            self.unpark()?;
+        }
+        Ok(some)
+    }
+
+    /// Frames that have a key and waited for room only.
+    fn unpark(&mut self) -> Result<(), PairBroken> {
+        let ready = |parked: &Parked| {
+            let transfer = parked.push.ticket.transfer;
+            self.grants.get(&transfer).filter(|grant| grant.key.is_some()).map(|_| transfer)
+        };
+        if let Some(transfer) = self.parked.iter().find_map(ready)
+            && let Some(key) = self.grants.get(&transfer).and_then(|grant| grant.key)
+        {
+            self.granted(transfer, u64::from(key))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the next completion is probably near.
+    pub(crate) fn spins(&self) -> bool {
+        self.is_up() && Instant::now() < self.spin_until
+    }
+
+    /// Asks to be woken by the next completion. Look once more before waiting.
+    pub(crate) fn arm(&mut self) {
+        if let State::Up(up) = &mut self.state {
+            up.pair.arm();
+        }
+    }
+
+    /// Waits for the next completion.
+    pub(crate) async fn event(&self) {
+        match &self.state {
+            State::Up(up) => up.pair.event().await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// An answer came; whether it was for a frame of this lane.
+    pub(crate) fn settled(&mut self, transfer: u128, seq: u32) -> bool {
+        self.unanswered.remove(&(transfer, seq)).is_some()
+    }
+
+    /// Whether answers are due.
+    pub(crate) fn waits(&self) -> bool {
+        !self.unanswered.is_empty()
+    }
+
+    /// The queue pair broke on this side: nothing more is read or sent through it. The peer is told.
+    pub(crate) fn breaks(&mut self, PairBroken(reason): &PairBroken, out: &mut Outbox) -> usize {
+        if !self.is_up() {
+            return 0;
+        }
+        self.warn(Fallback::Broken, reason);
+        self.let_go(State::Falling);
+        Header::bare(Kind::Fallen, 0, SEQ_FALLEN, 0).put(&mut out.bytes);
+        1
+    }
+
+    /// The peer's queue pair is gone, and every answer it owed is here.
+    pub(crate) fn peer_down(&mut self, header: &Header) {
+        match &self.state {
+            State::Falling if header.seq == SEQ_FALLEN => self.resend(),
+            State::Up(_) | State::Offered { .. } if header.seq == 0 => {
+                self.warn(Fallback::PeerBroken, "the peer's queue pair broke");
+                self.let_go(State::Falling);
+                self.resend();
+            }
+            _ => {}
+        }
+    }
+
+    /// Destroys the queue pair; what it read is not read any more.
+    fn let_go(&mut self, next: State) {
+        let before = mem::replace(&mut self.state, next);
+        if let State::Up(up) = before {
+            let Up { pair, mut reading, .. } = *up;
+            drop(pair);
+            for push in reading.drain().map(|(_, push)| push) {
+                push.end_read();
+            }
+        }
+    }
+
+    /// What was not answered goes back to the pushes, to go another way.
+    fn resend(&mut self) {
+        self.state = State::Off { retry_at: Instant::now() + self.config.retry };
+        self.grants.clear();
+        self.parked.clear();
+        let frames = mem::take(&mut self.unanswered);
+        self.count(false);
+        for ((_, seq), push) in frames {
+            if self.config.required {
+                push.fail(PushError::Downgrade { reason: self.link.why_tcp() });
+            } else {
+                push.update(|inner| inner.state.unsend(seq));
+            }
+        }
+    }
+
+    fn goes_off(&mut self, why: Fallback, reason: &str) {
+        self.warn(why, reason);
+        self.let_go(State::Off { retry_at: Instant::now() + self.config.retry });
+        self.count(false);
+    }
+
+    fn warn(&self, why: Fallback, reason: &str) {
+        self.link.counters.fell_back(why);
+        // Said once for each new reason; the counter has all.
+        if self.link.falls_back(reason) {
+            tracing::warn!(reason, why = why.name(), "a peer is used over TCP although RDMA was wanted");
+        }
+    }
+
+    /// Pushes that are over: the peer may take their keys back once nothing of them is in flight.
+    fn forget_ended(&mut self, out: &mut Outbox) {
+        if self.grants.is_empty() {
+            return;
+        }
+        let State::Up(up) = &self.state else { return };
+        let mut ended = Vec::new();
+        for (transfer, grant) in &self.grants {
+            let phase = grant.push.phase();
+            let open = matches!(phase, PushPhase::Opening | PushPhase::Pushing | PushPhase::Committing);
+            let flying = up.reading.values().any(|push| Arc::ptr_eq(push, &grant.push));
+            if !open && !flying {
+                ended.push((*transfer, phase == PushPhase::Committed));
+            }
+        }
+        for (transfer, committed) in ended {
+            self.grants.remove(&transfer);
+            self.parked.retain(|parked| {
+                let keep = parked.push.ticket.transfer != transfer;
+                if !keep {
+                    self.unanswered.remove(&(transfer, parked.seq));
+                }
+                keep
+            });
+            if !committed {
+                Header::bare(Kind::Quiet, transfer, 0, 0).put(&mut out.bytes);
+            }
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.let_go(State::Falling);
+        self.count(false);
+    }
+}
+
+/// The writes of a frame: cells that follow each other at the peer become one, with as many pieces as the device takes.
+fn plan(push: &PushShared, cells: &[QueuedCell], base: u64, max_pieces: usize) -> Option<Vec<WriteTo>> {
+    let mut writes: Vec<WriteTo> = Vec::with_capacity(cells.len());
+    let mut end = None;
+    for cell in cells {
+        let slot = *push.ticket.slots.get(cell.index as usize)?;
+        let target = push.ticket.grid.cell(cell.plane, slot)?;
+        let source = push.place(cell.plane, cell.src_slot)?;
+        let remote = base.checked_add(target.start as u64)?;
+        let follows = end == Some(remote);
+        end = Some(base.checked_add(target.end as u64)?);
+        match writes.last_mut().filter(|_| follows) {
+            Some(write) if write.pieces.last().is_some_and(|last| last.end == source.start) => {
+                write.pieces.last_mut().into_iter().for_each(|last| last.end = source.end);
+            }
+            Some(write) if write.pieces.len() < max_pieces => write.pieces.push(source),
+            _ => writes.push(WriteTo { remote, pieces: vec![source] }),
+        }
+    }
+    Some(writes)
+}
+
+fn announce(transfer: u128, seq: u32, cells: &[QueuedCell]) -> Vec<u8> {
+    let mut body = Vec::with_capacity(cells.len() * CELL_BYTES);
+    for cell in cells {
+        CellDescriptor { plane: cell.plane, index: cell.index, checksum: cell.checksum }.put(&mut body);
+    }
+    let mut header = Header::bare(Kind::Placed, transfer, seq, 0);
+    header.count = u16::try_from(cells.len()).unwrap_or(u16::MAX);
+    let mut out = Vec::new();
+    header.put_with_body(&body, &mut out);
+    out
+}

@@ -1,0 +1,13 @@
+//! RDMA: devices found and opened at run time, queue pairs, memory windows. The rest of the crate sees only safe
+//! calls on ranges of a registered [`Region`](crate::Region).
+
+mod device;
+mod fabric;
+pub(crate) mod ffi;
+mod offer;
+mod queue_pair;
+
+pub use device::{DeviceSelector, Gid, GidKind, PortInfo, ports};
+pub use fabric::{Fabric, FabricConfig, FabricError};
+pub(crate) use offer::{Answer, Offer};
+pub(crate) use queue_pair::{Control, Done, PairBroken, QueuePair, Window, WriteTo};
