@@ -5,7 +5,7 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test clients chart observability images soak sabotage setup build model lint fmt
+.PHONY: demo test test-rdma clients chart observability images soak sabotage setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
@@ -32,6 +32,9 @@ clients: model ## OpenAI's client and an OpenTelemetry collector, unchanged; CLI
 MINUTES ?= 5
 soak: build model ## processes, etcd and load for MINUTES=5 with a random fault every few seconds; SEED=N repeats one
 	python3 tests/soak.py --tandem $(TANDEM) --model $(MODEL_DIR) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+test-rdma: ## KV over real verbs: builds a small kernel with soft-RoCE once (10 minutes), then tests inside it
+	@tools/rdma/test.sh
 
 sabotage: setup ## builds with one protection off at a time, each of which the model check must catch
 	tools/sabotage.sh

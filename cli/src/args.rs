@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kv_transport::verbs::DeviceSelector;
 
 use crate::trace::TraceArgs;
 
@@ -280,6 +281,31 @@ pub struct EngineArgs {
     pub max_waiting: usize,
 }
 
+/// Which ways KV takes from worker to worker.
+#[derive(Debug, Clone, Args)]
+pub struct TransportArgs {
+    /// The best way that both sides have (auto), only TCP, or RDMA or not at all on this machine
+    #[arg(long, value_enum, default_value_t = TransportKind::Auto)]
+    pub transport: TransportKind,
+    /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
+    #[arg(long, value_delimiter = ',')]
+    pub rdma_device: Vec<DeviceSelector>,
+    /// Refuse a peer without RDMA, and a transfer that would have to leave it, rather than use TCP
+    #[arg(long)]
+    pub require_rdma: bool,
+}
+
+/// Ways for KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TransportKind {
+    /// RDMA where both sides have it, else TCP
+    Auto,
+    /// Only TCP
+    Tcp,
+    /// RDMA; a worker without it does not start
+    Rdma,
+}
+
 /// Element type of the KV pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KvType {
@@ -333,6 +359,8 @@ pub struct UpArgs {
     pub model: ModelChoice,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub transport: TransportArgs,
     #[command(flatten)]
     pub placement: PlacementArgs,
     #[command(flatten)]
@@ -401,6 +429,8 @@ pub struct WorkerArgs {
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]
+    pub transport: TransportArgs,
+    #[command(flatten)]
     pub trace: TraceArgs,
     /// Stop when standard input ends (set by `up` on its children)
     #[arg(long, hide = true)]
@@ -448,6 +478,8 @@ pub struct GenerateArgs {
     pub model: ModelChoice,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub transport: TransportArgs,
     #[command(flatten)]
     pub placement: PlacementArgs,
 }

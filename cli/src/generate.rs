@@ -50,6 +50,7 @@ fn spec(args: &GenerateArgs) -> LocalSpec<'_> {
         listen: ([127, 0, 0, 1], 0).into(),
         model: &args.model,
         engine: &args.engine,
+        transport: &args.transport,
         placement: &args.placement,
         trace: crate::trace::TraceArgs::default(),
         log: log_level(),

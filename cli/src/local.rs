@@ -14,7 +14,7 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::{EngineArgs, ModelChoice, PlacementArgs, UpArgs};
+use crate::args::{EngineArgs, ModelChoice, PlacementArgs, TransportArgs, TransportKind, UpArgs};
 use crate::trace::{self, TraceArgs};
 use crate::{model, serve, signal};
 
@@ -31,6 +31,7 @@ pub struct LocalSpec<'a> {
     pub listen: SocketAddr,
     pub model: &'a ModelChoice,
     pub engine: &'a EngineArgs,
+    pub transport: &'a TransportArgs,
     pub placement: &'a PlacementArgs,
     pub trace: TraceArgs,
     pub log: String,
@@ -142,6 +143,18 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         .args(["--max-sequences", &engine.max_sequences.to_string()])
         .args(["--max-waiting", &engine.max_waiting.to_string()]);
     command.args(spec.trace.flags());
+    let way = match spec.transport.transport {
+        TransportKind::Auto => "auto",
+        TransportKind::Tcp => "tcp",
+        TransportKind::Rdma => "rdma",
+    };
+    command.args(["--transport", way]);
+    if spec.transport.require_rdma {
+        command.arg("--require-rdma");
+    }
+    for device in &spec.transport.rdma_device {
+        command.args(["--rdma-device", &device.to_string()]);
+    }
     for (flag, value) in [
         ("--threads", engine.threads),
         ("--kv-blocks", engine.kv_blocks),
@@ -171,6 +184,7 @@ pub async fn up(args: UpArgs) -> anyhow::Result<()> {
         listen: args.listen,
         model: &args.model,
         engine: &args.engine,
+        transport: &args.transport,
         placement: &args.placement,
         trace: args.trace.clone(),
         log: log_level(),

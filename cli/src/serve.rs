@@ -14,8 +14,9 @@ use router::text::model::TextModel;
 use router::{Registry, RouterConfig};
 use tokio::net::TcpListener;
 use worker::WorkerConfig;
+use worker::transport::{TransportChoice, TransportConfig};
 
-use crate::args::{Device, PlacementArgs, PrefillOn, RouterArgs, WorkerArgs};
+use crate::args::{Device, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind, WorkerArgs};
 use crate::{engines, model, signal, trace};
 
 /// Tokens in one step of a prefill worker: enough rows to fill the matrix units.
@@ -139,6 +140,7 @@ impl Start {
             progress_timeout: Duration::from_secs(args.progress_seconds),
             lease: Duration::from_secs(args.lease_seconds),
             drain_deadline: Duration::from_secs(args.drain_seconds),
+            transport: transport(&args.transport)?,
         };
         let registry: Arc<dyn Join> = match &args.registry {
             Some(address) => Arc::new(RemoteRegistry::new(address)),
@@ -150,6 +152,18 @@ impl Start {
         announce(role, &model_name, bound);
         Ok(Self { config, built, registry, listener })
     }
+}
+
+fn transport(args: &TransportArgs) -> anyhow::Result<TransportConfig> {
+    let choice = match args.transport {
+        TransportKind::Auto => TransportChoice::Auto,
+        TransportKind::Tcp => TransportChoice::Tcp,
+        TransportKind::Rdma => TransportChoice::Rdma,
+    };
+    if args.require_rdma && choice == TransportChoice::Tcp {
+        anyhow::bail!("--require-rdma: contradicts --transport tcp; leave one of them out");
+    }
+    Ok(TransportConfig { choice, devices: args.rdma_device.clone(), require_rdma: args.require_rdma })
 }
 
 async fn load_engine(

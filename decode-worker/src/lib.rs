@@ -59,23 +59,27 @@ pub async fn run(
     let address = config.worker.address(bound);
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
+    let ways = config.worker.transport.open(&region).map_err(|e| LifeError::Broken(e.to_string()))?;
     let sender = Sender::new(
         config.worker.identity(),
         region.clone(),
         worker::pool::grid(kv.as_ref()),
-        SenderConfig { progress_timeout: config.worker.progress_timeout, ..SenderConfig::default() },
+        ways.sender(SenderConfig {
+            progress_timeout: config.worker.progress_timeout,
+            ..SenderConfig::default()
+        }),
     );
     let receiver = Receiver::new(
         config.worker.identity(),
         region,
         worker::pool::grid(kv.as_ref()),
-        ReceiverConfig {
+        ways.receiver(ReceiverConfig {
             endpoints: vec![address.clone()],
             // Every sequence that is let in may wait for a transfer: the bounds add up.
             max_transfers: config.worker.max_sequences + config.worker.max_waiting,
             progress_timeout: config.worker.progress_timeout,
             ..ReceiverConfig::default()
-        },
+        }),
     );
     let load = Arc::new(watch::channel(Load::default()).0);
     let progress = Progress::default();
@@ -124,7 +128,7 @@ pub async fn run(
 
     let mut routes = RoutesBuilder::default();
     routes.add_service(DecodeWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
-    let member = config.worker.member(Role::Decode, &address, &layout, &info);
+    let member = config.worker.member(Role::Decode, &address, &layout, &info, &ways);
     let life =
         Life { config: config.worker, member, registry: deps.registry, load, attempts, progress, page };
     let on_kv = {

@@ -64,6 +64,9 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
     let help = "Connections and tickets refused: of another start or an ended transfer (stale), or with a wrong secret.";
     let refused = m.counters("tandem_kv_refused_total", help, "reason", &["stale", "forged"]);
     let nonsense = m.counter("tandem_kv_protocol_errors_total", "KV connections closed because of nonsense.");
+    let rdma =
+        m.counter("tandem_kv_rdma_received_bytes_total", "Of the KV bytes received, those written by RDMA.");
+    let lost = m.counter("tandem_kv_queue_pairs_lost_total", "Queue pairs that broke on this side.");
     let connections = m.gauge("tandem_kv_connections", "Open KV connections.");
     move || {
         let stats = receiver.stats();
@@ -72,6 +75,8 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
             landings.of(end.name()).absolute(total);
         }
         bytes.absolute(stats.bytes_total);
+        rdma.absolute(stats.rdma_bytes_total);
+        lost.absolute(stats.queue_pairs_lost_total);
         discarded.absolute(stats.discarded_bytes_total);
         duplicates.absolute(stats.duplicate_cells_total);
         failures.absolute(stats.checksum_failures_total);

@@ -8,9 +8,12 @@ pub(crate) fn push(error: PushError) -> Status {
     let text = format!("KV push: {error}");
     match error {
         PushError::Ticket(_) | PushError::Layout { .. } => Status::invalid_argument(text),
-        PushError::Connect { .. } | PushError::PeerGone | PushError::Stalled | PushError::Busy { .. } => {
-            Status::unavailable(text)
-        }
+        PushError::Connect { .. }
+        | PushError::PeerGone
+        | PushError::Stalled
+        | PushError::Busy { .. }
+        | PushError::Refused(Refusal::Downgrade)
+        | PushError::Downgrade { .. } => Status::unavailable(text),
         PushError::Refused(Refusal::Corrupt) | PushError::Corrupt => Status::data_loss(text),
         PushError::Refused(_) | PushError::Closed => Status::aborted(text),
         PushError::Expired => Status::deadline_exceeded(text),

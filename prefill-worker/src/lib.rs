@@ -52,11 +52,15 @@ pub async fn run(
     let address = config.worker.address(bound);
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
+    let ways = config.worker.transport.open(&region).map_err(|e| LifeError::Broken(e.to_string()))?;
     let sender = Sender::new(
         config.worker.identity(),
         region,
         worker::pool::grid(kv.as_ref()),
-        SenderConfig { progress_timeout: config.worker.progress_timeout, ..SenderConfig::default() },
+        ways.sender(SenderConfig {
+            progress_timeout: config.worker.progress_timeout,
+            ..SenderConfig::default()
+        }),
     );
     let load = Arc::new(watch::channel(Load::default()).0);
     let progress = Progress::default();
@@ -99,7 +103,7 @@ pub async fn run(
 
     let mut routes = RoutesBuilder::default();
     routes.add_service(PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
-    let member = config.worker.member(Role::Prefill, &address, &layout, &info);
+    let member = config.worker.member(Role::Prefill, &address, &layout, &info, &ways);
     let life =
         Life { config: config.worker, member, registry: deps.registry, load, attempts, progress, page };
     // Nothing is pushed to a prefill worker; a KV connection to it is closed.

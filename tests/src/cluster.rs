@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
 use worker::WorkerConfig;
+use worker::transport::TransportConfig;
 
 use crate::gate::Gate;
 
@@ -59,6 +60,8 @@ pub struct Spec {
     pub queue_patience: Duration,
     /// Longest time without a step or a byte.
     pub progress_timeout: Duration,
+    /// Which ways KV takes.
+    pub transport: TransportConfig,
     /// Engines that can be held, by worker.
     pub gates: BTreeMap<String, Gate>,
     /// Where spans go.
@@ -81,6 +84,7 @@ impl Default for Spec {
             max_queued: 256,
             queue_patience: Duration::from_secs(60),
             progress_timeout: Duration::from_secs(30),
+            transport: TransportConfig::default(),
             gates: BTreeMap::new(),
             tracer: Tracer::default(),
         }
@@ -231,6 +235,7 @@ impl Cluster {
             progress_timeout: spec.progress_timeout,
             lease: Duration::from_secs(10),
             drain_deadline: Duration::from_secs(30),
+            transport: spec.transport.clone(),
         };
         let registry = Arc::clone(join);
         let vocabulary = Vocabulary::of(model, config.vocab, &config.eos);

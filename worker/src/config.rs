@@ -13,6 +13,7 @@ use telemetry::trace::Tracer;
 use tokio::sync::Semaphore;
 
 use crate::request::Limits;
+use crate::transport::{TransportConfig, Ways};
 
 /// What a worker works with.
 pub struct Deps {
@@ -56,6 +57,8 @@ pub struct WorkerConfig {
     pub lease: Duration,
     /// How long a drain may take before what is left is cut. Default 30 s.
     pub drain_deadline: Duration,
+    /// Which ways KV takes.
+    pub transport: TransportConfig,
 }
 
 impl WorkerConfig {
@@ -90,7 +93,14 @@ impl WorkerConfig {
     }
 
     /// The member that this worker registers as.
-    pub fn member(&self, role: Role, address: &str, layout: &KvLayout, info: &EngineInfo) -> Member {
+    pub fn member(
+        &self,
+        role: Role,
+        address: &str,
+        layout: &KvLayout,
+        info: &EngineInfo,
+        ways: &Ways,
+    ) -> Member {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Member {
             worker: self.name.clone(),
@@ -99,7 +109,7 @@ impl WorkerConfig {
             model: self.model.clone(),
             compat_hash: self.compat_hash.clone(),
             incarnation: self.incarnation,
-            transports: vec!["tcp".into()],
+            transports: ways.names(),
             zone: self.zone.clone(),
             block_tokens: count(layout.block_tokens),
             total_blocks: count(layout.blocks),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use cluster::Load;
 use engine::kv::pool::BlockPool;
-use kv_transport::{Sender, SenderStats};
+use kv_transport::{Fallback, Sender, SenderStats};
 use telemetry::{Counter, Family, Histogram, Metrics};
 use tokio::sync::watch;
 use tonic::{Code, Status};
@@ -105,6 +105,12 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
     let refetched =
         m.counter("tandem_kv_refetched_cells_total", "Cells sent again because of a bad checksum.");
     let connects = m.counter("tandem_kv_connects_total", "KV connections made.");
+    let rdma = m.counter("tandem_kv_rdma_sent_bytes_total", "Of the KV bytes sent, those written by RDMA.");
+    let help = "Peers with warm connections, by the way that KV takes to them.";
+    let peers_by = m.gauges("tandem_kv_peers", help, "transport", &["rdma", "tcp"]);
+    let help = "Times that a peer was used over TCP although RDMA was wanted.";
+    let fallbacks =
+        m.counters("tandem_kv_fallbacks_total", help, "reason", &Fallback::ALL.map(Fallback::name));
     move || {
         let SenderStats {
             committed_total,
@@ -112,6 +118,10 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
             bytes_total,
             refetched_cells_total,
             connects_total,
+            rdma_bytes_total,
+            rdma_peers,
+            peers,
+            fallbacks_total,
             ..
         } = sender.stats();
         bytes.absolute(bytes_total);
@@ -119,5 +129,11 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         pushes.of("failed").absolute(failed_total);
         refetched.absolute(refetched_cells_total);
         connects.absolute(connects_total);
+        rdma.absolute(rdma_bytes_total);
+        peers_by.of("rdma").set(rdma_peers as f64);
+        peers_by.of("tcp").set((peers - rdma_peers) as f64);
+        for (why, total) in fallbacks_total {
+            fallbacks.of(why.name()).absolute(total);
+        }
     }
 }

@@ -104,6 +104,18 @@ impl std::str::FromStr for DeviceSelector {
     }
 }
 
+impl fmt::Display for DeviceSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.device)?;
+        // A GID belongs to a port: without one, the first.
+        match (self.port, self.gid) {
+            (None, None) => Ok(()),
+            (port, None) => write!(f, ":{}", port.unwrap_or(1)),
+            (port, Some(gid)) => write!(f, ":{}:{gid}", port.unwrap_or(1)),
+        }
+    }
+}
+
 /// An open device's context together with what was read about its ports.
 pub(crate) struct Opened {
     pub(crate) context: *mut ffi::Context,

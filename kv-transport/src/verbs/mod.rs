@@ -7,6 +7,10 @@ pub(crate) mod ffi;
 mod offer;
 mod queue_pair;
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod key_tests;
+
 pub use device::{DeviceSelector, Gid, GidKind, PortInfo, ports};
 pub use fabric::{Fabric, FabricConfig, FabricError};
 pub(crate) use offer::{Answer, Offer};
