@@ -8,7 +8,7 @@ mod offer;
 mod queue_pair;
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::single_range_in_vec_init)] // pieces are ranges
 mod key_tests;
 
 pub use device::{DeviceSelector, Gid, GidKind, PortInfo, ports};
