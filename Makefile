@@ -25,8 +25,8 @@ observability: model ## alarms with their unit tests, the dashboard, real metric
 images: model ## Dockerfile and compose.yaml: hadolint, the compose specification, flags, the health check
 	@python3 deploy/test/images.py "$$(deploy/test/tools.sh)" $(TANDEM) $(MODEL_DIR)
 
-CLIENTS ?= openai rotel
-clients: model ## OpenAI's client and an OpenTelemetry collector, unchanged; CLIENTS='grpcurl aiperf guidellm' for the others
+CLIENTS ?= openai page rotel
+clients: model ## OpenAI's client, a browser on the status page, an OpenTelemetry collector; CLIENTS='grpcurl aiperf guidellm' for the others
 	@tests/clients/run.sh $(TANDEM) $(CACHE) $(CLIENTS)
 
 MINUTES ?= 5

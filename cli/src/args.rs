@@ -58,6 +58,10 @@ pub enum Command {
     Drain(DrainArgs),
     /// Let a drained worker take requests again
     Undrain(DrainArgs),
+    /// Show the cluster once: workers, rates, what moved
+    Status(StatusArgs),
+    /// Watch the cluster live, in a terminal
+    Top(TopArgs),
     /// Fetch, import and inspect models
     Model(ModelArgs),
     /// Measure the parts on the machine at hand
@@ -330,6 +334,12 @@ pub struct PlacementArgs {
     /// Longest wait for room on a worker, seconds
     #[arg(long, default_value_t = 30)]
     pub queue_seconds: u64,
+    /// Time to first token that counts as good, ms; for the status and the metrics only
+    #[arg(long, default_value_t = 2000)]
+    pub slo_ttft_ms: u64,
+    /// Mean gap between tokens that counts as good, ms; for the status and the metrics only
+    #[arg(long, default_value_t = 100)]
+    pub slo_itl_ms: u64,
 }
 
 /// Where prompts are prefilled.
@@ -482,6 +492,31 @@ pub struct GenerateArgs {
     pub transport: TransportArgs,
     #[command(flatten)]
     pub placement: PlacementArgs,
+}
+
+/// Settings of `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Router of the cluster, host:port
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub addr: String,
+    /// One JSON object, as at /status.json
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Settings of `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Router of the cluster, host:port
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub addr: String,
+    /// Seconds between looks, 0.2 to 60
+    #[arg(long, default_value_t = 1.0)]
+    pub every: f64,
+    /// Print one JSON object and end, as `status --json` does
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Settings of `drain` and `undrain`.

@@ -14,6 +14,8 @@ mod prompts;
 mod report;
 mod serve;
 mod signal;
+mod status;
+mod top;
 mod trace;
 
 use clap::Parser;
@@ -36,6 +38,8 @@ fn main() -> std::process::ExitCode {
             Command::Generate(args) => generate::run(args).await,
             Command::Drain(args) => drain::run(args, true).await,
             Command::Undrain(args) => drain::run(args, false).await,
+            Command::Status(args) => status::run(args).await,
+            Command::Top(args) => top::run(args).await,
             Command::Model(args) => model::run(args).await,
             Command::Bench(args) => bench::run(args).await,
             Command::Plan(args) => plan::run(args).await,

@@ -10,6 +10,7 @@ use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry, Role};
 use decode_worker::DecodeConfig;
 use prefill_worker::PrefillConfig;
 use router::placement::Policy;
+use router::status::Slo;
 use router::text::model::TextModel;
 use router::{Registry, RouterConfig};
 use tokio::net::TcpListener;
@@ -62,6 +63,10 @@ pub fn router_config(args: &PlacementArgs, drain_deadline: Duration) -> RouterCo
             PrefillOn::Local => Policy::Local,
         },
         drain_deadline,
+        slo: Slo {
+            ttft: Duration::from_millis(args.slo_ttft_ms),
+            itl: Duration::from_millis(args.slo_itl_ms),
+        },
     }
 }
 

@@ -84,6 +84,7 @@ pub async fn run(
     let load = Arc::new(watch::channel(Load::default()).0);
     let progress = Progress::default();
     let shown = telemetry::Metrics::default();
+    config.worker.tell(&shown, Role::Decode);
     let counters = metrics::LoopMetrics::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());

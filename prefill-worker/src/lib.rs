@@ -65,6 +65,7 @@ pub async fn run(
     let load = Arc::new(watch::channel(Load::default()).0);
     let progress = Progress::default();
     let shown = telemetry::Metrics::default();
+    config.worker.tell(&shown, Role::Prefill);
     let steps = worker::metrics::Steps::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());

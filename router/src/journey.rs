@@ -16,6 +16,7 @@ use crate::metrics::Metrics;
 use crate::placement::{Model, Policy};
 use crate::relay::{self, Relay};
 use crate::request::Prepared;
+use crate::status::Board;
 use crate::text::model::TextModel;
 use crate::timeline::{Timeline, millis};
 use telemetry::trace::{Span, Tracer};
@@ -42,6 +43,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Where spans go.
     pub tracer: Tracer,
+    /// What operators see.
+    pub board: Board,
     /// This start of this router, to workers.
     pub origin: String,
 }
@@ -123,6 +126,9 @@ impl Journey {
             Ok(()) => Ok(relay::complete(self.complete())),
             Err(status) => {
                 shared.metrics.ended_badly(&status);
+                if status.code() != Code::Cancelled {
+                    shared.board.note_failed();
+                }
                 self.span.fail(crate::metrics::outcome(status.code()), status.message());
                 Err(status)
             }
@@ -208,8 +214,9 @@ impl Journey {
         let (choices, output_tokens) = self.relay.complete();
         self.timeline.trace(&self.span);
         trace_ends(&self.span, &choices, sequence.prompt.len(), output_tokens);
-        self.shared.metrics.ended_well(&self.timeline, sequence.prompt.len(), output_tokens);
-        v1::Complete {
+        let shared = self.shared;
+        shared.metrics.gaps(self.timeline.gaps_ms());
+        let complete = v1::Complete {
             choices,
             usage: Some(v1::Usage {
                 prompt_tokens: sequence.prompt.len() as u32,
@@ -220,7 +227,10 @@ impl Journey {
             kv: Some(self.kv),
             request_id: sequence.request_id.clone(),
             seed: sequence.sampling.as_ref().map_or(0, |s| s.seed),
-        }
+        };
+        shared.metrics.ended_well(&complete, shared.board.slo());
+        shared.board.note_ended(&complete);
+        complete
     }
 }
 

@@ -21,6 +21,7 @@ pub mod registry_service;
 pub mod relay;
 pub mod request;
 pub mod service;
+pub mod status;
 pub mod text;
 pub mod timeline;
 
@@ -44,6 +45,7 @@ use fleet::Fleet;
 use journey::Shared;
 use placement::{Model, Policy};
 use service::InferenceService;
+use status::{Board, Slo};
 use telemetry::trace::Tracer;
 use text::model::TextModel;
 
@@ -60,6 +62,8 @@ pub struct RouterConfig {
     pub policy: Policy,
     /// How long a drain may take. Default 30 s.
     pub drain_deadline: Duration,
+    /// What the status counts as good.
+    pub slo: Slo,
 }
 
 /// Where the fleet is found.
@@ -119,9 +123,10 @@ pub async fn run(
     };
     let fleet = Fleet::default();
     let registry = telemetry::Metrics::default();
-    let counters = metrics::Metrics::new(&registry);
+    let counters = metrics::Metrics::new(&registry, &deps.text.name);
     let admission = Admission::new(config.max_running, config.max_waiting);
     let collect = metrics::collect(&registry, fleet.clone(), admission.clone());
+    let board = Board::new(deps.text.name.clone(), config.slo, fleet.clone(), admission.clone());
     let (ready, is_ready) = watch::channel(true);
     let following = tokio::spawn(fleet.clone().follow(picture));
     let shared = Arc::new(Shared {
@@ -133,10 +138,13 @@ pub async fn run(
         model: Mutex::new(FIRST_GUESS),
         metrics: counters,
         tracer: deps.tracer,
+        board: board.clone(),
         origin: proto::new_request_id(),
     });
-    routes
-        .add_service(OperatorServer::new(operator_service::OperatorService { fleet: shared.fleet.clone() }));
+    routes.add_service(OperatorServer::new(operator_service::OperatorService {
+        fleet: shared.fleet.clone(),
+        board: board.clone(),
+    }));
     let inference = InferenceService::new(shared);
     routes.add_service(
         InferenceServer::new(inference.clone()).max_decoding_message_size(proto::MAX_MESSAGE_BYTES),
@@ -145,7 +153,9 @@ pub async fn run(
         .await
         .map_err(|e| RunError::Serve(e.to_string()))?;
     let pages = telemetry::http::routes(registry.page(collect), is_ready);
-    let routes = Routes::from(routes.into_axum_router().merge(pages).merge(http::routes(inference)));
+    let routes = Routes::from(
+        routes.into_axum_router().merge(pages).merge(http::routes(inference)).merge(status::routes(board)),
+    );
     let server = Server::builder()
         .accept_http1(true)
         .tcp_nodelay(true)

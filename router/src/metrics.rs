@@ -1,11 +1,12 @@
 //! What a router counts. The table for operators is docs/METRICS.md, kept true by a test.
 
+use proto::v1;
 use telemetry::{Counter, Family, Gauge, Histogram};
 use tonic::{Code, Status};
 
 use crate::admission::Admission;
 use crate::fleet::Fleet;
-use crate::timeline::Timeline;
+use crate::status::Slo;
 
 /// How requests end.
 const OUTCOMES: [&str; 12] = [
@@ -57,15 +58,23 @@ pub struct Metrics {
     /// Request ids refused because they are running.
     pub duplicates: Counter,
     prompt_tokens: Counter,
+    cached_tokens: Counter,
     output_tokens: Counter,
+    within_slo: Counter,
     first_token: Histogram,
     token_gap: Histogram,
+    per_token: Histogram,
     duration: Histogram,
+    queue: Histogram,
+    prefill: Histogram,
+    exposed: Histogram,
+    decode: Histogram,
 }
 
 impl Metrics {
     /// Registers all of them.
-    pub fn new(m: &telemetry::Metrics) -> Self {
+    pub fn new(m: &telemetry::Metrics, model: &str) -> Self {
+        m.info(&[("role", "router"), ("model", model), ("version", env!("CARGO_PKG_VERSION"))]);
         Self {
             requests: m.counters(
                 "tandem_requests_total",
@@ -97,6 +106,25 @@ impl Metrics {
                 .counter("tandem_duplicate_requests_total", "Requests refused because their id is running."),
             prompt_tokens: m
                 .counter("tandem_prompt_tokens_total", "Prompt tokens of requests that ended well."),
+            cached_tokens: m.counter(
+                "tandem_cached_prompt_tokens_total",
+                "Prompt tokens of requests that ended well whose KV the decode worker held already.",
+            ),
+            within_slo: m.counter(
+                "tandem_requests_within_slo_total",
+                "Requests that ended well within the router's limits for TTFT and mean ITL.",
+            ),
+            per_token: m.seconds(
+                "tandem_time_per_output_token_seconds",
+                "(Duration - TTFT) / (output tokens of a choice - 1).",
+            ),
+            queue: m.seconds("tandem_queue_seconds", "Waiting in the router and in the prefilling worker."),
+            prefill: m.seconds("tandem_prefill_seconds", "Computing the prompt, first chunk to last."),
+            exposed: m.seconds(
+                "tandem_exposed_transfer_seconds",
+                "Prefill computed to sequence runnable, of requests whose KV was pushed.",
+            ),
+            decode: m.seconds("tandem_decode_seconds", "First token to last."),
             output_tokens: m
                 .counter("tandem_output_tokens_total", "Output tokens of requests that ended well."),
             first_token: m
@@ -112,18 +140,41 @@ impl Metrics {
         self.requests.of(outcome(status.code())).increment(1);
     }
 
-    /// A request ended well.
-    pub fn ended_well(&self, timeline: &Timeline, prompt_tokens: usize, output_tokens: u32) {
-        self.requests.of("ok").increment(1);
-        self.prompt_tokens.increment(prompt_tokens as u64);
-        self.output_tokens.increment(u64::from(output_tokens));
-        if let Some(ttft) = timeline.ttft() {
-            self.first_token.record(ttft);
-        }
-        for gap_ms in timeline.gaps_ms() {
+    /// Gaps between the tokens of a request that ended well.
+    pub fn gaps(&self, gaps_ms: &[f64]) {
+        for gap_ms in gaps_ms {
             self.token_gap.record(gap_ms / 1e3);
         }
-        self.duration.record(timeline.elapsed());
+    }
+
+    /// A request ended well.
+    pub fn ended_well(&self, complete: &v1::Complete, slo: Slo) {
+        let usage = complete.usage.unwrap_or_default();
+        self.requests.of("ok").increment(1);
+        self.prompt_tokens.increment(u64::from(usage.prompt_tokens));
+        self.cached_tokens.increment(u64::from(usage.cached_tokens));
+        self.output_tokens.increment(u64::from(usage.output_tokens));
+        let Some(timeline) = &complete.timeline else { return };
+        let choices = complete.choices.len().max(1) as f64;
+        let later_tokens = f64::from(usage.output_tokens) / choices - 1.0;
+        for (histogram, ms) in [
+            (&self.first_token, timeline.ttft_ms),
+            (&self.duration, timeline.total_ms),
+            (&self.queue, timeline.queue_ms),
+            (&self.prefill, timeline.prefill_ms),
+            (&self.decode, timeline.decode_ms),
+        ] {
+            histogram.record(ms / 1e3);
+        }
+        if later_tokens > 0.0 {
+            self.per_token.record((timeline.total_ms - timeline.ttft_ms) / later_tokens / 1e3);
+        }
+        if complete.kv.as_ref().is_some_and(|kv| kv.bytes > 0) {
+            self.exposed.record(timeline.exposed_transfer_ms / 1e3);
+        }
+        if slo.is_met(timeline) {
+            self.within_slo.increment(1);
+        }
     }
 
     /// An attempt ended with this status and is followed by another one.

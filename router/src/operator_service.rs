@@ -7,6 +7,7 @@ use proto::v1::worker_control_client::WorkerControlClient;
 use tonic::{Code, Request, Response, Status};
 
 use crate::fleet::Fleet;
+use crate::status::Board;
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -14,10 +15,19 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct OperatorService {
     /// The workers.
     pub fleet: Fleet,
+    /// What was seen.
+    pub board: Board,
 }
 
 #[tonic::async_trait]
 impl v1::operator_server::Operator for OperatorService {
+    async fn get_status(
+        &self,
+        _call: Request<v1::GetStatusRequest>,
+    ) -> Result<Response<v1::ClusterStatus>, Status> {
+        Ok(Response::new(self.board.status()))
+    }
+
     async fn set_draining(
         &self,
         call: Request<v1::SetDrainingRequest>,

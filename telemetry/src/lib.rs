@@ -87,6 +87,19 @@ impl Metrics {
         })
     }
 
+    /// What this process is: a gauge that is always 1, for its labels.
+    pub fn info(&self, labels: &[(&'static str, &str)]) {
+        const NAME: &str = "tandem_build_info";
+        self.recorder.describe_gauge(
+            KeyName::from_const_str(NAME),
+            None,
+            "What this process is; always 1.".into(),
+        );
+        let labels: Vec<Label> =
+            labels.iter().map(|(label, value)| Label::new(*label, (*value).to_owned())).collect();
+        self.recorder.register_gauge(&Key::from_parts(NAME, labels), &METADATA).set(1.0);
+    }
+
     /// A histogram of seconds.
     pub fn seconds(&self, name: &'static str, help: &'static str) -> Histogram {
         self.recorder.describe_histogram(KeyName::from_const_str(name), None, help.into());

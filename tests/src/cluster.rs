@@ -18,6 +18,7 @@ use prefill_worker::PrefillConfig;
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::{self, generate_response::Event};
 use router::placement::Policy;
+use router::status::Slo;
 use router::text::model::TextModel;
 use router::{Registry, RouterConfig};
 use telemetry::trace::Tracer;
@@ -156,6 +157,7 @@ impl Cluster {
             queue_patience: spec.queue_patience,
             policy: spec.policy,
             drain_deadline: Duration::from_secs(5),
+            slo: Slo::default(),
         };
         let text = TextModel::load(model, "tiny").unwrap();
         let tracer = spec.tracer.clone();

@@ -75,6 +75,12 @@ impl WorkerConfig {
         Identity { worker: self.name.clone(), incarnation: self.incarnation }
     }
 
+    /// Shows what this process is.
+    pub fn tell(&self, metrics: &telemetry::Metrics, role: Role) {
+        let version = env!("CARGO_PKG_VERSION");
+        metrics.info(&[("role", role.name()), ("model", &self.model), ("version", version)]);
+    }
+
     /// What its requests are checked against.
     pub fn limits(&self, layout: KvLayout, info: &EngineInfo, vocabulary: Vocabulary) -> Arc<Limits> {
         Arc::new(Limits {

@@ -83,12 +83,15 @@ pub fn collect(
     let draining = m.gauge("tandem_draining", "1 while this worker takes nothing new.");
     let stuck = m.gauge("tandem_stuck", "1 while the engine has work and makes no steps.");
     let queued = m.gauge("tandem_queued_tokens", "Prompt tokens accepted and not computed.");
+    let usage = m.gauge("tandem_kv_usage_ratio", "KV blocks in use, 0 to 1; cached ones are not.");
     move || {
         let counts = pool.counts();
         let by_state = [counts.free, counts.cached, counts.running, counts.reserved, counts.quarantined];
         for (state, count) in BLOCK_STATES.iter().zip(by_state) {
             blocks.of(state).set(count as f64);
         }
+        let in_use = counts.total - counts.free - counts.cached;
+        usage.set(in_use as f64 / counts.total.max(1) as f64);
         let load = load.borrow().clone();
         sequences.of("running").set(f64::from(load.running));
         sequences.of("waiting").set(f64::from(load.waiting));
