@@ -19,6 +19,9 @@ use crate::{Entry, Join, Load, Member, Membership, Picture, RegistryError, Watch
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(500);
 const TIMEOUT: Duration = Duration::from_secs(3);
+/// Between pings on an idle connection. etcd closes connections that ping more often than every 5 s
+/// (--grpc-keepalive-min-time) as soon as nothing else is said on them.
+const PING: Duration = Duration::from_secs(10);
 
 /// An etcd cluster and the name of ours in it.
 #[derive(Clone)]
@@ -62,7 +65,7 @@ impl EtcdRegistry {
         let options = ConnectOptions::new()
             .with_connect_timeout(TIMEOUT)
             .with_timeout(TIMEOUT)
-            .with_keep_alive(Duration::from_secs(3), Duration::from_secs(3));
+            .with_keep_alive(PING, TIMEOUT);
         Client::connect(&self.endpoints, Some(options)).await.map_err(|e| self.trouble(e))
     }
 

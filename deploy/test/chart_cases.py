@@ -68,7 +68,8 @@ def planned(mode):
         if mode == "keda":
             assert o["ScaledObject", "llm-tandem-prefill"]["spec"]["triggers"] == [{
                 "type": "external", "metadata": {"scalerAddress": "llm-tandem-planner.serving:50081", "pool": "prefill"}}]
-            assert json.loads(o["ConfigMap", "llm-tandem-planner"]["data"]["profile.json"]) == {"kv_tokens": 1000}
+            assert json.loads(o["ConfigMap", "llm-tandem-planner"]["data"]["profile.json"]) == {
+                "kv_tokens": 1000, "step_base_seconds": 0.5}
         else:
             external = o["HorizontalPodAutoscaler", "llm-tandem-decode"]["spec"]["metrics"][0]["external"]
             assert external["metric"] == {"name": "tandem_planner_workers", "selector": {"matchLabels": {"pool": "decode"}}}
@@ -169,7 +170,7 @@ FEATURES = [
                               "prefill.autoscaling.metrics[0].external.target.value=3"), None),
     ("keda", sets("decode.autoscaling.mode=keda", "decode.autoscaling.target=32"), keda),
     ("planner, keda", sets("planner.enabled=true", "prefill.autoscaling.mode=keda", "decode.autoscaling.mode=keda",
-                           "monitoring.enabled=true", "planner.profile.kv_tokens=1000"), planned("keda")),
+                           "monitoring.enabled=true", "planner.profile.kv_tokens=1000", "planner.profile.step_base_seconds=0.5"), planned("keda")),
     ("planner, hpa", sets("planner.enabled=true", "prefill.autoscaling.mode=hpa", "decode.autoscaling.mode=hpa",
                           "monitoring.enabled=true"), planned("hpa")),
     ("Kubernetes 1.20", [*sets("prefill.autoscaling.mode=hpa", "router.autoscaling.enabled=true"), "--kube-version", "1.20.2"], old),
@@ -186,7 +187,7 @@ FEATURES = [
     ("alarms and dashboard", sets("monitoring.rules=true", "monitoring.dashboard=true", "monitoring.labels.release=kps"), alarms),
     ("egress", [*sets("networkPolicy.egress=true", "networkPolicy.monitoring[0].ipBlock.cidr=10.0.0.0/8"),
                 "--set-json", 'networkPolicy.clients=[{"namespaceSelector":{}}]'], egress),
-    ("tracing", [*sets("tracing.endpoint=http://otel:4317", "networkPolicy.egress=true"), "--set-json", "tracing.ratio=0.1"], tracing),
+    ("tracing", sets("tracing.endpoint=http://otel:4317", "networkPolicy.egress=true", "tracing.ratio=0.1"), tracing),
     ("external etcd", sets("etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379,http://b:2379}"), external),
     ("an image for each part", sets("image.tag=2.0.0", "decode.image.tag=1.9.0", "router.image.repository=reg/tandem",
                                     "router.image.digest=sha256:" + "a" * 64), images),
@@ -213,7 +214,7 @@ OUT_OF_RANGE = [
     "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
     "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
     "security.user=0", "router.prefillOn=never", "router.service.type=Ingress", "etcd.endpoints={https://a:2379}",
-    "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b", "tracing.ratio=2",
+    "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b", "tracing.ratio=2", "planner.sloItlSeconds=fast",
     "tracing.endpoint=otel:4317",
 ]
 CONFLICTS = [

@@ -1,6 +1,6 @@
 """Runs the chart on the real Kubernetes of node.sh and writes down what was done and seen.
 
-usage: verify.py HOME TOOLS TANDEM REPORT.md
+usage: verify.py HOME TOOLS TANDEM REPORT.md [STEP...]
   HOME     as given to node.sh, which is up and has the images of image.py
   TOOLS    the folder with helm3 and kubectl (deploy/test/tools.sh prints it)
   TANDEM   the binary, as a client
@@ -252,9 +252,10 @@ def main():
     say("Written by `deploy/test/kubernetes/verify.py` on Kubernetes 1.20.2 (API server, controllers, scheduler, kubelet, kube-proxy,")
     say("containerd, runc) built from Debian's source package, one node, images made of local files; how to repeat it is at the end.")
     say("This node enforces no NetworkPolicies, has no GPUs, no RDMA and no KEDA: those are only rendered and checked against schemas.")
-    for step in (install, answer, scale, upgrade, delete):
-        step()
-    hpa.verify(sys.modules[__name__])
+    steps = {"answer": answer, "scale": scale, "upgrade": upgrade, "delete": delete, "hpa": lambda: hpa.verify(sys.modules[__name__])}
+    install()
+    for name in sys.argv[5:] or steps:
+        steps[name]()
     say("\n## Repeat it\n\n```")
     say("cargo build --release --bin tandem && target/release/tandem model fetch")
     say("deploy/test/kubernetes/build.sh                 # once, about 6 minutes on two cores; root, Debian 12, a deb-src entry")
