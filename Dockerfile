@@ -14,13 +14,13 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     cargo build --release --locked --bin tandem \
  && strip -o /tandem target/release/tandem
 
-# What runs. Debian slim, not distroless: old Kubernetes versions run `sleep` in the router's preStop, compose.yaml asks
+# What runs. libibverbs is looked for when a worker starts, for RDMA. Debian slim, not distroless: old Kubernetes versions run `sleep` in the router's preStop, compose.yaml asks
 # /health with bash.
 FROM debian:bookworm-slim AS runtime
 # Debian's security updates are wanted, so versions are not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates libgcc-s1 \
+ && apt-get install -y --no-install-recommends ca-certificates ibverbs-providers libgcc-s1 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /tandem /usr/local/bin/tandem
 # Nothing is written but the kernel cache and temporary files: the root file system may be read-only.

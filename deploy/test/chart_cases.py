@@ -88,7 +88,9 @@ def rdma(o):
     limits = container(o, "prefill")["resources"]["limits"]
     assert limits == {"rdma/hca_shared_devices_a": 1, "hugepages-2Mi": "2Gi", "memory": "8Gi"}, limits
     assert container(o, "prefill")["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert {"--transport=rdma", "--rdma-device=mlx5_0,mlx5_1:1:3", "--require-rdma"} <= set(container(o, "prefill")["args"])
     assert "add" not in container(o, "decode")["securityContext"]["capabilities"]
+    assert "--transport=tcp" in container(o, "decode")["args"]
 
 
 def model_from(source):
@@ -176,7 +178,7 @@ FEATURES = [
     ("Kubernetes 1.20", [*sets("prefill.autoscaling.mode=hpa", "router.autoscaling.enabled=true"), "--kube-version", "1.20.2"], old),
     ("gpu, fp8", sets("prefill.device=cuda", "decode.device=cuda", "engine.quantize=fp8",
                       "prefill.resources.limits.memory=64Gi", "decode.resources.limits.memory=64Gi"), gpu),
-    ("rdma, hugepages", sets("prefill.rdma=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
+    ("rdma, hugepages", sets("prefill.rdma.enabled=true", "prefill.rdma.devices={mlx5_0,mlx5_1:1:3}", "prefill.rdma.require=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
                              "prefill.resources.limits.hugepages-2Mi=2Gi", "prefill.resources.limits.memory=8Gi"), rdma),
     ("model on a claim", sets("model.source=pvc", "model.pvc.claimName=models", "model.pvc.subPath=m"),
      model_from("persistentVolumeClaim")),
@@ -203,7 +205,7 @@ FEATURES = [
 MISSPELT = [
     "replica=2", "Prefill.replicas=2", "prefill.replica=2", "prefill.autoscaling.minReplica=1", "prefill.pdb.minAvailble=1",
     "prefill.resources.limit.cpu=1", "prefill.image.tags=x", "decode.kvMiB=1", "decode.tolerations[0].keys=x",
-    "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true",
+    "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true", "prefill.rdma.device=x",
     "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "engine.kvDtypes=bf16",
     "model.sources=pvc", "model.pvc.claim=x", "model.init.img=x", "log.level=info", "image.pullPolice=Always",
     "security.users=1", "serviceAccount.creates=true", "networkPolicy.egres=true", "networkPolicy.clients[0].pods=x",
@@ -230,6 +232,7 @@ CONFLICTS = [
     (["prefill.autoscaling.mode=hpa", "prefill.autoscaling.minReplicas=0"], "cannot count from 0"),
     (["prefill.autoscaling.mode=keda", "prefill.autoscaling.minReplicas=0"], "would never wake it"),
     (["planner.enabled=true", "decode.autoscaling.minReplicas=0"], "at least 1 with the planner"),
+    (["decode.rdma.require=true"], "rdma.require needs"),
     (["decode.maxSurge=0"], "cannot both be 0"),
     (["engine.quantize=fp8"], "needs device cuda"),
     (["prefill.device=cuda", "prefill.threads=4"], "is for device cpu"),

@@ -40,7 +40,7 @@ def documented():
         cells = [c.strip() for c in line.split("|")]
         if len(cells) > 4 and cells[1].startswith("`tandem_"):
             labels = {}
-            for label, values in re.findall(r"`(\w+)`: ([^`|]+)", cells[3]):
+            for label, values in re.findall(r"`(\w+)`: ([^`|;]+)", cells[3]):
                 labels[label] = {v.strip() for v in values.rstrip(" ;").split(",")}
             table[cells[1].strip("`")] = (cells[2], labels)
     return table
@@ -64,7 +64,7 @@ def expression(text, table, where):
                 continue
             check(label in labels, f"{where}: {name} has no label {label}")
             for value in values.split("|"):
-                check(value in labels.get(label, {}), f"{where}: {name} has no {label}={value}")
+                check({value, "any"} & labels.get(label, set()), f"{where}: {name} has no {label}={value}")
     for label in re.findall(r"by \(([^)]*)\)", text):
         known = FROM_SCRAPE | {x for name in re.findall(r"tandem_\w+", text) for x in table.get(name, ("", {}))[1]}
         check(set(re.split(r",\s*", label)) <= known, f"{where}: grouped by an unknown label: {label}")

@@ -68,7 +68,7 @@ spec:
           {{- include "tandem.probes" (dict "startupSeconds" $pool.startupSeconds) | nindent 10 }}
           securityContext:
             {{- include "tandem.containerSecurity" $top | nindent 12 }}
-              {{- if $pool.rdma }}
+              {{- if $pool.rdma.enabled }}
               add: [IPC_LOCK]
               {{- end }}
           {{- include "tandem.poolResources" $pool | nindent 10 }}
@@ -114,6 +114,15 @@ spec:
 {{- end }}
 {{- if $pool.stepTokens }}
 - --step-tokens={{ $pool.stepTokens }}
+{{- end }}
+- --transport={{ $pool.rdma.enabled | ternary "rdma" "tcp" }}
+{{- if $pool.rdma.enabled }}
+{{- with $pool.rdma.devices }}
+- --rdma-device={{ join "," . }}
+{{- end }}
+{{- if $pool.rdma.require }}
+- --require-rdma
+{{- end }}
 {{- end }}
 - --max-sequences={{ $pool.maxSequences }}
 - --max-waiting={{ $pool.maxWaiting }}

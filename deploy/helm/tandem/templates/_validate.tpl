@@ -36,6 +36,9 @@
 {{- if and $.Values.engine.quantize (ne $pool.device "cuda") -}}
 {{- fail (printf "engine.quantize needs device cuda, and %s.device is %s" $role $pool.device) -}}
 {{- end -}}
+{{- if and (not $pool.rdma.enabled) (or $pool.rdma.require $pool.rdma.devices) -}}
+{{- fail (printf "%s.rdma.require and .devices: rdma.require needs %s.rdma.enabled=true" $role $role) -}}
+{{- end -}}
 {{- if and (eq $pool.device "cuda") (gt (int $pool.threads) 0) -}}
 {{- fail (printf "%s.threads is for device cpu" $role) -}}
 {{- end -}}
