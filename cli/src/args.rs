@@ -66,6 +66,8 @@ pub enum Command {
     Model(ModelArgs),
     /// Measure the parts on the machine at hand
     Bench(BenchArgs),
+    /// Look at what fast KV needs of this machine: RDMA devices, limits, members; with a fix for each problem
+    Doctor(DoctorArgs),
     /// Replay a trace: how many workers each pool should have had, when and why, and what it would have cost
     Plan(PlanArgs),
     /// Run the planner on a live cluster: how many workers each pool should have, for KEDA and Prometheus
@@ -170,6 +172,60 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Steps of an engine with random weights, each beside the least time that the device's ceilings allow
     Engine(BenchEngineArgs),
+    /// The KV transport between two processes, or two hosts: bandwidth, latency, CPU time by block size
+    Kv(BenchKvArgs),
+}
+
+/// Settings of `bench kv`.
+#[derive(Debug, Args)]
+pub struct BenchKvArgs {
+    /// Be the far side, listening here, host:port, until interrupted; it reserves up to 4 GiB for whoever asks
+    #[arg(long)]
+    pub serve: Option<SocketAddr>,
+    /// The far side's address, host:port [default: a child process on loopback]
+    #[arg(long, conflicts_with = "serve")]
+    pub to: Option<String>,
+    /// Bytes of a block, comma-separated
+    #[arg(long, value_delimiter = ',', default_value = "4096,16384,65536,262144,1048576,4194304")]
+    pub blocks: Vec<u32>,
+    /// TCP connections
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub streams: u16,
+    /// MiB of one push
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub mib: u64,
+    /// Pushes of each block size
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub runs: u16,
+    /// Over RDMA, and nothing else
+    #[arg(long)]
+    pub rdma: bool,
+    /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
+    #[arg(long, value_delimiter = ',')]
+    pub rdma_device: Vec<DeviceSelector>,
+    /// One JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// Stop when standard input ends
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
+}
+
+/// Settings of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Also look at the members of the cluster behind this router, host:port
+    #[arg(long)]
+    pub addr: Option<String>,
+    /// The pool that is tried to be registered, MiB
+    #[arg(long, default_value_t = 1024)]
+    pub kv_mib: usize,
+    /// RDMA devices to look at, as for a worker
+    #[arg(long, value_delimiter = ',')]
+    pub rdma_device: Vec<DeviceSelector>,
+    /// A JSON list instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Settings of `bench engine`.

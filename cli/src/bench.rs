@@ -7,12 +7,33 @@ use anyhow::{Context, bail};
 use engine::model::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchTable, Device};
+use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device};
+use crate::kv;
 
 /// Runs what was asked for.
 pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
-    let BenchCommand::Engine(args) = args.command;
-    tokio::task::spawn_blocking(move || engine(&args)).await?
+    match args.command {
+        BenchCommand::Engine(args) => tokio::task::spawn_blocking(move || engine(&args)).await?,
+        BenchCommand::Kv(args) => match args.serve {
+            Some(address) => kv::serve(address, args.rdma_device, args.with_parent).await,
+            None => {
+                let json = args.json;
+                kv::run(&measured(args), json).await
+            }
+        },
+    }
+}
+
+fn measured(args: BenchKvArgs) -> kv::KvBench {
+    kv::KvBench {
+        to: args.to,
+        blocks: args.blocks,
+        streams: args.streams.into(),
+        mib: args.mib,
+        runs: args.runs.into(),
+        rdma: args.rdma,
+        devices: args.rdma_device,
+    }
 }
 
 fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {

@@ -3,10 +3,12 @@
 mod args;
 mod bench;
 mod dial;
+mod doctor;
 mod drain;
 mod engines;
 mod exit;
 mod generate;
+mod kv;
 mod local;
 mod model;
 mod plan;
@@ -42,6 +44,7 @@ fn main() -> std::process::ExitCode {
             Command::Top(args) => top::run(args).await,
             Command::Model(args) => model::run(args).await,
             Command::Bench(args) => bench::run(args).await,
+            Command::Doctor(args) => doctor::run(args).await,
             Command::Plan(args) => plan::run(args).await,
             Command::Planner(args) => plan::serve(args).await,
         }
