@@ -135,6 +135,8 @@ pub struct Output {
     pub text: Vec<String>,
     /// Log-probabilities by choice, when asked for.
     pub logprobs: Vec<Vec<v1::TokenLogprob>>,
+    /// Function calls by choice.
+    pub calls: Vec<Vec<v1::ToolCall>>,
     /// The last message.
     pub complete: v1::Complete,
 }
@@ -309,6 +311,7 @@ pub async fn collect(
         tokens: vec![Vec::new(); n],
         text: vec![String::new(); n],
         logprobs: vec![Vec::new(); n],
+        calls: vec![Vec::new(); n],
         ..Output::default()
     };
     while let Some(message) = stream.message().await? {
@@ -317,6 +320,7 @@ pub async fn collect(
                 output.tokens[chunk.index as usize].extend(chunk.token_ids);
                 output.text[chunk.index as usize].push_str(&chunk.text);
                 output.logprobs[chunk.index as usize].extend(chunk.logprobs);
+                output.calls[chunk.index as usize].extend(chunk.tool_calls);
             }
             Some(Event::Complete(complete)) => {
                 output.complete = complete;

@@ -91,6 +91,48 @@ async fn the_same_answer_as_over_grpc() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_required_call_comes_over_both_faces() {
+    let (_dir, cluster) = start(Spec::default()).await;
+    // Room for white space, of which a random model is fond.
+    let bias = [(220, -100.0), (198, -100.0), (197, -100.0), (201, -100.0)];
+    let schema = r#"{"type": "object", "properties": {"x": {"enum": [1, 22]}}, "required": ["x"], "additionalProperties": false}"#;
+    let tool = v1::Tool { name: "f".into(), parameters: schema.into(), ..Default::default() };
+    let choice = v1::ToolChoice { mode: v1::tool_choice::Mode::Required.into(), function: "f".into() };
+    let message = v1::ChatMessage { role: "user".into(), content: "hello".into(), ..Default::default() };
+    let chat = v1::ChatMessages {
+        messages: vec![message],
+        tools: vec![tool],
+        tool_choice: Some(choice),
+        ..Default::default()
+    };
+    let grpc = v1::GenerateRequest {
+        input: Some(v1::generate_request::Input::Chat(chat)),
+        sampling: Some(v1::SamplingParams { logit_bias: bias.into(), ..greedy(200) }),
+        ..Default::default()
+    };
+    let grpc = cluster.generate(grpc).await.unwrap();
+    assert_eq!(grpc.complete.choices[0].finish_reason(), v1::FinishReason::ToolCalls, "{:?}", grpc.text);
+    assert_eq!((grpc.text[0].as_str(), grpc.calls[0].len()), ("", 1));
+    let call = &grpc.calls[0][0];
+    let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
+    assert!(call.name == "f" && (arguments["x"] == 1 || arguments["x"] == 22), "{call:?}");
+
+    let mut http = hello();
+    http["max_tokens"] = json!(200);
+    http["logit_bias"] = bias.iter().map(|(id, bias)| (id.to_string(), json!(bias))).collect();
+    http["tools"] = json!([{"type": "function", "function":
+        {"name": "f", "parameters": serde_json::from_str::<Value>(schema).unwrap()}}]);
+    http["tool_choice"] = json!({"type": "function", "function": {"name": "f"}});
+    let (status, _, whole) = ask(&cluster, CHAT, &http).await;
+    let choice = &whole["choices"][0];
+    assert_eq!((status, &choice["finish_reason"]), (200, &json!("tool_calls")), "{whole}");
+    let function = &choice["message"]["tool_calls"][0]["function"];
+    assert_eq!((&function["name"], &function["arguments"]), (&json!("f"), &json!(call.arguments)));
+    cluster.assert_nothing_leaked().await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bad_requests_are_told_what_is_wrong() {
     let (_dir, cluster) = start(Spec::default()).await;
     let with = |field: &str, value: Value| {
