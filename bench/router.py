@@ -160,8 +160,12 @@ def table(results):
     print("\n| case | router | requests/s | requests per CPU second | added to first token p50 (ms) | p99 | gap p99 (ms) | resident MiB |\n|---|---|---|---|---|---|---|---|")
     middle = lambda runs, of: statistics.median(of(run) for run in runs)
     for case, routers in results.items():
+        routers = {name: [run for run in runs if run["requests"]] for name, runs in routers.items()}
         base = [middle(routers["direct"], lambda r, q=q: r["first_ms"][q]) for q in ("p50", "p99")]
         for name, runs in routers.items():
+            if not runs:
+                print(f"| {case} | {name} | refuses it | | | | | |")
+                continue
             added = [middle(runs, lambda r, q=q: r["first_ms"][q]) - b for q, b in zip(("p50", "p99"), base)]
             per_cpu = middle(runs, lambda r: 1e3 / r["cpu_ms"]) if "cpu_ms" in runs[0] else 0
             spread = f"({min(1e3 / r['cpu_ms'] for r in runs):.0f} to {max(1e3 / r['cpu_ms'] for r in runs):.0f})" if per_cpu else ""
