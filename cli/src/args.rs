@@ -433,6 +433,37 @@ pub struct UpArgs {
     pub trace: TraceArgs,
 }
 
+/// How etcd is reached. The files are read again at every connection.
+#[derive(Debug, Clone, Args)]
+pub struct EtcdArgs {
+    /// Authorities (PEM) that may have signed etcd's certificate; with https:// endpoints
+    #[arg(long, env = "TANDEM_ETCD_CA", requires = "etcd")]
+    pub etcd_ca: Option<PathBuf>,
+    /// Our certificate for etcd (PEM), where it asks for one
+    #[arg(long, env = "TANDEM_ETCD_CERT", requires = "etcd_key")]
+    pub etcd_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, env = "TANDEM_ETCD_KEY", requires = "etcd_cert")]
+    pub etcd_key: Option<PathBuf>,
+    /// User of etcd, where it has authentication
+    #[arg(long, env = "TANDEM_ETCD_USER", requires = "etcd_password_file")]
+    pub etcd_user: Option<String>,
+    /// File with the user's password on one line
+    #[arg(long, env = "TANDEM_ETCD_PASSWORD_FILE", requires = "etcd_user")]
+    pub etcd_password_file: Option<PathBuf>,
+}
+
+impl EtcdArgs {
+    /// The same for the registry.
+    pub fn access(&self) -> cluster::EtcdAccess {
+        cluster::EtcdAccess {
+            ca: self.etcd_ca.clone(),
+            identity: self.etcd_cert.clone().zip(self.etcd_key.clone()),
+            user: self.etcd_user.clone().zip(self.etcd_password_file.clone()),
+        }
+    }
+}
+
 /// Settings of `router`.
 #[derive(Debug, Args)]
 pub struct RouterArgs {
@@ -444,6 +475,8 @@ pub struct RouterArgs {
     /// etcd endpoints, comma-separated; without it the router keeps the registry itself, for workers with --registry
     #[arg(long, value_delimiter = ',', env = "TANDEM_ETCD")]
     pub etcd: Vec<String>,
+    #[command(flatten)]
+    pub etcd_access: EtcdArgs,
     /// Name of the cluster, the middle of its keys in etcd
     #[arg(long, default_value = "default")]
     pub cluster: String,
@@ -476,6 +509,8 @@ pub struct WorkerArgs {
     /// etcd endpoints, comma-separated
     #[arg(long, value_delimiter = ',', env = "TANDEM_ETCD", conflicts_with = "registry")]
     pub etcd: Vec<String>,
+    #[command(flatten)]
+    pub etcd_access: EtcdArgs,
     /// Address of a router that keeps the registry, host:port
     #[arg(long, required_unless_present = "etcd")]
     pub registry: Option<String>,

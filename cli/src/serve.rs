@@ -17,7 +17,9 @@ use tokio::net::TcpListener;
 use worker::WorkerConfig;
 use worker::transport::{TransportChoice, TransportConfig};
 
-use crate::args::{Device, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind, WorkerArgs};
+use crate::args::{
+    Device, EtcdArgs, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind, WorkerArgs,
+};
 use crate::{engines, model, signal, trace};
 
 /// Tokens in one step of a prefill worker: enough rows to fill the matrix units.
@@ -34,13 +36,14 @@ const RESERVATION: Duration = Duration::from_secs(120);
 /// Runs a router until it is told to stop.
 pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
-    let text = load_text(&args.model).await?;
     let registry = match args.etcd.is_empty() {
         true => Registry::Served(MemoryRegistry::new()),
-        false => Registry::Watched(Arc::new(
-            EtcdRegistry::new(&args.etcd, &args.cluster, cluster::etcd::DEFAULT_LEASE).patient(FIRST_CONTACT),
-        )),
+        false => {
+            let lease = cluster::etcd::DEFAULT_LEASE;
+            Registry::Watched(Arc::new(etcd(&args.etcd, &args.etcd_access, &args.cluster, lease)?))
+        }
     };
+    let text = load_text(&args.model).await?;
     let listener = bind(args.listen).await?;
     announce("router", &text.name, listener.local_addr()?);
     let config = router_config(&args.placement, Duration::from_secs(args.drain_seconds));
@@ -49,6 +52,18 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let ended = router::run(config, deps, listener, stop).await;
     trace::shutdown(tracer).await;
     Ok(ended?)
+}
+
+/// The registry on etcd; a file that could never work ends the process before a model is loaded.
+fn etcd(
+    endpoints: &[String],
+    access: &EtcdArgs,
+    cluster: &str,
+    lease: Duration,
+) -> anyhow::Result<EtcdRegistry> {
+    let access = access.access();
+    access.check(endpoints)?;
+    Ok(EtcdRegistry::new(endpoints, cluster, lease).with_access(access).patient(FIRST_CONTACT))
 }
 
 /// A router's settings.
@@ -119,6 +134,13 @@ impl Start {
         if args.stop_with_parent {
             signal::stop_with_parent(stop.clone());
         }
+        let registry: Arc<dyn Join> = match &args.registry {
+            Some(address) => Arc::new(RemoteRegistry::new(address)),
+            None => {
+                let lease = Duration::from_secs(args.lease_seconds);
+                Arc::new(etcd(&args.etcd, &args.etcd_access, &args.cluster, lease)?)
+            }
+        };
         let dir = model::folder(&args.model)?;
         let model_name = model::served_name(&args.model, &dir);
         let listener = bind(args.listen).await?;
@@ -146,13 +168,6 @@ impl Start {
             lease: Duration::from_secs(args.lease_seconds),
             drain_deadline: Duration::from_secs(args.drain_seconds),
             transport: transport(&args.transport)?,
-        };
-        let registry: Arc<dyn Join> = match &args.registry {
-            Some(address) => Arc::new(RemoteRegistry::new(address)),
-            None => {
-                let lease = Duration::from_secs(args.lease_seconds);
-                Arc::new(EtcdRegistry::new(&args.etcd, &args.cluster, lease).patient(FIRST_CONTACT))
-            }
         };
         announce(role, &model_name, bound);
         Ok(Self { config, built, registry, listener })

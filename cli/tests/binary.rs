@@ -10,9 +10,10 @@ use proto::v1::inference_client::InferenceClient;
 use proto::v1::{self};
 use serde_json::Value;
 use tandem_tests::cluster::{collect, greedy, request};
+use tandem_tests::etcd::Etcd;
 use tandem_tests::model;
 use tandem_tests::oracle::Oracle;
-use tandem_tests::process::{Etcd, Process, free_port, real_model};
+use tandem_tests::process::{Process, free_port, real_model};
 use tonic::transport::Channel;
 
 fn tandem() -> Command {
@@ -166,8 +167,22 @@ fn bad_requests_and_start_ups_say_what_is_wrong() {
     check(run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])), 1, "config.json");
 }
 
+fn at(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// Ended with that code and these words on standard error.
+fn refused(ended: (Option<i32>, String, String), code: i32, words: &str) {
+    let (ended, _, said) = ended;
+    assert!(ended == Some(code) && said.contains(words), "{ended:?}: {said}");
+}
+
 /// One process of a deployment on etcd.
 fn start(role: &str, name: &str, dir: &Path, etcd: &Etcd, listen: &str) -> Process {
+    start_with(role, name, dir, etcd, listen, &[])
+}
+
+fn start_with(role: &str, name: &str, dir: &Path, etcd: &Etcd, listen: &str, more: &[&str]) -> Process {
     let mut command = tandem();
     command
         .args([role, "--listen", listen, "--etcd", &etcd.url, "--cluster", "test", "--model"])
@@ -179,6 +194,7 @@ fn start(role: &str, name: &str, dir: &Path, etcd: &Etcd, listen: &str) -> Proce
     if role == "router" {
         command.args(["--prefill-on", "remote"]);
     }
+    command.args(more);
     Process(command.stdin(Stdio::null()).spawn().unwrap())
 }
 
@@ -256,6 +272,52 @@ async fn processes_on_etcd_join_leave_and_die() {
     let terminated = Command::new("kill").args(["-TERM", &d1.0.id().to_string()]).status().unwrap();
     assert!(terminated.success() && d1.0.wait().unwrap().success());
     wait_for(&mut client, &["d0", "p0"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_on_an_etcd_with_tls_and_a_user() {
+    let dir = tiny();
+    let etcd = Etcd::start_with(true, &[]).await;
+    for command in [
+        &["user", "add", "root:secret"][..],
+        &["user", "add", "tandem:pass"],
+        &["role", "add", "tandem"],
+        &["role", "grant-permission", "tandem", "readwrite", "/tandem/v1/test/", "--prefix"],
+        &["user", "grant-role", "root", "root"],
+        &["user", "grant-role", "tandem", "tandem"],
+        &["auth", "enable"],
+    ] {
+        assert!(etcd.ctl(command).is_some(), "{command:?}");
+    }
+    let password = etcd.dir().join("password");
+    std::fs::write(&password, "pass\n").unwrap();
+    let secured = etcd.secured.as_ref().unwrap();
+    let ca = ["--etcd-ca", &at(&secured.ca.cert)].map(str::to_owned);
+    let own =
+        ["--etcd-cert", &at(&secured.client.cert), "--etcd-key", &at(&secured.client.key)].map(str::to_owned);
+    let user = ["--etcd-user", "tandem", "--etcd-password-file", &at(&password)].map(str::to_owned);
+    let flags: Vec<&str> = ca.iter().chain(&own).chain(&user).map(String::as_str).collect();
+
+    let address = format!("127.0.0.1:{}", free_port());
+    let _router = start_with("router", "", dir.path(), &etcd, &address, &flags);
+    let mut client = client(&address).await;
+    let _p0 = start_with("prefill", "p0", dir.path(), &etcd, "127.0.0.1:0", &flags);
+    let _d0 = start_with("decode", "d0", dir.path(), &etcd, "127.0.0.1:0", &flags);
+    wait_for(&mut client, &["d0", "p0"]).await;
+    let answer = collect(client.clone(), request(&[1, 2, 3], greedy(5))).await.unwrap();
+    assert_eq!(answer.tokens[0].len(), 5);
+
+    // What could never work is said at once, by each role.
+    let model = at(dir.path());
+    for role in ["router", "prefill", "decode"] {
+        let base = [role, "--model", &model, "--listen", "127.0.0.1:0", "--etcd", &etcd.url];
+        refused(run(tandem().args(base)), 1, "needs --etcd-ca FILE");
+        let swapped = ["--etcd-cert", &own[1], "--etcd-key", &own[1]];
+        refused(run(tandem().args(base).args(&ca).args(swapped)), 1, "holds no private key");
+        refused(run(tandem().args(base).args(&ca).args(&own[..2])), 2, "--etcd-key");
+        std::fs::write(&password, "wrong\n").unwrap();
+        refused(run(tandem().args(base).args(&flags)), 1, "authentication failed");
+    }
 }
 
 /// A stopped process loses its lease and its requests; woken up it comes back, the same incarnation.

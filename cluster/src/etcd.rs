@@ -13,7 +13,7 @@ use futures::future::{BoxFuture, FutureExt};
 use tokio::sync::{oneshot, watch};
 
 use crate::remote::{jittered, to_json};
-use crate::{Entry, Join, Load, Member, Membership, Picture, RegistryError, Watch};
+use crate::{Entry, EtcdAccess, Join, Load, Member, Membership, Picture, RegistryError, Watch};
 
 /// How long a silent member stays listed.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(10);
@@ -27,6 +27,7 @@ const PING: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct EtcdRegistry {
     endpoints: Vec<String>,
+    access: EtcdAccess,
     prefix: String,
     lease: Duration,
     patience: Duration,
@@ -37,10 +38,16 @@ impl EtcdRegistry {
     pub fn new(endpoints: &[String], cluster: &str, lease: Duration) -> Self {
         Self {
             endpoints: endpoints.to_vec(),
+            access: EtcdAccess::default(),
             prefix: format!("/tandem/v1/{cluster}/"),
             lease: lease.max(Duration::from_secs(1)),
             patience: Duration::ZERO,
         }
+    }
+
+    /// With certificates, or as a user.
+    pub fn with_access(self, access: EtcdAccess) -> Self {
+        Self { access, ..self }
     }
 
     /// How long the first contact may take. An etcd that starts beside us, or is away for a moment, must not cost
@@ -66,20 +73,27 @@ impl EtcdRegistry {
             .with_connect_timeout(TIMEOUT)
             .with_timeout(TIMEOUT)
             .with_keep_alive(PING, TIMEOUT);
+        let options = self.access.apply(options).map_err(|e| RegistryError::Refused(e.to_string()))?;
         Client::connect(&self.endpoints, Some(options)).await.map_err(|e| self.trouble(e))
     }
 
     fn trouble(&self, error: etcd_client::Error) -> RegistryError {
+        use std::error::Error as _;
+        let away = |reason: String| RegistryError::Unreachable {
+            address: self.endpoints.join(","),
+            reason: format!("{reason}{}", self.access.hint(&reason)),
+        };
         match error {
+            // Said by our own connection, such as a refused certificate: the useful part is the cause.
+            etcd_client::Error::GRpcStatus(s) if s.source().is_some() => {
+                away(s.source().map(crate::remote::chain).unwrap_or_default())
+            }
             etcd_client::Error::GRpcStatus(s)
                 if !matches!(s.code() as i32, 1 | 4 | 14 /* cancelled, deadline, unavailable */) =>
             {
                 RegistryError::Refused(format!("etcd {:?}: {}", s.code(), s.message()))
             }
-            other => RegistryError::Unreachable {
-                address: self.endpoints.join(","),
-                reason: crate::remote::chain(&other),
-            },
+            other => away(crate::remote::chain(&other)),
         }
     }
 
@@ -92,33 +106,33 @@ impl EtcdRegistry {
     }
 
     /// Grants a lease and writes both keys under it.
-    async fn register(&self, member: &Member, load: &Load) -> Result<(Client, i64), RegistryError> {
+    async fn register(&self, member: &Member, load: Load) -> Result<Registered, RegistryError> {
         let mut client = self.connect().await?;
         let ttl = i64::try_from(self.lease.as_secs()).unwrap_or(10);
         let lease = client.lease_grant(ttl, None).await.map_err(|e| self.trouble(e))?.id();
         let on_lease = || Some(PutOptions::new().with_lease(lease));
         let worker = &member.worker;
-        client.put(self.load_key(worker), to_json(load), on_lease()).await.map_err(|e| self.trouble(e))?;
+        client.put(self.load_key(worker), to_json(&load), on_lease()).await.map_err(|e| self.trouble(e))?;
         client
             .put(self.member_key(worker), to_json(member), on_lease())
             .await
             .map_err(|e| self.trouble(e))?;
-        Ok((client, lease))
+        Ok(Registered { client, lease, published: load })
     }
 
     /// Keeps the lease and publishes load until something fails.
     async fn keep(
         &self,
-        client: &mut Client,
-        lease: i64,
+        held: &mut Registered,
         member: &Member,
         load: &mut watch::Receiver<Load>,
     ) -> Result<(), RegistryError> {
+        let Registered { client, lease, published } = held;
+        let lease = *lease;
         let (mut keeper, mut answers) = client.lease_keep_alive(lease).await.map_err(|e| self.trouble(e))?;
         let mut beat = tokio::time::interval(self.lease / 3);
         let mut publish = tokio::time::interval(Duration::from_secs(1));
         publish.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut published = load.borrow().clone();
         loop {
             tokio::select! {
                 _ = beat.tick() => {
@@ -136,11 +150,11 @@ impl EtcdRegistry {
                 }
                 _ = publish.tick() => {
                     let now = load.borrow_and_update().clone();
-                    if now != published {
+                    if now != *published {
                         let options = Some(PutOptions::new().with_lease(lease));
                         client.put(self.load_key(&member.worker), to_json(&now), options)
                             .await.map_err(|e| self.trouble(e))?;
-                        published = now;
+                        *published = now;
                     }
                 }
             }
@@ -150,8 +164,7 @@ impl EtcdRegistry {
     /// A member's whole life after its first registration.
     async fn stay(
         self,
-        mut client: Client,
-        mut lease: i64,
+        mut held: Registered,
         member: Member,
         mut load: watch::Receiver<Load>,
         mut left: oneshot::Receiver<()>,
@@ -159,22 +172,27 @@ impl EtcdRegistry {
         loop {
             tokio::select! {
                 _ = &mut left => {
-                    let _ = client.lease_revoke(lease).await;
+                    let _ = held.client.lease_revoke(held.lease).await;
                     return;
                 }
-                Err(why) = self.keep(&mut client, lease, &member, &mut load) => {
+                Err(why) = self.keep(&mut held, &member, &mut load) => {
                     tracing::warn!(%why, worker = %member.worker, "registration lost, registering again");
                 }
             }
-            (client, lease) = loop {
+            let mut told = String::new();
+            held = loop {
                 tokio::select! {
                     _ = &mut left => return,
                     _ = tokio::time::sleep(jittered(RETRY)) => {}
                 }
                 let now = load.borrow_and_update().clone();
-                match self.register(&member, &now).await {
+                match self.register(&member, now).await {
                     Ok(registered) => break registered,
-                    Err(error) => tracing::debug!(%error, "etcd still away"),
+                    Err(error) if told != error.to_string() => {
+                        tracing::warn!(%error, worker = %member.worker, "not registered; trying again");
+                        told = error.to_string();
+                    }
+                    Err(_) => {}
                 }
             };
             tracing::info!(worker = %member.worker, incarnation = member.incarnation, "registered again");
@@ -221,16 +239,16 @@ impl Join for EtcdRegistry {
     ) -> BoxFuture<'_, Result<Membership, RegistryError>> {
         async move {
             let (since, mut told) = (Instant::now(), false);
-            let (client, lease) = loop {
+            let held = loop {
                 let now = load.borrow().clone();
-                match self.register(&member, &now).await {
+                match self.register(&member, now).await {
                     Ok(registered) => break registered,
                     Err(error) if self.try_again(since, &error, &mut told).await => {}
                     Err(error) => return Err(error),
                 }
             };
             let registry = self.clone();
-            Ok(Membership::spawn(|left| registry.stay(client, lease, member, load, left)))
+            Ok(Membership::spawn(|left| registry.stay(held, member, load, left)))
         }
         .boxed()
     }
@@ -274,6 +292,13 @@ impl Watch for EtcdRegistry {
         }
         .boxed()
     }
+}
+
+/// A lease, and the load that was last written under it: what changed while it was granted is still to be said.
+struct Registered {
+    client: Client,
+    lease: i64,
+    published: Load,
 }
 
 /// The two key families, which may arrive in either order.

@@ -5,11 +5,13 @@
 //! models or tokens beyond what a member says of itself.
 
 pub mod etcd;
+pub mod etcd_access;
 pub mod member;
 pub mod memory;
 pub mod remote;
 
 pub use etcd::EtcdRegistry;
+pub use etcd_access::EtcdAccess;
 pub use member::{Load, Member, Role};
 pub use memory::MemoryRegistry;
 pub use remote::RemoteRegistry;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{EtcdRegistry, Join, Load, Member, MemoryRegistry, Picture, RegistryError, Role, Watch};
-use tandem_tests::process::{Etcd, free_port};
+use tandem_tests::etcd::Etcd;
+use tandem_tests::process::free_port;
 use tokio::sync::watch;
 
 fn member(worker: &str, incarnation: u64) -> Member {

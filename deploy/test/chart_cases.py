@@ -142,6 +142,19 @@ def external(o):
     assert "--etcd=http://a:2379,http://b:2379" in container(o, "router")["args"]
 
 
+def secured_etcd(o):
+    files = {"--etcd=https://a:2379", "--etcd-ca=/etc/tandem/etcd-tls/ca.crt", "--etcd-cert=/etc/tandem/etcd-tls/tls.crt",
+             "--etcd-key=/etc/tandem/etcd-tls/tls.key", "--etcd-user=tandem",
+             "--etcd-password-file=/etc/tandem/etcd-auth/password"}
+    for part in ("router", "prefill", "decode"):
+        assert files <= set(container(o, part)["args"]), container(o, part)["args"]
+        mounts = {m["name"]: m for m in container(o, part)["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod(o, part)["volumes"]}
+        for name, secret in (("etcd-tls", "certs"), ("etcd-auth", "users")):
+            assert mounts[name]["readOnly"] is True and mounts[name]["mountPath"] == f"/etc/tandem/{name}"
+            assert volumes[name]["secret"]["secretName"] == secret
+
+
 def images(o):
     assert container(o, "prefill")["image"] == "tandem:2.0.0"
     assert container(o, "decode")["image"] == "tandem:1.9.0"
@@ -191,6 +204,8 @@ FEATURES = [
                 "--set-json", 'networkPolicy.clients=[{"namespaceSelector":{}}]'], egress),
     ("tracing", sets("tracing.endpoint=http://otel:4317", "networkPolicy.egress=true", "tracing.ratio=0.1"), tracing),
     ("external etcd", sets("etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379,http://b:2379}"), external),
+    ("etcd with TLS and users", sets("etcd.bundled.enabled=false", "etcd.endpoints={https://a:2379}", "etcd.tls.secretName=certs",
+                                     "etcd.auth.user=tandem", "etcd.auth.secretName=users"), secured_etcd),
     ("an image for each part", sets("image.tag=2.0.0", "decode.image.tag=1.9.0", "router.image.repository=reg/tandem",
                                     "router.image.digest=sha256:" + "a" * 64), images),
     ("placed on nodes", sets("decode.nodeSelector.gpu=h100", "decode.tolerations[0].key=nvidia.com/gpu", "decode.zone=b",
@@ -206,7 +221,7 @@ MISSPELT = [
     "replica=2", "Prefill.replicas=2", "prefill.replica=2", "prefill.autoscaling.minReplica=1", "prefill.pdb.minAvailble=1",
     "prefill.resources.limit.cpu=1", "prefill.image.tags=x", "decode.kvMiB=1", "decode.tolerations[0].keys=x",
     "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true", "prefill.rdma.device=x",
-    "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "engine.kvDtypes=bf16",
+    "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "etcd.tls.secret=x", "etcd.auth.password=x", "engine.kvDtypes=bf16",
     "model.sources=pvc", "model.pvc.claim=x", "model.init.img=x", "log.level=info", "image.pullPolice=Always",
     "security.users=1", "serviceAccount.creates=true", "networkPolicy.egres=true", "networkPolicy.clients[0].pods=x",
     "monitoring.enable=true", "tracing.endpiont=http://a:1", "planner.sloTtft=1", "planner.profile.kvTokens=1", "prefill.extraEnv[0].nam=x",
@@ -215,13 +230,17 @@ OUT_OF_RANGE = [
     "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",
     "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
     "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
-    "security.user=0", "router.prefillOn=never", "router.service.type=Ingress", "etcd.endpoints={https://a:2379}",
+    "security.user=0", "router.prefillOn=never", "router.service.type=Ingress", "etcd.endpoints={ftp://a:2379}",
     "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b", "tracing.ratio=2", "planner.sloItlSeconds=fast",
     "tracing.endpoint=otel:4317",
 ]
 CONFLICTS = [
     (["etcd.endpoints={http://a:2379}"], "choose one"),
     (["etcd.bundled.enabled=false"], "no etcd"),
+    (["etcd.bundled.enabled=false", "etcd.endpoints={https://a:2379}"], "needs etcd.tls.secretName"),
+    (["etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379}", "etcd.tls.secretName=x"], "is not https://"),
+    (["etcd.tls.secretName=x"], "are for an etcd of yours"),
+    (["etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379}", "etcd.auth.user=x"], "belong together"),
     (["model.source=pvc"], "model.pvc.claimName"),
     (["model.source=hostPath"], "model.hostPath.path"),
     (["model.source=init"], "model.init.image"),

@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+pub mod certs;
 pub mod cluster;
 pub mod cutter;
+pub mod etcd;
 pub mod gate;
 pub mod model;
 pub mod oracle;

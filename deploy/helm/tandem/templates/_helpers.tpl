@@ -68,6 +68,40 @@ http://{{ include "tandem.fullname" . }}-etcd:2379
 {{- end -}}
 {{- end -}}
 
+{{/* Flags, mounts and volumes for an etcd with TLS and users. The Secrets are files: nothing secret on a command line. */}}
+{{- define "tandem.etcdArgs" -}}
+- --etcd={{ include "tandem.etcd" . }}
+{{- if .Values.etcd.tls.secretName }}
+- --etcd-ca=/etc/tandem/etcd-tls/ca.crt
+{{- if .Values.etcd.tls.clientCertificate }}
+- --etcd-cert=/etc/tandem/etcd-tls/tls.crt
+- --etcd-key=/etc/tandem/etcd-tls/tls.key
+{{- end }}
+{{- end }}
+{{- if .Values.etcd.auth.user }}
+- --etcd-user={{ .Values.etcd.auth.user }}
+- --etcd-password-file=/etc/tandem/etcd-auth/password
+{{- end }}
+{{- end -}}
+
+{{- define "tandem.etcdMounts" -}}
+{{- if .Values.etcd.tls.secretName }}
+- {name: etcd-tls, mountPath: /etc/tandem/etcd-tls, readOnly: true}
+{{- end }}
+{{- if .Values.etcd.auth.user }}
+- {name: etcd-auth, mountPath: /etc/tandem/etcd-auth, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "tandem.etcdVolumes" -}}
+{{- with .Values.etcd.tls.secretName }}
+- {name: etcd-tls, secret: {secretName: {{ . | quote }}, defaultMode: 0440}}
+{{- end }}
+{{- if .Values.etcd.auth.user }}
+- {name: etcd-auth, secret: {secretName: {{ .Values.etcd.auth.secretName | quote }}, defaultMode: 0440}}
+{{- end }}
+{{- end -}}
+
 {{/* What every pod has. Call with (list . PART). */}}
 {{- define "tandem.podCommon" -}}
 {{- $top := index . 0 -}}

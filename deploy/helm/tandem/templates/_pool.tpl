@@ -76,10 +76,12 @@ spec:
             - {name: tmp, mountPath: /tmp}
             - {name: cache, mountPath: /cache}
             {{- include "tandem.modelMount" $top | nindent 12 }}
+            {{- include "tandem.etcdMounts" $top | nindent 12 }}
       volumes:
         - {name: tmp, emptyDir: {}}
         - {name: cache, emptyDir: {}}
         {{- include "tandem.modelVolume" $top | nindent 8 }}
+        {{- include "tandem.etcdVolumes" $top | nindent 8 }}
 {{- include "tandem.pdb" (list $top $pool $role) }}
 {{- include "tandem.autoscaler" (list $top $role) }}
 {{- end -}}
@@ -94,7 +96,7 @@ spec:
 - --log-json
 {{- end }}
 {{ include "tandem.modelArgs" $top }}
-- --etcd={{ include "tandem.etcd" $top }}
+{{ include "tandem.etcdArgs" $top }}
 - --cluster={{ include "tandem.cluster" $top }}
 - --listen=0.0.0.0:{{ $pool.port }}
 - --advertise=$(POD_IP):{{ $pool.port }}

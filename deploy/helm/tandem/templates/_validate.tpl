@@ -6,6 +6,20 @@
 {{- if not (or .Values.etcd.bundled.enabled .Values.etcd.endpoints) -}}
 {{- fail "no etcd: set etcd.bundled.enabled=true (trials) or etcd.endpoints=[http://host:2379]" -}}
 {{- end -}}
+{{- range .Values.etcd.endpoints -}}
+{{- if and (hasPrefix "https://" .) (not $.Values.etcd.tls.secretName) -}}
+{{- fail (printf "etcd.endpoints: %s needs etcd.tls.secretName, a Secret with ca.crt" .) -}}
+{{- end -}}
+{{- if and (not (hasPrefix "https://" .)) $.Values.etcd.tls.secretName -}}
+{{- fail (printf "etcd.tls.secretName is set, but the endpoint %s is not https://" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.etcd.bundled.enabled (or .Values.etcd.tls.secretName .Values.etcd.auth.user) -}}
+{{- fail "etcd.tls and etcd.auth are for an etcd of yours: set etcd.bundled.enabled=false and etcd.endpoints" -}}
+{{- end -}}
+{{- if ne (empty .Values.etcd.auth.user) (empty .Values.etcd.auth.secretName) -}}
+{{- fail "etcd.auth: user and secretName belong together" -}}
+{{- end -}}
 {{- if and .Values.networkPolicy.egress (eq .Values.model.source "init") -}}
 {{- fail "networkPolicy.egress=true would cut off the download of model.source=init: use another source or egress=false" -}}
 {{- end -}}

@@ -1,0 +1,11 @@
+//! Certificates, keys and secrets from files, for every link that is encrypted.
+//!
+//! Files are read again whenever a connection is made, so a renewed certificate needs no restart. What is wrong with
+//! one is said in words that name the flag, the file and what to do, before a handshake fails without them.
+
+pub mod client;
+pub mod pem;
+pub mod secret;
+
+pub use client::ClientFiles;
+pub use pem::{Identity, TlsError};
