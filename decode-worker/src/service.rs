@@ -120,8 +120,19 @@ impl DecodeService {
         let _ = events.send(Ok(v1::DecodeEvent { event, load: Some(load_to_wire(&self.load.borrow())) }));
     }
 
+    /// Hands a request to the engine, once its grammar, if it has one, is compiled.
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), Status> {
-        self.order(Order::Run(submission))
+        let form = submission.request.form.clone().filter(|form| !form.is_compiled());
+        let Some(form) = form else { return self.order(Order::Run(submission)) };
+        let service = self.clone();
+        tokio::spawn(async move {
+            form.compiled().await;
+            let events = submission.events.clone();
+            if let Err(status) = service.order(Order::Run(submission)) {
+                let _ = events.send(Err(status));
+            }
+        });
+        Ok(())
     }
 
     /// Tells the engine's loop something.

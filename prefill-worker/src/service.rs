@@ -90,6 +90,9 @@ impl PrefillService {
                 push.slots()
             )));
         }
+        if let Some(form) = &request.form {
+            form.compiled().await;
+        }
         let (done, computed) = oneshot::channel();
         let job = Job {
             request: Arc::clone(request),

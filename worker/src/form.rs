@@ -1,15 +1,18 @@
-//! The form that a request's output must have: its grammar, compiled beside the prefill and followed at each draw.
+//! The form that a request's output must have: its grammar, compiled off the engine and followed at each draw.
 
 use std::sync::{Arc, OnceLock};
 
 use constraint::{Constraint, ConstraintError, Vocabulary};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tonic::Status;
 
-/// A grammar on its way to being compiled; the engine waits for it only if its first draw comes sooner.
+/// A grammar on its way to being compiled. Who submits a request to an engine waits for it first: an engine that waited
+/// would hold up every other sequence.
 #[derive(Debug, Default)]
 pub struct Form {
     compiled: OnceLock<Result<Constraint, ConstraintError>>,
+    is_compiled: watch::Sender<bool>,
     lost: Mutex<Option<ConstraintError>>,
 }
 
@@ -22,6 +25,17 @@ impl Form {
             let _ = end.0.compiled.set(vocabulary.compile(&grammar));
         });
         form
+    }
+
+    /// Resolves when draws can follow it, or will fail for it.
+    pub async fn compiled(&self) {
+        // The sender lives as long as this does.
+        let _ = self.is_compiled.subscribe().wait_for(|done| *done).await;
+    }
+
+    /// Whether that is so now.
+    pub fn is_compiled(&self) -> bool {
+        *self.is_compiled.borrow()
     }
 
     /// Why its draws mean nothing any more, if so: the request must fail.
@@ -51,5 +65,6 @@ struct End(Arc<Form>);
 impl Drop for End {
     fn drop(&mut self) {
         let _ = self.0.compiled.set(Err(ConstraintError::Lost("this worker is stopping".into())));
+        self.0.is_compiled.send_replace(true);
     }
 }

@@ -2,6 +2,7 @@
 
 use axum::body::Bytes;
 use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use proto::v1::{self, generate_request::Input, tool_choice::Mode};
@@ -9,7 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::ApiError;
-use super::request::{self, Common};
+use super::request;
 use super::run::{Kind, Run};
 use crate::service::InferenceService;
 
@@ -90,12 +91,9 @@ struct NamedFunction {
 pub async fn serve(
     State(service): State<InferenceService>,
     headers: HeaderMap,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let body = body.map_err(|e| ApiError::too_large(e.to_string()))?;
-    let mut common: Common = request::parse(&body)?;
-    let chat: ChatRequest = request::parse(&body)?;
-    drop(body);
+    let (mut common, chat) = request::read::<ChatRequest>(body)?;
     let logprobs = chat.logprobs.unwrap_or(false).then(|| chat.top_logprobs.unwrap_or(0));
     let sampling = common.sampling(logprobs)?;
     let input = Input::Chat(conversation(chat)?);

@@ -2,6 +2,7 @@
 
 use axum::body::Bytes;
 use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use proto::v1::{self, generate_request::Input};
@@ -38,12 +39,9 @@ enum Prompt {
 pub async fn serve(
     State(service): State<InferenceService>,
     headers: HeaderMap,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let body = body.map_err(|e| ApiError::too_large(e.to_string()))?;
-    let mut common: Common = request::parse(&body)?;
-    let own: CompletionRequest = request::parse(&body)?;
-    drop(body);
+    let (mut common, own) = request::read::<CompletionRequest>(body)?;
     refuse_unserved(&own, &common)?;
     let sampling = common.sampling(own.logprobs)?;
     let calls: Vec<_> = inputs(own.prompt)

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use proto::v1::{self, constraint::Form};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -75,8 +76,14 @@ pub struct StructuredOutputs {
     pub choice: Option<Vec<String>>,
 }
 
-/// Reads a body; the error names the field.
-pub fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
+/// What both APIs share of a body, and what only this one has.
+pub fn read<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<(Common, T), ApiError> {
+    let body = body.map_err(|e| ApiError::too_large(e.to_string()))?;
+    Ok((parse(&body)?, parse(&body)?))
+}
+
+/// The error names the field.
+fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
