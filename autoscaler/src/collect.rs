@@ -8,6 +8,7 @@ use http_body_util::{BodyExt, Limited};
 use planner::{Observation, Profile};
 use proto::v1::ListWorkersRequest;
 use proto::v1::inference_client::InferenceClient;
+use tls::ClientFiles;
 use tonic::client::GrpcService;
 use tonic::codegen::http;
 use tonic::transport::{Channel, Endpoint};
@@ -32,6 +33,7 @@ pub enum LookError {
 /// Looks at one cluster.
 pub struct Collector {
     routers: String,
+    tls: Option<ClientFiles>,
     profile: Profile,
     channels: HashMap<String, Channel>,
     memory: Memory,
@@ -39,8 +41,13 @@ pub struct Collector {
 
 impl Collector {
     /// Of the cluster whose routers are behind this name.
-    pub fn new(routers: String, profile: Profile) -> Self {
-        Self { routers, profile, channels: HashMap::new(), memory: Memory::default() }
+    pub fn new(routers: String, tls: Option<ClientFiles>, profile: Profile) -> Self {
+        Self { routers, tls, profile, channels: HashMap::new(), memory: Memory::default() }
+    }
+
+    /// Connections are made anew at the next look, with certificates as they are then.
+    pub fn forget_channels(&mut self) {
+        self.channels.clear();
     }
 
     /// One look.
@@ -50,17 +57,17 @@ impl Collector {
         let mut addresses: Vec<String> = found.map(|address| address.to_string()).collect();
         addresses.sort();
         addresses.dedup();
-        let routers = self.pages(addresses.iter().map(|a| (a.clone(), a.clone()))).await;
+        let routers = self.pages(addresses.iter().map(|a| (a.clone(), a.clone())), true).await;
         let name = self.routers.clone();
         let silent = || LookError::Silent(name.clone());
         let first = addresses.iter().find(|a| routers.contains_key(*a)).ok_or_else(silent)?;
-        let channel = self.channel(first).ok_or_else(silent)?;
+        let channel = self.channel(first, true).ok_or_else(silent)?;
         let listed = tokio::time::timeout(PATIENCE, async {
             InferenceClient::new(channel).list_workers(ListWorkersRequest {}).await
         });
         let workers = listed.await.ok().and_then(Result::ok).ok_or_else(silent)?.into_inner().workers;
         let prefill = workers.iter().filter(|w| w.role == "prefill");
-        let prefill = self.pages(prefill.map(|w| (w.worker.clone(), w.address.clone()))).await;
+        let prefill = self.pages(prefill.map(|w| (w.worker.clone(), w.address.clone())), false).await;
         self.channels.retain(|address, _| {
             addresses.contains(address) || workers.iter().any(|w| w.address == *address)
         });
@@ -69,8 +76,12 @@ impl Collector {
     }
 
     /// Pages by name, of those that answer.
-    async fn pages(&mut self, of: impl Iterator<Item = (String, String)>) -> HashMap<String, Page> {
-        let fetches = of.filter_map(|(name, address)| Some((name, self.channel(&address)?)));
+    async fn pages(
+        &mut self,
+        of: impl Iterator<Item = (String, String)>,
+        of_routers: bool,
+    ) -> HashMap<String, Page> {
+        let fetches = of.filter_map(|(name, address)| Some((name, self.channel(&address, of_routers)?)));
         let fetches = fetches.map(|(name, channel)| async move {
             let text = tokio::time::timeout(PATIENCE, fetch(channel)).await.ok().flatten()?;
             Some((name, Page::parse(&text)))
@@ -78,11 +89,20 @@ impl Collector {
         join_all(fetches.collect::<Vec<_>>()).await.into_iter().flatten().collect()
     }
 
-    fn channel(&mut self, address: &str) -> Option<Channel> {
+    fn channel(&mut self, address: &str, is_router: bool) -> Option<Channel> {
         if let Some(channel) = self.channels.get(address) {
             return Some(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?;
+        let endpoint = match self.tls.as_ref().filter(|_| is_router) {
+            None => Endpoint::from_shared(format!("http://{address}")).ok()?,
+            Some(files) => {
+                // The certificate names the router, and we go by its address.
+                let name = self.routers.rsplit_once(':').map_or(self.routers.as_str(), |(name, _)| name);
+                let config = files.read().inspect_err(|error| tracing::warn!(%error)).ok()?;
+                let endpoint = Endpoint::from_shared(format!("https://{address}")).ok()?;
+                endpoint.tls_config(config.domain_name(name)).ok()?
+            }
+        };
         let channel = endpoint.connect_timeout(PATIENCE).connect_lazy();
         self.channels.insert(address.to_owned(), channel.clone());
         Some(channel)

@@ -28,6 +28,8 @@ use scaler::Scaler;
 pub struct Config {
     /// Routers, host:port; every address that the name has is looked at.
     pub routers: String,
+    /// How routers with TLS are reached.
+    pub tls: Option<tls::ClientFiles>,
     /// What is promised, and how decisions are damped.
     pub policy: Policy,
     /// How fast a worker is, where the cluster does not say so itself.
@@ -76,7 +78,7 @@ async fn watch_cluster(
     sizes: &watch::Sender<Sizes>,
     ready: &watch::Sender<bool>,
 ) -> std::convert::Infallible {
-    let mut collector = Collector::new(config.routers, config.profile.clone());
+    let mut collector = Collector::new(config.routers, config.tls, config.profile.clone());
     let mut planner: Option<Planner> = None;
     let start = Instant::now();
     let mut tick = tokio::time::interval(config.interval);
@@ -87,6 +89,7 @@ async fn watch_cluster(
             Ok(seen) => seen,
             Err(error) => {
                 metrics.looks.of("failed").increment(1);
+                collector.forget_channels();
                 tracing::warn!(%error, "the cluster cannot be seen; the last sizes stand");
                 continue;
             }

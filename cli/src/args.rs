@@ -107,6 +107,8 @@ pub struct PlannerArgs {
     /// Routers, host:port; every address that the name has is looked at (Kubernetes: a headless Service)
     #[arg(long)]
     pub routers: String,
+    #[command(flatten)]
+    pub dial: DialArgs,
     /// Address for KEDA (gRPC), /metrics and /health, host:port
     #[arg(long, default_value = "0.0.0.0:50081")]
     pub listen: SocketAddr,
@@ -480,6 +482,15 @@ pub struct RouterArgs {
     /// Name of the cluster, the middle of its keys in etcd
     #[arg(long, default_value = "default")]
     pub cluster: String,
+    /// Certificate chain of the client API (PEM), gRPC and HTTPS; read again when it changes
+    #[arg(long, env = "TANDEM_TLS_CERT", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, env = "TANDEM_TLS_KEY", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Only clients with a certificate of these authorities (PEM) may call; /health and /live stay open for probes
+    #[arg(long, env = "TANDEM_TLS_CLIENT_CA", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
     /// Seconds that running requests may take when stopping
     #[arg(long, default_value_t = 30)]
     pub drain_seconds: u64,
@@ -538,6 +549,32 @@ pub struct WorkerArgs {
     pub stop_with_parent: bool,
 }
 
+/// How a router with TLS is reached.
+#[derive(Debug, Clone, Default, Args)]
+pub struct DialArgs {
+    /// Authorities (PEM) that may have signed the router's certificate; its address may be https://host:port
+    #[arg(long, env = "TANDEM_CA")]
+    pub ca: Option<PathBuf>,
+    /// Our certificate (PEM), where the router wants one
+    #[arg(long, env = "TANDEM_CERT", requires_all = ["key", "ca"])]
+    pub cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, env = "TANDEM_KEY", requires = "cert")]
+    pub key: Option<PathBuf>,
+}
+
+impl DialArgs {
+    /// The same as files, where there is an authority.
+    pub fn files(&self) -> Option<tls::ClientFiles> {
+        let flags = tls::client::Flags { ca: "--ca", cert: "--cert", key: "--key" };
+        Some(tls::ClientFiles {
+            flags,
+            ca: self.ca.clone()?,
+            identity: self.cert.clone().zip(self.key.clone()),
+        })
+    }
+}
+
 /// Settings of `generate`.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
@@ -546,6 +583,8 @@ pub struct GenerateArgs {
     /// Router of a running cluster, host:port; without it a temporary local cluster answers
     #[arg(long)]
     pub addr: Option<String>,
+    #[command(flatten)]
+    pub dial: DialArgs,
     /// File with prompts: [{"id", "messages" | "text" | "token_ids"}]
     #[arg(long, conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
@@ -591,6 +630,8 @@ pub struct StatusArgs {
     /// Router of the cluster, host:port
     #[arg(long, default_value = "127.0.0.1:50051")]
     pub addr: String,
+    #[command(flatten)]
+    pub dial: DialArgs,
     /// One JSON object, as at /status.json
     #[arg(long)]
     pub json: bool,
@@ -602,6 +643,8 @@ pub struct TopArgs {
     /// Router of the cluster, host:port
     #[arg(long, default_value = "127.0.0.1:50051")]
     pub addr: String,
+    #[command(flatten)]
+    pub dial: DialArgs,
     /// Seconds between looks, 0.2 to 60
     #[arg(long, default_value_t = 1.0)]
     pub every: f64,
@@ -618,6 +661,8 @@ pub struct DrainArgs {
     /// Router of the cluster, host:port
     #[arg(long, default_value = "127.0.0.1:50051")]
     pub addr: String,
+    #[command(flatten)]
+    pub dial: DialArgs,
     /// Return once nothing runs on it, at most after that many seconds (drain only)
     #[arg(long)]
     pub wait: Option<u64>,

@@ -3,22 +3,33 @@
 use std::error::Error as _;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::args::DialArgs;
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to `address`, host:port or a URI.
-pub async fn router(address: &str) -> anyhow::Result<Channel> {
-    let uri = match address.contains("://") {
-        true => address.to_owned(),
-        false => format!("http://{address}"),
+/// Connects to `address`, host:port or a URI; encrypted if there is an authority to trust.
+pub async fn router(address: &str, dial: &DialArgs) -> anyhow::Result<Channel> {
+    let files = dial.files();
+    let uri = match (address.split_once("://"), &files) {
+        (Some(("https", _)), None) => {
+            bail!("--addr {address}: needs --ca FILE, the authority that signed the router's certificate")
+        }
+        (Some(("http", _)), Some(_)) => bail!("--ca: but --addr {address} is not encrypted; write https://"),
+        (Some(_), _) => address.to_owned(),
+        (None, Some(_)) => format!("https://{address}"),
+        (None, None) => format!("http://{address}"),
     };
-    let endpoint = Endpoint::from_shared(uri)
+    let mut endpoint = Endpoint::from_shared(uri)
         .with_context(|| format!("--addr {address} is not host:port"))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true);
+    if let Some(files) = files {
+        endpoint = endpoint.tls_config(files.read()?)?;
+    }
     endpoint.connect().await.with_context(|| format!("no router answers at {address}"))
 }
 
@@ -56,7 +67,7 @@ mod tests {
             let _ = stopped.await;
         }));
 
-        let mut client = HealthClient::new(router(&address).await.unwrap());
+        let mut client = HealthClient::new(router(&address, &DialArgs::default()).await.unwrap());
         // A running stream keeps the connection while it closes, as a running answer does.
         let running = client.watch(HealthCheckRequest::default()).await.unwrap();
         stop.send(()).unwrap();

@@ -16,7 +16,7 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// Tells the worker; with `--wait`, returns once nothing runs on it.
 pub async fn run(args: DrainArgs, draining: bool) -> anyhow::Result<()> {
-    let channel = dial::router(&args.addr).await?;
+    let channel = dial::router(&args.addr, &args.dial).await?;
     let request = SetDrainingRequest { worker: args.worker.clone(), draining };
     let mut left = OperatorClient::new(channel.clone()).set_draining(request).await?.into_inner().sequences;
     if let Some(seconds) = args.wait.filter(|_| draining) {

@@ -8,7 +8,7 @@ use futures::{StreamExt, stream};
 use proto::v1::{self, generate_response::Event, inference_client::InferenceClient};
 use tonic::transport::Channel;
 
-use crate::args::{GenerateArgs, SamplingArgs};
+use crate::args::{DialArgs, GenerateArgs, SamplingArgs};
 use crate::dial;
 use crate::exit::{self, Interrupted};
 use crate::local::{LocalCluster, LocalSpec, log_level};
@@ -58,7 +58,9 @@ fn spec(args: &GenerateArgs) -> LocalSpec<'_> {
 }
 
 async fn ask(args: &GenerateArgs, address: &str) -> anyhow::Result<()> {
-    let mut client = InferenceClient::new(dial::router(address).await?)
+    // A temporary cluster is on loopback and not encrypted, whatever the environment says of others.
+    let dial = if args.addr.is_some() { args.dial.clone() } else { DialArgs::default() };
+    let mut client = InferenceClient::new(dial::router(address, &dial).await?)
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
     let info = client.get_model_info(v1::GetModelInfoRequest {}).await?.into_inner();
     let prompts = prompts::read(args, info.has_chat_template)?;

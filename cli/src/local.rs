@@ -60,7 +60,7 @@ impl LocalCluster {
         let stop = CancellationToken::new();
         let tracer = spec.trace.tracer("tandem-router", &address.to_string())?;
         let registry = Registry::Served(MemoryRegistry::new());
-        let deps = router::Deps { text, registry, tracer: tracer.clone() };
+        let deps = router::Deps { text, registry, tracer: tracer.clone(), tls: None };
         let config = serve::router_config(spec.placement, DRAIN);
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
         let mut cluster = Self { address, children: Vec::new(), lifelines: Vec::new(), router, tracer, stop };

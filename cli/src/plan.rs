@@ -47,8 +47,13 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
     let (policy, profile) = planning(&args.planning)?;
     let listener = serve::bind(args.listen).await?;
+    let tls = args.dial.files();
+    if let Some(files) = &tls {
+        files.read()?;
+    }
     let config = autoscaler::Config {
         routers: args.routers,
+        tls,
         policy,
         profile,
         interval: Duration::from_secs(args.look_seconds),

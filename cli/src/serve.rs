@@ -36,6 +36,7 @@ const RESERVATION: Duration = Duration::from_secs(120);
 /// Runs a router until it is told to stop.
 pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
+    let tls = server_files(&args)?;
     let registry = match args.etcd.is_empty() {
         true => Registry::Served(MemoryRegistry::new()),
         false => {
@@ -48,10 +49,21 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     announce("router", &text.name, listener.local_addr()?);
     let config = router_config(&args.placement, Duration::from_secs(args.drain_seconds));
     let tracer = args.trace.tracer("tandem-router", &listener.local_addr()?.to_string())?;
-    let deps = router::Deps { text, registry, tracer: tracer.clone() };
+    let deps = router::Deps { text, registry, tracer: tracer.clone(), tls };
     let ended = router::run(config, deps, listener, stop).await;
     trace::shutdown(tracer).await;
     Ok(ended?)
+}
+
+/// The router's certificates. Read here once, so that a wrong file ends the process before a model is loaded.
+fn server_files(args: &RouterArgs) -> anyhow::Result<Option<tls::ServerFiles>> {
+    let Some((cert, key)) = args.tls_cert.clone().zip(args.tls_key.clone()) else { return Ok(None) };
+    if args.etcd.is_empty() {
+        anyhow::bail!("--tls-cert: needs --etcd; workers with --registry cannot join over TLS");
+    }
+    let files = tls::ServerFiles { cert, key, client_ca: args.tls_client_ca.clone() };
+    files.read()?;
+    Ok(Some(files))
 }
 
 /// The registry on etcd; a file that could never work ends the process before a model is loaded.

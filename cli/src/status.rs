@@ -9,7 +9,7 @@ use crate::dial;
 
 /// Prints it.
 pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
-    let status = fetch(&mut OperatorClient::new(dial::router(&args.addr).await?)).await?;
+    let status = fetch(&mut OperatorClient::new(dial::router(&args.addr, &args.dial).await?)).await?;
     match args.json {
         true => println!("{}", router::status::json::status(&status)),
         false => print!("{}", text(&status)),

@@ -5,6 +5,7 @@
 
 pub mod admission;
 mod attempt;
+mod certified;
 mod fair_queue;
 pub mod fleet;
 mod form;
@@ -35,10 +36,11 @@ use proto::v1::operator_server::OperatorServer;
 use proto::v1::registry_server::RegistryServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::{Router, TcpIncoming};
 
 use admission::Admission;
 use fleet::Fleet;
@@ -82,6 +84,8 @@ pub struct Deps {
     pub registry: Registry,
     /// Where spans of requests go.
     pub tracer: Tracer,
+    /// Certificates of the client API; without them it is not encrypted.
+    pub tls: Option<tls::ServerFiles>,
 }
 
 /// Why a router's process ends badly.
@@ -90,6 +94,9 @@ pub enum RunError {
     /// The registry cannot be watched.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// Certificates that cannot be used.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
     /// The server cannot be put together, or failed.
     #[error("serving failed: {0}")]
     Serve(String),
@@ -153,19 +160,17 @@ pub async fn run(
         .await
         .map_err(|e| RunError::Serve(e.to_string()))?;
     let pages = telemetry::http::routes(registry.page(collect), is_ready);
-    let routes = Routes::from(
-        routes.into_axum_router().merge(pages).merge(http::routes(inference)).merge(status::routes(board)),
-    );
-    // Without it a token waits for the acknowledgement of the last one: 40 ms, seen. The builder's own setting does not
-    // reach a listener that it has not made.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let mut routes =
+        routes.into_axum_router().merge(pages).merge(http::routes(inference)).merge(status::routes(board));
+    if deps.tls.as_ref().is_some_and(|files| files.client_ca.is_some()) {
+        routes = routes.layer(axum::middleware::from_fn(certified::require));
+    }
     let server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, close.clone().cancelled_owned());
-    let mut server = tokio::spawn(server);
+        .add_routes(Routes::from(routes));
+    let mut server = serve(server, listener, deps.tls, close.clone())?;
     let ended = tokio::select! {
         () = stop.cancelled() => {
             ready.send_replace(false);
@@ -182,4 +187,26 @@ pub async fn run(
         Some(Ok(Err(error))) => Err(RunError::Serve(error.to_string())),
         _ => Ok(()),
     }
+}
+
+/// Serves on that port until `close`, encrypted if there are certificates.
+fn serve(
+    server: Router,
+    listener: TcpListener,
+    files: Option<tls::ServerFiles>,
+    close: CancellationToken,
+) -> Result<JoinHandle<Result<(), tonic::transport::Error>>, tls::TlsError> {
+    let closed = close.cancelled_owned();
+    Ok(match files {
+        None => {
+            // Without it a token waits for the acknowledgement of the last one: 40 ms, seen. The builder's own setting
+            // does not reach a listener that it has not made.
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            tokio::spawn(server.serve_with_incoming_shutdown(incoming, closed))
+        }
+        Some(files) => {
+            let incoming = tls::server::accept(listener, files)?;
+            tokio::spawn(server.serve_with_incoming_shutdown(incoming, closed))
+        }
+    })
 }

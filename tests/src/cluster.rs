@@ -163,7 +163,7 @@ impl Cluster {
         };
         let text = TextModel::load(model, "tiny").unwrap();
         let tracer = spec.tracer.clone();
-        let deps = router::Deps { text, registry: Registry::Watched(watch), tracer };
+        let deps = router::Deps { text, registry: Registry::Watched(watch), tracer, tls: None };
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         let client = InferenceClient::new(channel).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);

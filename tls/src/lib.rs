@@ -6,6 +6,8 @@
 pub mod client;
 pub mod pem;
 pub mod secret;
+pub mod server;
 
 pub use client::ClientFiles;
 pub use pem::{Identity, TlsError};
+pub use server::ServerFiles;

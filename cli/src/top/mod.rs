@@ -32,7 +32,7 @@ struct Screen {
 /// Shows the cluster until q, Esc or Ctrl-C.
 pub async fn run(args: TopArgs) -> anyhow::Result<()> {
     if args.json {
-        return status::run(StatusArgs { addr: args.addr, json: true }).await;
+        return status::run(StatusArgs { addr: args.addr, dial: args.dial, json: true }).await;
     }
     if !(0.2..=60.0).contains(&args.every) {
         bail!("--every: {} is not between 0.2 and 60 seconds", args.every);
@@ -40,7 +40,7 @@ pub async fn run(args: TopArgs) -> anyhow::Result<()> {
     if !std::io::stdout().is_terminal() {
         bail!("top needs a terminal; `tandem status` prints once, --json for scripts");
     }
-    let client = OperatorClient::new(dial::router(&args.addr).await?);
+    let client = OperatorClient::new(dial::router(&args.addr, &args.dial).await?);
     let mut terminal = ratatui::try_init()?;
     let ended = show(&mut terminal, client, args).await;
     ratatui::restore();

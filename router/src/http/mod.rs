@@ -18,7 +18,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{any, get, post};
 
 use crate::service::InferenceService;
-use error::ApiError;
+pub use error::ApiError;
 
 /// What OpenAI's clients call.
 pub fn routes(service: InferenceService) -> Router {
