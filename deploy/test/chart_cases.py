@@ -155,6 +155,22 @@ def secured_etcd(o):
             assert volumes[name]["secret"]["secretName"] == secret
 
 
+def router_tls(o):
+    router, planner = container(o, "router"), container(o, "planner")
+    assert {"--tls-cert=/etc/tandem/router-tls/tls.crt", "--tls-client-ca=/etc/tandem/router-tls/ca.crt"} <= set(router["args"])
+    assert {"--ca=/etc/tandem/router-tls/ca.crt", "--key=/etc/tandem/router-tls/tls.key"} <= set(planner["args"])
+    for part in ("router", "planner"):
+        mounts = {m["name"]: m for m in container(o, part)["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod(o, part)["volumes"]}
+        assert mounts["router-tls"]["readOnly"] and volumes["router-tls"]["secret"]["secretName"] == "front"
+    assert "router-tls" not in {v["name"] for v in pod(o, "prefill")["volumes"]}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert router[probe]["httpGet"]["scheme"] == "HTTPS"
+        assert container(o, "decode")[probe]["httpGet"]["scheme"] == "HTTP"
+    endpoint = o["ServiceMonitor", "llm-tandem-router"]["spec"]["endpoints"][0]
+    assert endpoint["scheme"] == "https" and endpoint["tlsConfig"]["keySecret"] == {"name": "front", "key": "tls.key"}
+
+
 def images(o):
     assert container(o, "prefill")["image"] == "tandem:2.0.0"
     assert container(o, "decode")["image"] == "tandem:1.9.0"
@@ -206,6 +222,8 @@ FEATURES = [
     ("external etcd", sets("etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379,http://b:2379}"), external),
     ("etcd with TLS and users", sets("etcd.bundled.enabled=false", "etcd.endpoints={https://a:2379}", "etcd.tls.secretName=certs",
                                      "etcd.auth.user=tandem", "etcd.auth.secretName=users"), secured_etcd),
+    ("router with TLS and clients' certificates", sets("router.tls.secretName=front", "router.tls.clients=true", "planner.enabled=true",
+                                                       "monitoring.enabled=true"), router_tls),
     ("an image for each part", sets("image.tag=2.0.0", "decode.image.tag=1.9.0", "router.image.repository=reg/tandem",
                                     "router.image.digest=sha256:" + "a" * 64), images),
     ("placed on nodes", sets("decode.nodeSelector.gpu=h100", "decode.tolerations[0].key=nvidia.com/gpu", "decode.zone=b",
@@ -221,7 +239,7 @@ MISSPELT = [
     "replica=2", "Prefill.replicas=2", "prefill.replica=2", "prefill.autoscaling.minReplica=1", "prefill.pdb.minAvailble=1",
     "prefill.resources.limit.cpu=1", "prefill.image.tags=x", "decode.kvMiB=1", "decode.tolerations[0].keys=x",
     "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true", "prefill.rdma.device=x",
-    "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "etcd.tls.secret=x", "etcd.auth.password=x", "engine.kvDtypes=bf16",
+    "router.autoscaling.mode=hpa", "etcd.endpoint=http://a:1", "etcd.bundled.enable=false", "etcd.tls.secret=x", "router.tls.secret=x", "etcd.auth.password=x", "engine.kvDtypes=bf16",
     "model.sources=pvc", "model.pvc.claim=x", "model.init.img=x", "log.level=info", "image.pullPolice=Always",
     "security.users=1", "serviceAccount.creates=true", "networkPolicy.egres=true", "networkPolicy.clients[0].pods=x",
     "monitoring.enable=true", "tracing.endpiont=http://a:1", "planner.sloTtft=1", "planner.profile.kvTokens=1", "prefill.extraEnv[0].nam=x",
@@ -239,6 +257,7 @@ CONFLICTS = [
     (["etcd.bundled.enabled=false"], "no etcd"),
     (["etcd.bundled.enabled=false", "etcd.endpoints={https://a:2379}"], "needs etcd.tls.secretName"),
     (["etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379}", "etcd.tls.secretName=x"], "is not https://"),
+    (["router.tls.clients=true"], "needs router.tls.secretName"),
     (["etcd.tls.secretName=x"], "are for an etcd of yours"),
     (["etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379}", "etcd.auth.user=x"], "belong together"),
     (["model.source=pvc"], "model.pvc.claimName"),

@@ -170,21 +170,35 @@ topologySpreadConstraints:
 
 {{/* A port's /health and /live. Call with (dict "startupSeconds" N). Readiness follows a drain within a few seconds. */}}
 {{- define "tandem.probes" -}}
+{{- $scheme := .scheme | default "HTTP" -}}
 startupProbe:
-  httpGet: {path: /health, port: tandem}
+  httpGet: {path: /health, port: tandem, scheme: {{ $scheme }}}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: {{ div (add .startupSeconds 1) 2 | max 1 }}
 readinessProbe:
-  httpGet: {path: /health, port: tandem}
+  httpGet: {path: /health, port: tandem, scheme: {{ $scheme }}}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 2
 livenessProbe:
-  httpGet: {path: /live, port: tandem}
+  httpGet: {path: /live, port: tandem, scheme: {{ $scheme }}}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
+{{- end -}}
+
+{{/* The Secret of the client API, for the router and for who looks at it. */}}
+{{- define "tandem.routerTlsMounts" -}}
+{{- if .Values.router.tls.secretName }}
+- {name: router-tls, mountPath: /etc/tandem/router-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "tandem.routerTlsVolumes" -}}
+{{- with .Values.router.tls.secretName }}
+- {name: router-tls, secret: {secretName: {{ . | quote }}, defaultMode: 0440}}
+{{- end }}
 {{- end -}}
 
 {{- define "tandem.traceArgs" -}}

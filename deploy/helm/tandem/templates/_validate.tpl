@@ -17,6 +17,9 @@
 {{- if and .Values.etcd.bundled.enabled (or .Values.etcd.tls.secretName .Values.etcd.auth.user) -}}
 {{- fail "etcd.tls and etcd.auth are for an etcd of yours: set etcd.bundled.enabled=false and etcd.endpoints" -}}
 {{- end -}}
+{{- if and .Values.router.tls.clients (not .Values.router.tls.secretName) -}}
+{{- fail "router.tls.clients needs router.tls.secretName" -}}
+{{- end -}}
 {{- if ne (empty .Values.etcd.auth.user) (empty .Values.etcd.auth.secretName) -}}
 {{- fail "etcd.auth: user and secretName belong together" -}}
 {{- end -}}
