@@ -1,0 +1,219 @@
+//! The command line, with what each knob means, its unit, default and range.
+
+mod bench;
+mod clients;
+mod planning;
+mod processes;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kv_transport::verbs::DeviceSelector;
+
+pub use bench::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable};
+pub use clients::{DialArgs, DrainArgs, GenerateArgs, SamplingArgs, StatusArgs, TopArgs};
+pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
+pub use processes::{
+    EtcdArgs, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind, UpArgs, WorkerArgs,
+};
+
+/// The model that is used when none is named.
+pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// Tandem: disaggregated prefill/decode serving for large language models.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, about, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What is logged to standard error: error, warn, info, debug, or a filter like `router=debug,info`
+    #[arg(long, global = true, env = "TANDEM_LOG", default_value = "warn")]
+    pub log: String,
+    /// Log one JSON object a line
+    #[arg(long, global = true)]
+    pub log_json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tandem model fetch                                  get the demo model (93 MB, once)
+  tandem generate \"What is the capital of France?\"    a temporary local cluster answers
+  tandem up --prefill 1 --decode 2                    a local cluster in the foreground
+  tandem generate --addr 127.0.0.1:50051 \"Hello\"      ask a running cluster
+
+A deployment, one process each:
+  tandem router  --model DIR --etcd http://etcd:2379
+  tandem prefill --model DIR --etcd http://etcd:2379 --listen 0.0.0.0:50061 --advertise pod-ip:50061
+  tandem decode  --model DIR --etcd http://etcd:2379 --listen 0.0.0.0:50071 --advertise pod-ip:50071
+
+Exit codes: 0 done, 1 failed, 2 wrong command line, 3 cluster unreachable or pool empty,
+4 request refused, 5 cluster full, 6 deadline passed, 130 interrupted.";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a local cluster in the foreground: a router and worker processes, no etcd needed
+    Up(UpArgs),
+    /// Run the router: admission, tokenizer, placement, the client API
+    Router(RouterArgs),
+    /// Run a prefill worker: computes prompts and pushes their KV
+    Prefill(WorkerArgs),
+    /// Run a decode worker: receives KV and streams tokens
+    Decode(WorkerArgs),
+    /// Send prompts to a cluster and stream the answers
+    Generate(GenerateArgs),
+    /// Take a worker out of placement: its running sequences move to others, nothing new comes
+    Drain(DrainArgs),
+    /// Let a drained worker take requests again
+    Undrain(DrainArgs),
+    /// Show the cluster once: workers, rates, what moved
+    Status(StatusArgs),
+    /// Watch the cluster live, in a terminal
+    Top(TopArgs),
+    /// Fetch, import and inspect models
+    Model(ModelArgs),
+    /// Measure the parts on the machine at hand
+    Bench(BenchArgs),
+    /// Look at what fast KV needs of this machine: RDMA devices, limits, members; with a fix for each problem
+    Doctor(DoctorArgs),
+    /// Replay a trace: how many workers each pool should have had, when and why, and what it would have cost
+    Plan(PlanArgs),
+    /// Run the planner on a live cluster: how many workers each pool should have, for KEDA and Prometheus
+    Planner(PlannerArgs),
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// CPU cores
+    Cpu,
+    /// An NVIDIA GPU, compute capability 8.0 or later; needs CUDA 13's driver, NVRTC and cuBLASLt
+    Cuda,
+}
+
+/// Rounding of weights and activations at load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantize {
+    /// e4m3: weights with a scale per output, activations with a scale per token; Hopper GPUs
+    Fp8,
+}
+
+/// Settings of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Also look at the members of the cluster behind this router, host:port
+    #[arg(long)]
+    pub addr: Option<String>,
+    /// The pool that is tried to be registered, MiB
+    #[arg(long, default_value_t = 1024)]
+    pub kv_mib: usize,
+    /// RDMA devices to look at, as for a worker
+    #[arg(long, value_delimiter = ',')]
+    pub rdma_device: Vec<DeviceSelector>,
+    /// A JSON list instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where a model is found.
+#[derive(Debug, Clone, Args)]
+pub struct ModelChoice {
+    /// A Hugging Face folder, or the name of a fetched model
+    #[arg(long, env = "TANDEM_MODEL", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// Name that clients use; the folder's name unless given
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// Where fetched models are kept [default: ~/.cache/tandem]
+    #[arg(long, env = "TANDEM_CACHE_DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// How a worker computes.
+#[derive(Debug, Clone, Args)]
+pub struct EngineArgs {
+    /// What computes
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Which GPU, from 0
+    #[arg(long, default_value_t = 0)]
+    pub gpu: usize,
+    /// Round the layers' weights, and activations in every step; equal on every worker [default: bf16 as it is]
+    #[arg(long, value_enum)]
+    pub quantize: Option<Quantize>,
+    /// Launch every kernel of a decode step instead of replaying a captured CUDA graph
+    #[arg(long)]
+    pub no_graphs: bool,
+    /// Compute threads of a worker [default: all cores]
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Memory of a worker's KV pool, MiB
+    #[arg(long, default_value_t = 1024)]
+    pub kv_mib: usize,
+    /// KV blocks of a worker's pool, instead of --kv-mib
+    #[arg(long)]
+    pub kv_blocks: Option<usize>,
+    /// Tokens per KV block; equal on every worker
+    #[arg(long, default_value_t = 16)]
+    pub block_tokens: usize,
+    /// Element type of the KV pool; equal on every worker
+    #[arg(long, value_enum, default_value_t = KvType::Bf16)]
+    pub kv_dtype: KvType,
+    /// Tokens in one engine step [default: prefill 512 on a CPU, 8192 on a GPU; decode 256]
+    #[arg(long)]
+    pub step_tokens: Option<usize>,
+    /// Sequences at once on one worker
+    #[arg(long, default_value_t = 256)]
+    pub max_sequences: usize,
+    /// Sequences waiting on one worker before it sheds
+    #[arg(long, default_value_t = 1024)]
+    pub max_waiting: usize,
+}
+
+/// Element type of the KV pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvType {
+    /// 16-bit brain float
+    Bf16,
+    /// 32-bit float
+    F32,
+}
+
+/// Settings of `model`.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// Which tool
+    #[command(subcommand)]
+    pub command: ModelCommand,
+}
+
+/// The tools for models.
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Download a known model, check it, and import it into the cache
+    Fetch {
+        /// Its name
+        #[arg(default_value = DEFAULT_MODEL)]
+        name: String,
+        /// Where fetched models are kept [default: ~/.cache/tandem]
+        #[arg(long, env = "TANDEM_CACHE_DIR")]
+        cache_dir: Option<PathBuf>,
+    },
+    /// Turn a GGUF file into a Hugging Face folder with bf16 weights
+    Import {
+        /// The GGUF file (Q4_0, Q4_1, Q8_0, F16, BF16, F32)
+        gguf: PathBuf,
+        /// The folder to make
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Show what a model folder holds and what it needs
+    Inspect {
+        #[command(flatten)]
+        model: ModelChoice,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}

@@ -1,0 +1,207 @@
+//! The processes of a cluster: `up`, `router`, `prefill` and `decode`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use kv_transport::verbs::DeviceSelector;
+
+use super::{EngineArgs, ModelChoice};
+use crate::trace::TraceArgs;
+
+/// Which ways KV takes from worker to worker.
+#[derive(Debug, Clone, Args)]
+pub struct TransportArgs {
+    /// The best way that both sides have (auto), only TCP, or RDMA or not at all on this machine
+    #[arg(long, value_enum, default_value_t = TransportKind::Auto)]
+    pub transport: TransportKind,
+    /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
+    #[arg(long, value_delimiter = ',')]
+    pub rdma_device: Vec<DeviceSelector>,
+    /// Refuse a peer without RDMA, and a transfer that would have to leave it, rather than use TCP
+    #[arg(long)]
+    pub require_rdma: bool,
+}
+
+/// Ways for KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TransportKind {
+    /// RDMA where both sides have it, else TCP
+    Auto,
+    /// Only TCP
+    Tcp,
+    /// RDMA; a worker without it does not start
+    Rdma,
+}
+
+/// How requests are placed.
+#[derive(Debug, Clone, Args)]
+pub struct PlacementArgs {
+    /// Where prompts are prefilled: by predicted time, always on the prefill pool, or always on the decode worker
+    #[arg(long, value_enum, default_value_t = PrefillOn::Adaptive)]
+    pub prefill_on: PrefillOn,
+    /// Requests at once in the router
+    #[arg(long, default_value_t = 1024)]
+    pub max_running: usize,
+    /// Requests queued in the router before it sheds
+    #[arg(long, default_value_t = 1024)]
+    pub max_queued: usize,
+    /// Longest wait for room on a worker, seconds
+    #[arg(long, default_value_t = 30)]
+    pub queue_seconds: u64,
+    /// Time to first token that counts as good, ms; for the status and the metrics only
+    #[arg(long, default_value_t = 2000)]
+    pub slo_ttft_ms: u64,
+    /// Mean gap between tokens that counts as good, ms; for the status and the metrics only
+    #[arg(long, default_value_t = 100)]
+    pub slo_itl_ms: u64,
+}
+
+/// Where prompts are prefilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrefillOn {
+    /// By predicted time
+    Adaptive,
+    /// Always on the prefill pool
+    Remote,
+    /// Always on the decode worker
+    Local,
+}
+
+/// Settings of `up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Prefill workers, each a process
+    #[arg(long, default_value_t = 1)]
+    pub prefill: usize,
+    /// Decode workers, each a process
+    #[arg(long, default_value_t = 1)]
+    pub decode: usize,
+    /// Address of the client API, host:port; port 0 picks a free one
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub transport: TransportArgs,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
+    #[command(flatten)]
+    pub trace: TraceArgs,
+}
+
+/// How etcd is reached. The files are read again at every connection.
+#[derive(Debug, Clone, Args)]
+pub struct EtcdArgs {
+    /// Authorities (PEM) that may have signed etcd's certificate; with https:// endpoints
+    #[arg(long, env = "TANDEM_ETCD_CA", requires = "etcd")]
+    pub etcd_ca: Option<PathBuf>,
+    /// Our certificate for etcd (PEM), where it asks for one
+    #[arg(long, env = "TANDEM_ETCD_CERT", requires = "etcd_key")]
+    pub etcd_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, env = "TANDEM_ETCD_KEY", requires = "etcd_cert")]
+    pub etcd_key: Option<PathBuf>,
+    /// User of etcd, where it has authentication
+    #[arg(long, env = "TANDEM_ETCD_USER", requires = "etcd_password_file")]
+    pub etcd_user: Option<String>,
+    /// File with the user's password on one line
+    #[arg(long, env = "TANDEM_ETCD_PASSWORD_FILE", requires = "etcd_user")]
+    pub etcd_password_file: Option<PathBuf>,
+}
+
+impl EtcdArgs {
+    /// The same for the registry.
+    pub fn access(&self) -> cluster::EtcdAccess {
+        cluster::EtcdAccess {
+            ca: self.etcd_ca.clone(),
+            identity: self.etcd_cert.clone().zip(self.etcd_key.clone()),
+            user: self.etcd_user.clone().zip(self.etcd_password_file.clone()),
+        }
+    }
+}
+
+/// Settings of `router`.
+#[derive(Debug, Args)]
+pub struct RouterArgs {
+    /// Address of the client API, host:port
+    #[arg(long, default_value = "0.0.0.0:50051")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// etcd endpoints, comma-separated; without it the router keeps the registry itself, for workers with --registry
+    #[arg(long, value_delimiter = ',', env = "TANDEM_ETCD")]
+    pub etcd: Vec<String>,
+    #[command(flatten)]
+    pub etcd_access: EtcdArgs,
+    /// Name of the cluster, the middle of its keys in etcd
+    #[arg(long, default_value = "default")]
+    pub cluster: String,
+    /// Certificate chain of the client API (PEM), gRPC and HTTPS; read again when it changes
+    #[arg(long, env = "TANDEM_TLS_CERT", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, env = "TANDEM_TLS_KEY", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Only clients with a certificate of these authorities (PEM) may call; /health and /live stay open for probes
+    #[arg(long, env = "TANDEM_TLS_CLIENT_CA", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Seconds that running requests may take when stopping
+    #[arg(long, default_value_t = 30)]
+    pub drain_seconds: u64,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
+    #[command(flatten)]
+    pub trace: TraceArgs,
+}
+
+/// Settings of `prefill` and `decode`.
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// Address for gRPC and KV, host:port; port 0 picks a free one
+    #[arg(long, default_value = "0.0.0.0:0")]
+    pub listen: SocketAddr,
+    /// Address that others reach this worker at, host:port [default: the bound address]
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// Unique name in the cluster [default: host name, role and port]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Failure zone, free text
+    #[arg(long, default_value = "")]
+    pub zone: String,
+    #[command(flatten)]
+    pub model: ModelChoice,
+    /// etcd endpoints, comma-separated
+    #[arg(long, value_delimiter = ',', env = "TANDEM_ETCD", conflicts_with = "registry")]
+    pub etcd: Vec<String>,
+    #[command(flatten)]
+    pub etcd_access: EtcdArgs,
+    /// Address of a router that keeps the registry, host:port
+    #[arg(long, required_unless_present = "etcd")]
+    pub registry: Option<String>,
+    /// Name of the cluster, the middle of its keys in etcd
+    #[arg(long, default_value = "default")]
+    pub cluster: String,
+    /// Seconds after which a silent worker's key leaves etcd
+    #[arg(long, default_value_t = 10)]
+    pub lease_seconds: u64,
+    /// Seconds without a byte of a transfer, or without an engine step while there is work, that are a failure;
+    /// more than the slowest step takes
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub progress_seconds: u64,
+    /// Seconds that running requests may take when stopping
+    #[arg(long, default_value_t = 30)]
+    pub drain_seconds: u64,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub transport: TransportArgs,
+    #[command(flatten)]
+    pub trace: TraceArgs,
+    /// Stop when standard input ends (set by `up` on its children)
+    #[arg(long, hide = true)]
+    pub stop_with_parent: bool,
+}
