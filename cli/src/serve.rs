@@ -28,7 +28,7 @@ const PREFILL_STEP_TOKENS: usize = 512;
 const PREFILL_STEP_TOKENS_GPU: usize = 8192;
 /// The same of a decode worker: local prompts must not hold up running sequences for long.
 const DECODE_STEP_TOKENS: usize = 256;
-/// How long a process that starts waits for an etcd that does not answer, before it ends with an error.
+/// How long a process that starts waits for a registry that does not answer, before it ends with an error.
 const FIRST_CONTACT: Duration = Duration::from_secs(60);
 /// How long a reservation may wait for its KV.
 const RESERVATION: Duration = Duration::from_secs(120);
@@ -147,7 +147,7 @@ impl Start {
             signal::stop_with_parent(stop.clone());
         }
         let registry: Arc<dyn Join> = match &args.registry {
-            Some(address) => Arc::new(RemoteRegistry::new(address)),
+            Some(address) => Arc::new(RemoteRegistry::new(address).patient(FIRST_CONTACT)),
             None => {
                 let lease = Duration::from_secs(args.lease_seconds);
                 Arc::new(etcd(&args.etcd, &args.etcd_access, &args.cluster, lease)?)

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -117,6 +118,37 @@ async fn up_serves_until_it_is_told_to_stop() {
     let told = Command::new("kill").args(["-TERM", &up.0.id().to_string()]).status().unwrap();
     assert!(told.success() && up.0.wait().unwrap().success());
     assert_eq!(generate().0, Some(3));
+}
+
+/// Reads what a process says on standard error up to `words`; the rest is read and dropped.
+fn until_it_says(process: &mut Process, words: &str) {
+    let mut said = BufReader::new(process.0.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains(words) {
+        line.clear();
+        assert!(said.read_line(&mut line).unwrap() > 0, "ended before it said: {words}");
+    }
+    std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_may_start_before_their_router() {
+    let dir = tiny();
+    let address = format!("127.0.0.1:{}", free_port());
+    let worker = |role: &str| {
+        let mut command = tandem();
+        command.args([role, "--listen", "127.0.0.1:0", "--registry", &address, "--name", role]);
+        command.args(["--kv-mib", "8", "--threads", "1", "--model"]).arg(dir.path());
+        Process(command.stderr(Stdio::piped()).spawn().unwrap())
+    };
+    let mut workers = ["decode", "prefill"].map(worker);
+    workers.iter_mut().for_each(|worker| until_it_says(worker, "waiting for the registry"));
+    let mut router = tandem();
+    router.args(["router", "--listen", &address, "--model"]).arg(dir.path());
+    let _router = Process(router.spawn().unwrap());
+    wait_for(&mut client(&address).await, &["decode", "prefill"]).await;
+    let (code, _, err) = run(tandem().args(["generate", "hi", "--addr", &address, "--max-tokens", "2"]));
+    assert_eq!(code, Some(0), "{err}");
 }
 
 #[test]

@@ -6,13 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions, EventType, GetOptions, PutOptions, WatchOptions};
 use futures::future::{BoxFuture, FutureExt};
 use tokio::sync::{oneshot, watch};
 
-use crate::remote::{jittered, to_json};
+use crate::patience::{FirstContact, jittered};
+use crate::remote::to_json;
 use crate::{Entry, EtcdAccess, Join, Load, Member, Membership, Picture, RegistryError, Watch};
 
 /// How long a silent member stays listed.
@@ -50,22 +51,9 @@ impl EtcdRegistry {
         Self { access, ..self }
     }
 
-    /// How long the first contact may take. An etcd that starts beside us, or is away for a moment, must not cost
-    /// a worker its loaded weights; an address that is wrong must still end in an error.
+    /// How long the first contact may take (default: one try).
     pub fn patient(self, patience: Duration) -> Self {
         Self { patience, ..self }
-    }
-
-    /// Whether to try the first contact again; says so once.
-    async fn try_again(&self, since: Instant, error: &RegistryError, told: &mut bool) -> bool {
-        if !matches!(error, RegistryError::Unreachable { .. }) || since.elapsed() >= self.patience {
-            return false;
-        }
-        if !std::mem::replace(told, true) {
-            tracing::warn!(%error, "waiting for etcd, at most {} s", self.patience.as_secs());
-        }
-        tokio::time::sleep(jittered(RETRY)).await;
-        true
     }
 
     async fn connect(&self) -> Result<Client, RegistryError> {
@@ -238,12 +226,12 @@ impl Join for EtcdRegistry {
         load: watch::Receiver<Load>,
     ) -> BoxFuture<'_, Result<Membership, RegistryError>> {
         async move {
-            let (since, mut told) = (Instant::now(), false);
+            let mut contact = FirstContact::new(self.patience);
             let held = loop {
                 let now = load.borrow().clone();
                 match self.register(&member, now).await {
                     Ok(registered) => break registered,
-                    Err(error) if self.try_again(since, &error, &mut told).await => {}
+                    Err(error) if contact.try_again(&error).await => {}
                     Err(error) => return Err(error),
                 }
             };
@@ -262,11 +250,11 @@ impl Watch for EtcdRegistry {
             let (first_error, failed) = oneshot::channel();
             tokio::spawn(async move {
                 let mut first_error = Some(first_error);
-                let (since, mut told) = (Instant::now(), false);
+                let mut contact = FirstContact::new(registry.patience);
                 loop {
                     let Err(error) = registry.follow(&out).await else { return };
                     let known = out.borrow().connected || !out.borrow().members.is_empty();
-                    if !known && first_error.is_some() && registry.try_again(since, &error, &mut told).await {
+                    if !known && first_error.is_some() && contact.try_again(&error).await {
                         continue;
                     }
                     if !known && let Some(report) = first_error.take() {

@@ -8,6 +8,7 @@ pub mod etcd;
 pub mod etcd_access;
 pub mod member;
 pub mod memory;
+mod patience;
 pub mod remote;
 
 pub use etcd::EtcdRegistry;

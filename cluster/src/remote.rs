@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 
+use crate::patience::{FirstContact, jittered};
 use crate::{Join, Load, Member, Membership, RegistryError};
 
 /// A heartbeat at least this often, whether the load changed or not.
@@ -18,6 +19,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A client of a router's registry.
 pub struct RemoteRegistry {
     address: String,
+    patience: Duration,
 }
 
 impl RemoteRegistry {
@@ -28,7 +30,12 @@ impl RemoteRegistry {
             true => address.to_owned(),
             false => format!("http://{address}"),
         };
-        Self { address }
+        Self { address, patience: Duration::ZERO }
+    }
+
+    /// How long the first contact may take (default: one try).
+    pub fn patient(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 }
 
@@ -39,7 +46,14 @@ impl Join for RemoteRegistry {
         load: watch::Receiver<Load>,
     ) -> BoxFuture<'_, Result<Membership, RegistryError>> {
         async move {
-            let mut session = Session::open(&self.address, &member, load.clone()).await?;
+            let mut contact = FirstContact::new(self.patience);
+            let mut session = loop {
+                match Session::open(&self.address, &member, load.clone()).await {
+                    Ok(session) => break session,
+                    Err(error) if contact.try_again(&error).await => {}
+                    Err(error) => return Err(error),
+                }
+            };
             let address = self.address.clone();
             Ok(Membership::spawn(|mut left| async move {
                 loop {
@@ -63,11 +77,6 @@ impl Join for RemoteRegistry {
         }
         .boxed()
     }
-}
-
-/// 0.75 to 1.25 of it, so that a fleet does not come back in one instant.
-pub(crate) fn jittered(base: Duration) -> Duration {
-    base.mul_f64(0.75 + rand::random::<f64>() / 2.0)
 }
 
 struct Session {
