@@ -14,6 +14,7 @@ mod model;
 mod plan;
 mod prompts;
 mod report;
+mod role;
 mod serve;
 mod signal;
 mod status;
@@ -21,6 +22,7 @@ mod top;
 mod trace;
 
 use clap::Parser;
+use cluster::Role;
 
 use args::{Cli, Command};
 
@@ -36,8 +38,10 @@ fn main() -> std::process::ExitCode {
         match cli.command {
             Command::Up(args) => local::up(args).await,
             Command::Router(args) => serve::router(args).await,
-            Command::Prefill(args) => serve::prefill(args).await,
-            Command::Decode(args) => serve::decode(args).await,
+            Command::Prefill(args) => serve::worker(args, Role::Prefill).await,
+            Command::Decode(args) => serve::worker(args, Role::Decode).await,
+            Command::Worker(args) => role::worker(args).await,
+            Command::Role(args) => role::run(args).await,
             Command::Generate(args) => generate::run(args).await,
             Command::Drain(args) => drain::run(args, true).await,
             Command::Undrain(args) => drain::run(args, false).await,

@@ -1,4 +1,4 @@
-//! `tandem router`, `prefill`, `decode`: one process of a deployment each.
+//! `tandem router`, `worker`, `prefill`, `decode`: one process of a deployment each.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -14,6 +14,8 @@ use router::status::Slo;
 use router::text::model::TextModel;
 use router::{Registry, RouterConfig};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use worker::WorkerConfig;
 use worker::transport::{TransportChoice, TransportConfig};
 
@@ -104,29 +106,43 @@ pub async fn load_text(choice: &crate::args::ModelChoice) -> anyhow::Result<Text
     Ok(tokio::task::spawn_blocking(move || TextModel::load(&dir, &name)).await??)
 }
 
-/// Runs a prefill worker until it is told to stop.
-pub async fn prefill(args: WorkerArgs) -> anyhow::Result<()> {
+/// Runs a worker of a fixed role until it is told to stop.
+pub async fn worker(args: WorkerArgs, role: Role) -> anyhow::Result<()> {
     let stop = signal::stop_token();
-    let start = Start::new(&args, Role::Prefill, &stop).await?;
-    let max_prompts = args.engine.max_sequences.min(64);
-    let config = PrefillConfig { worker: start.config, max_prompts };
-    let tracer = args.trace.tracer("tandem-prefill", &config.worker.name)?;
-    let deps = start.built.deps(start.registry, tracer.clone());
-    let ended = prefill_worker::run(config, deps, start.listener, stop).await;
-    trace::shutdown(tracer).await;
-    Ok(ended?)
+    if args.stop_with_parent {
+        signal::stop_with_parent(stop.clone());
+    }
+    let listener = bind(args.listen).await?;
+    turn(&args, role, listener, stop, None).await
 }
 
-/// Runs a decode worker until it is told to stop.
-pub async fn decode(args: WorkerArgs) -> anyhow::Result<()> {
-    let stop = signal::stop_token();
-    let start = Start::new(&args, Role::Decode, &stop).await?;
-    let config = DecodeConfig { worker: start.config, reservation: RESERVATION };
-    let tracer = args.trace.tracer("tandem-decode", &config.worker.name)?;
-    let deps = start.built.deps(start.registry, tracer.clone());
-    let ended = decode_worker::run(config, deps, start.listener, stop).await;
+/// One role's life: loads the model, joins, serves, drains, leaves. Ends early when `next_role` is told another role.
+pub async fn turn(
+    args: &WorkerArgs,
+    role: Role,
+    listener: TcpListener,
+    stop: CancellationToken,
+    next_role: Option<Arc<watch::Sender<Role>>>,
+) -> anyhow::Result<()> {
+    let Start { config, built, registry } = Start::new(args, role, &listener, next_role).await?;
+    let service = match role {
+        Role::Prefill => "tandem-prefill",
+        Role::Decode => "tandem-decode",
+    };
+    let tracer = args.trace.tracer(service, &config.name)?;
+    let deps = built.deps(registry, tracer.clone());
+    let ended: anyhow::Result<()> = match role {
+        Role::Prefill => {
+            let config = PrefillConfig { worker: config, max_prompts: args.engine.max_sequences.min(64) };
+            prefill_worker::run(config, deps, listener, stop).await.map_err(Into::into)
+        }
+        Role::Decode => {
+            let config = DecodeConfig { worker: config, reservation: RESERVATION };
+            decode_worker::run(config, deps, listener, stop).await.map_err(Into::into)
+        }
+    };
     trace::shutdown(tracer).await;
-    Ok(ended?)
+    ended
 }
 
 /// What a worker process has before it serves.
@@ -134,18 +150,15 @@ struct Start {
     config: WorkerConfig,
     built: engines::Built,
     registry: Arc<dyn Join>,
-    listener: TcpListener,
 }
 
 impl Start {
     async fn new(
         args: &WorkerArgs,
         role: Role,
-        stop: &tokio_util::sync::CancellationToken,
+        listener: &TcpListener,
+        next_role: Option<Arc<watch::Sender<Role>>>,
     ) -> anyhow::Result<Self> {
-        if args.stop_with_parent {
-            signal::stop_with_parent(stop.clone());
-        }
         let registry: Arc<dyn Join> = match &args.registry {
             Some(address) => Arc::new(RemoteRegistry::new(address).patient(FIRST_CONTACT)),
             None => {
@@ -155,7 +168,6 @@ impl Start {
         };
         let dir = model::folder(&args.model)?;
         let model_name = model::served_name(&args.model, &dir);
-        let listener = bind(args.listen).await?;
         let bound = listener.local_addr()?;
         let default_step_tokens = match (role, args.engine.device) {
             (Role::Prefill, Device::Cpu) => PREFILL_STEP_TOKENS,
@@ -165,9 +177,9 @@ impl Start {
         let step_tokens =
             args.engine.step_tokens.unwrap_or(default_step_tokens).max(args.engine.block_tokens);
         let built = load_engine(&dir, args, role, step_tokens).await?;
-        let role = role.name();
+        let kind = if next_role.is_some() { "worker" } else { role.name() };
         let config = WorkerConfig {
-            name: args.name.clone().unwrap_or_else(|| default_name(role, bound)),
+            name: args.name.clone().unwrap_or_else(|| default_name(kind, bound)),
             model: model_name.clone(),
             advertise: args.advertise.clone(),
             zone: args.zone.clone(),
@@ -180,9 +192,10 @@ impl Start {
             lease: Duration::from_secs(args.lease_seconds),
             drain_deadline: Duration::from_secs(args.drain_seconds),
             transport: transport(&args.transport)?,
+            next_role,
         };
-        announce(role, &model_name, bound);
-        Ok(Self { config, built, registry, listener })
+        announce(role.name(), &model_name, bound);
+        Ok(Self { config, built, registry })
     }
 }
 

@@ -7,15 +7,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use proto::v1::inference_client::InferenceClient;
-use proto::v1::{self};
 use serde_json::Value;
 use tandem_tests::cluster::{collect, greedy, request};
 use tandem_tests::etcd::Etcd;
 use tandem_tests::model;
 use tandem_tests::oracle::Oracle;
-use tandem_tests::process::{Process, free_port, real_model};
-use tonic::transport::Channel;
+use tandem_tests::process::{Process, client, free_port, real_model, wait_for};
 
 fn tandem() -> Command {
     Command::new(env!("CARGO_BIN_EXE_tandem"))
@@ -228,30 +225,6 @@ fn start_with(role: &str, name: &str, dir: &Path, etcd: &Etcd, listen: &str, mor
     }
     command.args(more);
     Process(command.stdin(Stdio::null()).spawn().unwrap())
-}
-
-async fn client(address: &str) -> InferenceClient<Channel> {
-    for _ in 0..500 {
-        let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
-        if let Ok(channel) = endpoint.connect().await {
-            return InferenceClient::new(channel);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("no router at {address}");
-}
-
-async fn wait_for(client: &mut InferenceClient<Channel>, names: &[&str]) {
-    let mut known = Vec::new();
-    for _ in 0..1500 {
-        let reply = client.list_workers(v1::ListWorkersRequest {}).await.unwrap().into_inner();
-        known = reply.workers.iter().filter(|w| w.state == "ready").map(|w| w.worker.clone()).collect();
-        if known == names {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("wanted {names:?}, the fleet is {known:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

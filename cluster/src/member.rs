@@ -12,6 +12,18 @@ pub enum Role {
     Decode,
 }
 
+impl std::str::FromStr for Role {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "prefill" => Ok(Role::Prefill),
+            "decode" => Ok(Role::Decode),
+            other => Err(format!("must be prefill or decode, not {other:?}")),
+        }
+    }
+}
+
 impl Role {
     /// `prefill` or `decode`.
     pub fn name(self) -> &'static str {
@@ -50,6 +62,9 @@ pub struct Member {
     pub max_context_tokens: u32,
     /// Sequences that it runs at once, at most.
     pub max_sequences: u32,
+    /// Its role may change, each time with a new incarnation.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_role: bool,
 }
 
 /// How busy a worker is.

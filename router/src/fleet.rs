@@ -292,6 +292,7 @@ impl Fleet {
                 waiting: w.load.waiting,
                 queued_tokens: w.load.queued_tokens,
                 tokens_per_second: w.load.tokens_per_second,
+                auto_role: w.member.auto_role,
             })
             .collect()
     }

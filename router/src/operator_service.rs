@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use cluster::Role;
 use proto::v1;
 use proto::v1::worker_control_client::WorkerControlClient;
 use tonic::{Code, Request, Response, Status};
 
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Worker};
 use crate::status::Board;
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -17,6 +18,47 @@ pub struct OperatorService {
     pub fleet: Fleet,
     /// What was seen.
     pub board: Board,
+}
+
+impl OperatorService {
+    fn worker(&self, name: &str) -> Result<Worker, Status> {
+        self.fleet.get(name).ok_or_else(|| {
+            let known: Vec<String> = self.fleet.statuses().into_iter().map(|w| w.worker).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            Status::not_found(format!("worker {name} is not known; known: {known}"))
+        })
+    }
+
+    /// A pool without a worker serves nobody, or makes every decode worker prefill.
+    fn check_not_last(&self, worker: &Worker) -> Result<(), Status> {
+        let (name, role) = (&worker.member.worker, worker.member.role);
+        let others = self.fleet.statuses().into_iter();
+        let mut others = others.filter(|w| w.role == role.name() && w.state == "ready" && w.worker != *name);
+        match others.next() {
+            Some(_) => Ok(()),
+            None => Err(Status::failed_precondition(format!(
+                "{name} is the last {} worker that takes requests; start another one first, or use --force",
+                role.name()
+            ))),
+        }
+    }
+}
+
+/// A worker's answer, or why there is none.
+async fn told<T>(
+    worker: &str,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<Response<T>, Status> {
+    match tokio::time::timeout(PATIENCE, call).await {
+        Ok(Err(status)) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
+            Err(Status::new(status.code(), format!("worker {worker}: {}", status.message())))
+        }
+        Ok(Err(status)) => {
+            Err(Status::unavailable(format!("worker {worker} cannot be told: {}", status.message())))
+        }
+        Ok(reply) => reply,
+        Err(_) => Err(Status::unavailable(format!("worker {worker} does not answer"))),
+    }
 }
 
 #[tonic::async_trait]
@@ -33,22 +75,28 @@ impl v1::operator_server::Operator for OperatorService {
         call: Request<v1::SetDrainingRequest>,
     ) -> Result<Response<v1::SetDrainingReply>, Status> {
         let call = call.into_inner();
-        let Some(worker) = self.fleet.get(&call.worker) else {
-            let known: Vec<String> = self.fleet.statuses().into_iter().map(|w| w.worker).collect();
-            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            return Err(Status::not_found(format!("worker {} is not known; known: {known}", call.worker)));
-        };
-        let mut client = WorkerControlClient::new(worker.channel);
-        let reply = match tokio::time::timeout(PATIENCE, client.set_draining(call.clone())).await {
-            Ok(Ok(reply)) => reply,
-            Ok(Err(status)) if status.code() == Code::FailedPrecondition => return Err(status),
-            Ok(Err(status)) => {
-                let why = format!("worker {} cannot be told: {}", call.worker, status.message());
-                return Err(Status::unavailable(why));
-            }
-            Err(_) => return Err(Status::unavailable(format!("worker {} does not answer", call.worker))),
-        };
+        let mut client = WorkerControlClient::new(self.worker(&call.worker)?.channel);
+        let reply = told(&call.worker, client.set_draining(call.clone())).await?;
         self.fleet.note_draining(&call.worker, call.draining);
+        Ok(reply)
+    }
+
+    async fn set_role(
+        &self,
+        call: Request<v1::SetRoleRequest>,
+    ) -> Result<Response<v1::SetRoleReply>, Status> {
+        let call = call.into_inner();
+        let role = call.role.parse::<Role>();
+        let role = role.map_err(|why| Status::invalid_argument(format!("role: {why}")))?;
+        let worker = self.worker(&call.worker)?;
+        if role != worker.member.role && !call.force {
+            self.check_not_last(&worker)?;
+        }
+        let mut client = WorkerControlClient::new(worker.channel);
+        let reply = told(&call.worker, client.set_role(call.clone())).await?;
+        if reply.get_ref().switching {
+            self.fleet.note_draining(&call.worker, true);
+        }
         Ok(reply)
     }
 }

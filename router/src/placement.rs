@@ -51,7 +51,7 @@ pub enum Policy {
 pub struct Model {
     /// What a remote prefill costs besides queueing and computing: round trips, exposed transfer.
     pub remote_overhead_ms: f64,
-    /// Speed assumed for a worker that has not measured its own.
+    /// Speed assumed for a worker where no peer has measured its own.
     pub default_tokens_per_second: f64,
 }
 
@@ -89,8 +89,9 @@ pub fn place(
     model: &Model,
 ) -> Result<Placement, NoPlace> {
     let d = best(decode, demand.salt, |c| decode_cost(demand, c)).ok_or(NoPlace::NoDecodeWorker)?;
-    let partners: Vec<&Candidate> = prefill.iter().filter(|p| p.compat_hash == d.compat_hash).collect();
-    let p = best(partners, demand.salt, |c| prefill_ms(demand, c, model));
+    let partners = prefill.iter().filter(|p| p.compat_hash == d.compat_hash);
+    let partners = with_speeds(partners, model);
+    let p = best(&partners, demand.salt, |c| prefill_ms(demand, c));
     let local = |reason| {
         Ok(Placement {
             decode: d.worker.clone(),
@@ -119,7 +120,7 @@ pub fn place(
                 return local("local:short");
             }
             let here = local_ms(uncached, d, model);
-            let there = prefill_ms(demand, p, model) + model.remote_overhead_ms;
+            let there = prefill_ms(demand, p) + model.remote_overhead_ms;
             match here < there {
                 true => local("local:faster"),
                 false => remote(p, u32::try_from(short).unwrap_or(u32::MAX - 1), "remote"),
@@ -128,14 +129,20 @@ pub fn place(
     }
 }
 
-fn speed(c: &Candidate, model: &Model) -> f64 {
-    if c.tokens_per_second > 0.0 { c.tokens_per_second } else { model.default_tokens_per_second }
+/// A worker that has not measured itself counts as fast as the fastest of its peers: taken for slower, it would get no
+/// work while they have room, and never measure.
+fn with_speeds<'a>(pool: impl Iterator<Item = &'a Candidate>, model: &Model) -> Vec<Candidate> {
+    let mut pool: Vec<Candidate> = pool.cloned().collect();
+    let fastest = pool.iter().map(|c| c.tokens_per_second).fold(0.0, f64::max);
+    let assumed = if fastest > 0.0 { fastest } else { model.default_tokens_per_second };
+    pool.iter_mut().filter(|c| c.tokens_per_second <= 0.0).for_each(|c| c.tokens_per_second = assumed);
+    pool
 }
 
 /// Until the prefill worker has computed this prompt too.
-fn prefill_ms(demand: &Demand, p: &Candidate, model: &Model) -> f64 {
+fn prefill_ms(demand: &Demand, p: &Candidate) -> f64 {
     let work = p.queued_tokens + demand.prompt_tokens.saturating_sub(p.cached_tokens);
-    work as f64 / speed(p, model) * 1e3
+    work as f64 / p.tokens_per_second * 1e3
 }
 
 /// The same on the decode worker: every running sequence waits as long as this prompt computes, and that
@@ -147,7 +154,7 @@ fn local_ms(uncached: usize, d: &Candidate, model: &Model) -> f64 {
 
 /// Prompts of up to this many uncached tokens are done locally before a remote one could even begin.
 fn break_even_tokens(d: &Candidate, p: &Candidate, model: &Model) -> usize {
-    let wait = model.remote_overhead_ms + p.queued_tokens as f64 / speed(p, model) * 1e3;
+    let wait = model.remote_overhead_ms + p.queued_tokens as f64 / p.tokens_per_second * 1e3;
     let tokens = wait / 1e3 * model.default_tokens_per_second / (1.0 + d.sequences as f64);
     (tokens - d.queued_tokens as f64).max(0.0) as usize
 }
@@ -204,6 +211,14 @@ mod tests {
         let long = adaptive(500, &p, &busy);
         assert_eq!((long.reason, long.prefill.as_deref()), ("remote", Some("p")));
         assert_eq!(long.local_prefill_max_tokens, 2);
+    }
+
+    #[test]
+    fn a_new_worker_gets_work() {
+        let known = Candidate { tokens_per_second: 50_000.0, queued_tokens: 10, ..candidate("known") };
+        let new = Candidate { tokens_per_second: 0.0, ..candidate("new") };
+        let busy = [Candidate { sequences: 4, ..candidate("d") }];
+        assert_eq!(adaptive(5000, &[known, new], &busy).prefill.as_deref(), Some("new"));
     }
 
     #[test]

@@ -240,6 +240,7 @@ impl Cluster {
             lease: Duration::from_secs(10),
             drain_deadline: Duration::from_secs(30),
             transport: spec.transport.clone(),
+            next_role: None,
         };
         let registry = Arc::clone(join);
         let vocabulary = Vocabulary::of(model, config.vocab, &config.eos);

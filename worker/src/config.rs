@@ -10,7 +10,7 @@ use engine::kv::pool::BlockPool;
 use engine::{Engine, EngineInfo, KvLayout};
 use kv_transport::Identity;
 use telemetry::trace::Tracer;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::request::Limits;
 use crate::transport::{TransportConfig, Ways};
@@ -59,6 +59,8 @@ pub struct WorkerConfig {
     pub drain_deadline: Duration,
     /// Which ways KV takes.
     pub transport: TransportConfig,
+    /// Where the role that an operator or the planner wants next is told; nowhere, when the role is fixed.
+    pub next_role: Option<Arc<watch::Sender<Role>>>,
 }
 
 impl WorkerConfig {
@@ -121,6 +123,7 @@ impl WorkerConfig {
             total_blocks: count(layout.blocks),
             max_context_tokens: count(info.max_context_tokens),
             max_sequences: count(self.max_sequences),
+            auto_role: self.next_role.is_some(),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! `WorkerControl`: out of placement and back, told by an operator over the router.
+//! `WorkerControl`: out of placement and back, or to the other pool, told by an operator over the router.
 
 use std::sync::Arc;
 
-use cluster::Load;
+use cluster::{Load, Role};
 use proto::v1;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -12,8 +12,20 @@ use tonic::{Request, Response, Status};
 pub(crate) struct Control {
     /// What the engine's loop, the registry and health follow.
     pub load: Arc<watch::Sender<Load>>,
-    /// Set once the process is told to end.
+    /// Set once the worker is told to end, or to go on in the other pool.
     pub stop: CancellationToken,
+    /// Its role.
+    pub role: Role,
+    /// Where the next one is told, when it may change.
+    pub next_role: Option<Arc<watch::Sender<Role>>>,
+}
+
+impl Control {
+    /// Running or waiting now.
+    fn sequences(&self) -> u32 {
+        let load = self.load.borrow();
+        load.running + load.waiting
+    }
 }
 
 #[tonic::async_trait]
@@ -28,8 +40,32 @@ impl v1::worker_control_server::WorkerControl for Control {
         }
         self.load.send_modify(|load| load.draining = draining);
         tracing::info!(draining, "told by an operator");
-        let load = self.load.borrow();
-        Ok(Response::new(v1::SetDrainingReply { sequences: load.running + load.waiting }))
+        Ok(Response::new(v1::SetDrainingReply { sequences: self.sequences() }))
+    }
+
+    async fn set_role(
+        &self,
+        call: Request<v1::SetRoleRequest>,
+    ) -> Result<Response<v1::SetRoleReply>, Status> {
+        let role = call.into_inner().role.parse::<Role>();
+        let role = role.map_err(|why| Status::invalid_argument(format!("role: {why}")))?;
+        let Some(next_role) = &self.next_role else {
+            let why = format!(
+                "its role is fixed: it was started as a {0} worker; start it with `tandem worker --role auto --start-as {0}`",
+                self.role.name()
+            );
+            return Err(Status::failed_precondition(why));
+        };
+        if self.stop.is_cancelled() {
+            return Err(Status::failed_precondition("the worker is stopping or changes its role already"));
+        }
+        let switching = role != self.role;
+        if switching {
+            tracing::info!(from = self.role.name(), to = role.name(), "told to change its role");
+            next_role.send_replace(role);
+            self.stop.cancel();
+        }
+        Ok(Response::new(v1::SetRoleReply { switching, sequences: self.sequences() }))
     }
 }
 

@@ -98,7 +98,12 @@ impl Life {
     {
         // Ready once it is a member: a rolling upgrade must not end the old worker before the router knows the new one.
         let (ready, is_ready) = watch::channel(false);
-        let control = Control { load: Arc::clone(&self.load), stop: stop.clone() };
+        let control = Control {
+            load: Arc::clone(&self.load),
+            stop: stop.clone(),
+            role: self.member.role,
+            next_role: self.config.next_role.clone(),
+        };
         routes.add_service(WorkerControlServer::new(control));
         let (load, attempts) = (Arc::clone(&self.load), self.attempts.clone());
         let (patience, lease) = (self.config.progress_timeout, self.config.lease);
@@ -146,6 +151,10 @@ impl Life {
         close.cancel();
         if tokio::time::timeout(CLOSE_PATIENCE, &mut server).await.is_err() {
             server.abort();
+        }
+        // The engine ends with the last handle on its inbox; a worker that goes on in another role needs its memory.
+        if tokio::time::timeout(CLOSE_PATIENCE, &mut engine).await.is_err() {
+            tracing::warn!("the engine's thread is still busy");
         }
         Ok(())
     }

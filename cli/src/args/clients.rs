@@ -1,8 +1,10 @@
-//! Clients of a router: `generate`, `status`, `top`, `drain` and `undrain`.
+//! Clients of a router: `generate`, `status`, `top`, `drain`, `undrain` and `role`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
+use cluster::Role;
 
 use super::{EngineArgs, ModelChoice, PlacementArgs, TransportArgs};
 
@@ -121,6 +123,30 @@ pub struct DrainArgs {
     #[command(flatten)]
     pub dial: DialArgs,
     /// Return once nothing runs on it, at most after that many seconds (drain only)
+    #[arg(long)]
+    pub wait: Option<u64>,
+    /// One JSON object instead of words
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Settings of `role`.
+#[derive(Debug, Args)]
+pub struct RoleArgs {
+    /// The worker's name, as `tandem status` shows it; it was started with `--role auto`
+    pub worker: String,
+    /// Its new pool: prefill or decode
+    #[arg(value_parser = Role::from_str)]
+    pub role: Role,
+    /// Router of the cluster, host:port
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub addr: String,
+    #[command(flatten)]
+    pub dial: DialArgs,
+    /// Even when it is the last of its pool
+    #[arg(long)]
+    pub force: bool,
+    /// Return once it takes requests in its new pool, at most after that many seconds
     #[arg(long)]
     pub wait: Option<u64>,
     /// One JSON object instead of words

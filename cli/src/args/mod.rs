@@ -11,10 +11,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kv_transport::verbs::DeviceSelector;
 
 pub use bench::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable};
-pub use clients::{DialArgs, DrainArgs, GenerateArgs, SamplingArgs, StatusArgs, TopArgs};
+pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, StatusArgs, TopArgs};
 pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
 pub use processes::{
-    EtcdArgs, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind, UpArgs, WorkerArgs,
+    EtcdArgs, PlacementArgs, PrefillOn, RoleChoice, RoleWorkerArgs, RouterArgs, TransportArgs, TransportKind,
+    UpArgs, WorkerArgs,
 };
 
 /// The model that is used when none is named.
@@ -61,12 +62,16 @@ pub enum Command {
     Prefill(WorkerArgs),
     /// Run a decode worker: receives KV and streams tokens
     Decode(WorkerArgs),
+    /// Run a worker of either pool, or one that changes between them
+    Worker(RoleWorkerArgs),
     /// Send prompts to a cluster and stream the answers
     Generate(GenerateArgs),
     /// Take a worker out of placement: its running sequences move to others, nothing new comes
     Drain(DrainArgs),
     /// Let a drained worker take requests again
     Undrain(DrainArgs),
+    /// Move a worker to the other pool: it drains and joins again
+    Role(RoleArgs),
     /// Show the cluster once: workers, rates, what moved
     Status(StatusArgs),
     /// Watch the cluster live, in a terminal

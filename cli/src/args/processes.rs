@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use cluster::Role;
 use kv_transport::verbs::DeviceSelector;
 
 use super::{EngineArgs, ModelChoice};
@@ -155,6 +157,30 @@ pub struct RouterArgs {
     pub placement: PlacementArgs,
     #[command(flatten)]
     pub trace: TraceArgs,
+}
+
+/// Settings of `worker`.
+#[derive(Debug, Args)]
+pub struct RoleWorkerArgs {
+    /// Its pool; auto: may change while it runs, on `tandem role` or by the planner
+    #[arg(long, value_enum)]
+    pub role: RoleChoice,
+    /// First role with --role auto: prefill or decode
+    #[arg(long, default_value = "decode", value_parser = Role::from_str)]
+    pub start_as: Role,
+    #[command(flatten)]
+    pub worker: WorkerArgs,
+}
+
+/// Which pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoleChoice {
+    /// Always the prefill pool, as `tandem prefill`
+    Prefill,
+    /// Always the decode pool, as `tandem decode`
+    Decode,
+    /// One after the other
+    Auto,
 }
 
 /// Settings of `prefill` and `decode`.

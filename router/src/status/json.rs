@@ -39,6 +39,7 @@ fn worker(w: &v1::WorkerStatus) -> Value {
         "waiting": w.waiting,
         "queued_tokens": w.queued_tokens,
         "tokens_per_second": w.tokens_per_second,
+        "auto_role": w.auto_role,
     })
 }
 
