@@ -6,8 +6,9 @@ use std::time::Duration;
 use futures::future::join_all;
 use http_body_util::{BodyExt, Limited};
 use planner::{Observation, Profile};
-use proto::v1::ListWorkersRequest;
 use proto::v1::inference_client::InferenceClient;
+use proto::v1::operator_client::OperatorClient;
+use proto::v1::{ListWorkersRequest, SetRoleRequest, WorkerStatus};
 use tls::ClientFiles;
 use tonic::client::GrpcService;
 use tonic::codegen::http;
@@ -37,12 +38,14 @@ pub struct Collector {
     profile: Profile,
     channels: HashMap<String, Channel>,
     memory: Memory,
+    /// The router that answered last, and the workers that it knew.
+    last: Option<(Channel, Vec<WorkerStatus>)>,
 }
 
 impl Collector {
     /// Of the cluster whose routers are behind this name.
     pub fn new(routers: String, tls: Option<ClientFiles>, profile: Profile) -> Self {
-        Self { routers, tls, profile, channels: HashMap::new(), memory: Memory::default() }
+        Self { routers, tls, profile, channels: HashMap::new(), memory: Memory::default(), last: None }
     }
 
     /// Connections are made anew at the next look, with certificates as they are then.
@@ -63,7 +66,7 @@ impl Collector {
         let first = addresses.iter().find(|a| routers.contains_key(*a)).ok_or_else(silent)?;
         let channel = self.channel(first, true).ok_or_else(silent)?;
         let listed = tokio::time::timeout(PATIENCE, async {
-            InferenceClient::new(channel).list_workers(ListWorkersRequest {}).await
+            InferenceClient::new(channel.clone()).list_workers(ListWorkersRequest {}).await
         });
         let workers = listed.await.ok().and_then(Result::ok).ok_or_else(silent)?.into_inner().workers;
         let prefill = workers.iter().filter(|w| w.role == "prefill");
@@ -72,7 +75,26 @@ impl Collector {
             addresses.contains(address) || workers.iter().any(|w| w.address == *address)
         });
         let seen = Seen { now, routers: &routers, workers: &workers, prefill: &prefill };
-        Ok(self.memory.observe(&seen, &self.profile))
+        let seen = self.memory.observe(&seen, &self.profile);
+        self.last = Some((channel, workers));
+        Ok(seen)
+    }
+
+    /// The workers of the last look.
+    pub fn workers(&self) -> &[WorkerStatus] {
+        self.last.as_ref().map_or(&[], |(_, workers)| workers)
+    }
+
+    /// Tells a worker to change its pool, over the router that answered last.
+    pub async fn set_role(&self, worker: &str, role: &str) -> Result<(), String> {
+        let Some((channel, _)) = &self.last else { return Err("no router has answered yet".into()) };
+        let request = SetRoleRequest { worker: worker.into(), role: role.into(), force: false };
+        let mut operator = OperatorClient::new(channel.clone());
+        match tokio::time::timeout(PATIENCE, operator.set_role(request)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(status.message().to_owned()),
+            Err(_) => Err("the router does not answer".into()),
+        }
     }
 
     /// Pages by name, of those that answer.

@@ -7,6 +7,7 @@ mod collect;
 mod look;
 mod metrics;
 mod scaler;
+mod switching;
 
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ use tonic::transport::Server;
 use collect::Collector;
 use metrics::Metrics;
 use scaler::Scaler;
+use switching::Switching;
 
 /// Settings.
 #[derive(Debug, Clone)]
@@ -36,6 +38,8 @@ pub struct Config {
     pub profile: Profile,
     /// Time between two looks.
     pub interval: Duration,
+    /// Move workers that may change their pool to where they are needed.
+    pub switch_roles: bool,
 }
 
 /// Workers that each pool should have; `None` until the cluster was seen.
@@ -80,6 +84,7 @@ async fn watch_cluster(
 ) -> std::convert::Infallible {
     let mut collector = Collector::new(config.routers, config.tls, config.profile.clone());
     let mut planner: Option<Planner> = None;
+    let mut switching = Switching::default();
     let start = Instant::now();
     let mut tick = tokio::time::interval(config.interval);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -108,6 +113,25 @@ async fn watch_cluster(
         let now = [planner.target(Pool::Prefill), planner.target(Pool::Decode)];
         metrics.sizes(planner, now);
         sizes.send_replace(Some(now));
+        if config.switch_roles {
+            move_one(&mut switching, &collector, metrics, now).await;
+        }
         ready.send_replace(true);
+    }
+}
+
+/// Tells a worker to change its pool, if that helps.
+async fn move_one(switching: &mut Switching, collector: &Collector, metrics: &Metrics, sizes: [usize; 2]) {
+    let Some((worker, to)) = switching.next(sizes, collector.workers(), Instant::now()) else { return };
+    match collector.set_role(&worker, to.name()).await {
+        Ok(()) => {
+            metrics.switches.of("told").increment(1);
+            tracing::info!(worker, to = to.name(), ?sizes, "a worker changes its pool");
+            switching.told(worker, to, Instant::now());
+        }
+        Err(error) => {
+            metrics.switches.of("refused").increment(1);
+            tracing::warn!(worker, to = to.name(), %error, "a worker does not change its pool");
+        }
     }
 }

@@ -7,6 +7,8 @@ use telemetry::{Counter, Family, Gauge};
 pub struct Metrics {
     /// Looks by whether the cluster could be seen.
     pub looks: Family<Counter>,
+    /// Workers told to change their pool, by whether they were willing.
+    pub switches: Family<Counter>,
     decisions: Family<Counter>,
     workers: Family<Gauge>,
     need: Family<Gauge>,
@@ -30,6 +32,12 @@ impl Metrics {
                 "reason",
                 &reasons,
             ),
+            switches: registry.counters(
+                "tandem_planner_switches_total",
+                "Workers told to change their pool, by whether they were willing.",
+                "outcome",
+                &["told", "refused"],
+            ),
             workers: registry.gauges(
                 "tandem_planner_workers",
                 "Workers that the pool should have.",
@@ -52,7 +60,8 @@ impl Metrics {
 
     /// What stands now.
     pub fn sizes(&self, planner: &Planner, sizes: [usize; 2]) {
-        for (pool, name) in [(Pool::Prefill, "prefill"), (Pool::Decode, "decode")] {
+        for pool in [Pool::Prefill, Pool::Decode] {
+            let name = pool.name();
             self.workers.of(name).set(sizes[pool as usize] as f64);
             if let Some(need) = planner.need(pool) {
                 self.need.of(name).set(need.workers as f64);

@@ -32,6 +32,7 @@ async fn start(routers: SocketAddr, stop: &CancellationToken) -> (SocketAddr, Ke
         policy: Policy::new(Slo { ttft: 2.0, itl: 0.05 }, bounds, bounds),
         profile: Profile { max_sequences: 1.0, ..Profile::H100_8B },
         interval: Duration::from_millis(100),
+        switch_roles: false,
     };
     tokio::spawn(autoscaler::run(config, listener, stop.clone()));
     let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();

@@ -57,6 +57,7 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
         policy,
         profile,
         interval: Duration::from_secs(args.look_seconds),
+        switch_roles: args.switch_roles,
     };
     Ok(autoscaler::run(config, listener, stop).await?)
 }
@@ -68,7 +69,12 @@ fn planning(args: &PlanningArgs) -> anyhow::Result<(Policy, Profile)> {
     if decode.min == 0 {
         bail!("--min-decode: at least 1, since every request ends on a decode worker");
     }
-    Ok((Policy::new(slo, prefill, decode), profile(args.profile.as_deref())?))
+    let policy = Policy {
+        down_window: f64::from(args.shrink_after_seconds),
+        cooldown: f64::from(args.cooldown_seconds),
+        ..Policy::new(slo, prefill, decode)
+    };
+    Ok((policy, profile(args.profile.as_deref())?))
 }
 
 fn compare(

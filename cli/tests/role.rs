@@ -98,3 +98,59 @@ async fn a_worker_changes_its_pool_under_load_and_no_token_changes() {
     assert_eq!(code, Some(0), "{err}");
     refused(&["role", "w", "prefill"], 4, "the last decode worker");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_planner_moves_workers_to_where_they_are_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    model::write(dir.path(), 1);
+    let router = format!("127.0.0.1:{}", free_port());
+    let _router = start(&["router", "--listen", &router, "--prefill-on", "remote"], dir.path());
+    let common = ["--listen", "127.0.0.1:0", "--registry", &router, "--kv-mib", "32", "--threads", "1"];
+    let join = |role: &[&str]| start(&[role, &common].concat(), dir.path());
+    let auto = ["worker", "--role", "auto", "--name"];
+    let _fixed = join(&["prefill", "--name", "p0"]);
+    let _auto = ["w0", "w1", "w2"].map(|name| join(&[&auto[..], &[name]].concat()));
+    let mut client = client(&router).await;
+    wait_for(&mut client, &["p0", "w0", "w1", "w2"]).await;
+
+    // By this profile a prompt takes very long and decoding next to nothing: three prefill workers, one decode worker.
+    let profile = dir.path().join("profile.json");
+    std::fs::write(&profile, r#"{"prefill_token_seconds": 0.1}"#).unwrap();
+    let mut planner = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    planner.args([
+        "--log",
+        "info",
+        "planner",
+        "--routers",
+        &router,
+        "--listen",
+        "127.0.0.1:0",
+        "--switch-roles",
+    ]);
+    planner.args(["--slo-ttft", "2", "--slo-itl", "0.05", "--look-seconds", "1", "--max-prefill", "3"]);
+    planner.args(["--shrink-after-seconds", "2", "--cooldown-seconds", "0", "--profile"]).arg(&profile);
+    let _planner = Process(planner.spawn().unwrap());
+
+    let load = async {
+        for i in 0u32.. {
+            let prompt: Vec<u32> = (0..200).map(|t| (t * 7 + i) % 256).collect();
+            collect(client.clone(), request(&prompt, greedy(2))).await.unwrap();
+        }
+    };
+    let moved = async {
+        let mut client = client.clone();
+        loop {
+            let listed = client.list_workers(v1::ListWorkersRequest {}).await.unwrap().into_inner().workers;
+            let ready = |role: &str| listed.iter().filter(|w| w.role == role && w.state == "ready").count();
+            if (ready("prefill"), ready("decode")) == (3, 1) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let moved = tokio::time::timeout(Duration::from_secs(90), moved);
+    tokio::select! {
+        () = load => {}
+        moved = moved => assert!(moved.is_ok(), "the planner never moved two workers"),
+    }
+}

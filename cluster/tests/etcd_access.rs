@@ -24,6 +24,7 @@ fn member(worker: &str) -> Member {
         total_blocks: 10,
         max_context_tokens: 100,
         max_sequences: 4,
+        auto_role: false,
     }
 }
 

@@ -83,6 +83,8 @@ SECTIONS = [
           ("max by (pool) (tandem_planner_need_workers{" + SCOPE + "})", "needed {{pool}}")]),
         ("Decisions by reason", "short", "In the last hour.",
          [("sum by (reason) (increase(tandem_planner_decisions_total{" + SCOPE + "}[1h]))", "{{reason}}")]),
+        ("Workers that change their pool", "short", "In the last hour.",
+         [("sum by (outcome) (increase(tandem_planner_switches_total{" + SCOPE + "}[1h]))", "{{outcome}}")]),
         ("Looks", "ops", "Failed ones: the cluster cannot be seen, the last sizes stand.",
          [(rate("tandem_planner_looks_total", by="outcome"), "{{outcome}}")]),
     ]),

@@ -90,7 +90,7 @@ def flags(documents, what, known):
 
 def binary_flags():
     known = {}
-    for role in ("router", "prefill", "decode", "planner"):
+    for role in ("router", "prefill", "decode", "worker", "planner"):
         text = subprocess.run([TANDEM, role, "--help"], capture_output=True, text=True, check=True).stdout
         known[role] = {word.strip(",") for word in text.split() if word.startswith("--")}
     return known

@@ -57,6 +57,17 @@ def keda(o):
     assert ("ScaledObject", "llm-tandem-prefill") not in o
 
 
+def roles(o):
+    args = container(o, "decode")["args"]
+    assert args[:3] == ["worker", "--role=auto", "--start-as=decode"], args
+    assert container(o, "prefill")["args"][0] == "prefill"
+    assert "--switch-roles" in container(o, "planner")["args"]
+    for role in ("prefill", "decode"):
+        callers = o["NetworkPolicy", f"llm-tandem-{role}"]["spec"]["ingress"][0]["from"]
+        callers = [p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in callers]
+        assert callers == ["router", "prefill", "decode", "planner"], callers
+
+
 def planned(mode):
     def assertion(o):
         args = container(o, "planner")["args"]
@@ -193,6 +204,7 @@ def bare(o):
 
 
 FEATURES = [
+    ("workers that change their pool", sets("planner.enabled=true", "planner.switchRoles=true", "decode.roleSwitch=true"), roles),
     ("defaults", [], defaults),
     ("hpa", sets("prefill.autoscaling.mode=hpa", "decode.autoscaling.mode=hpa"), hpa),
     ("hpa, own metrics", sets("prefill.autoscaling.mode=hpa", "prefill.autoscaling.metrics[0].type=External",
@@ -236,6 +248,7 @@ FEATURES = [
 
 # One misspelt value at each level and part of the tree.
 MISSPELT = [
+    "prefill.switchRole=true", "planner.switchRole=true",
     "replica=2", "Prefill.replicas=2", "prefill.replica=2", "prefill.autoscaling.minReplica=1", "prefill.pdb.minAvailble=1",
     "prefill.resources.limit.cpu=1", "prefill.image.tags=x", "decode.kvMiB=1", "decode.tolerations[0].keys=x",
     "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true", "prefill.rdma.device=x",
@@ -245,6 +258,7 @@ MISSPELT = [
     "monitoring.enable=true", "tracing.endpiont=http://a:1", "planner.sloTtft=1", "planner.profile.kvTokens=1", "prefill.extraEnv[0].nam=x",
 ]
 OUT_OF_RANGE = [
+    "decode.roleSwitch=auto", "planner.cooldownSeconds=-1",
     "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",
     "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
     "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
@@ -253,6 +267,9 @@ OUT_OF_RANGE = [
     "tracing.endpoint=otel:4317",
 ]
 CONFLICTS = [
+    (["planner.switchRoles=true", "decode.roleSwitch=true"], "needs planner.enabled"),
+    (["planner.switchRoles=true", "planner.enabled=true"], "needs a pool whose workers may change"),
+    (["planner.switchRoles=true", "planner.enabled=true", "decode.roleSwitch=true", "prefill.autoscaling.mode=hpa"], "fixed sizes"),
     (["etcd.endpoints={http://a:2379}"], "choose one"),
     (["etcd.bundled.enabled=false"], "no etcd"),
     (["etcd.bundled.enabled=false", "etcd.endpoints={https://a:2379}"], "needs etcd.tls.secretName"),

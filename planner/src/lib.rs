@@ -13,12 +13,14 @@ pub mod need;
 pub mod observe;
 pub mod profile;
 pub mod replay;
+pub mod switch;
 pub mod trace;
 
 pub use decide::{Bounds, Decision, Planner, Policy};
 pub use need::{Need, Reason, Slo};
 pub use observe::Observation;
 pub use profile::Profile;
+pub use switch::{Staff, switch};
 
 /// One of the two pools.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -28,4 +30,14 @@ pub enum Pool {
     Prefill,
     /// Streams tokens.
     Decode,
+}
+
+impl Pool {
+    /// `prefill` or `decode`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pool::Prefill => "prefill",
+            Pool::Decode => "decode",
+        }
+    }
 }

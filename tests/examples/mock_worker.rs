@@ -179,6 +179,7 @@ async fn serve_tandem(router: &str, gap: Duration) -> Result<(), Failure> {
             total_blocks: 1 << 20,
             max_context_tokens: 1 << 20,
             max_sequences: 1 << 16,
+            auto_role: false,
         };
         memberships.push(registry.join(member, load.clone()).await?);
     }

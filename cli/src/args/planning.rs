@@ -32,6 +32,12 @@ pub struct PlanningArgs {
     /// Most decode workers
     #[arg(long, default_value_t = 64)]
     pub max_decode: usize,
+    /// Seconds that fewer workers must have been enough before a pool shrinks
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub shrink_after_seconds: u32,
+    /// Seconds after a pool's size changed before it may shrink
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub cooldown_seconds: u32,
 }
 
 /// Settings of `planner`.
@@ -48,6 +54,10 @@ pub struct PlannerArgs {
     /// Seconds between two looks
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=300))]
     pub look_seconds: u64,
+    /// Move workers that were started with `worker --role auto` to the pool that needs them, one at a time. For a fleet of a
+    /// fixed size; where an autoscaler changes the pools, leave it away
+    #[arg(long)]
+    pub switch_roles: bool,
     #[command(flatten)]
     pub planning: PlanningArgs,
 }

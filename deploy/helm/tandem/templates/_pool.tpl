@@ -90,7 +90,13 @@ spec:
 {{- $top := index . 0 -}}
 {{- $role := index . 1 -}}
 {{- $pool := index $top.Values $role -}}
+{{- if $pool.roleSwitch }}
+- worker
+- --role=auto
+- --start-as={{ $role }}
+{{- else }}
 - {{ $role }}
+{{- end }}
 - --log={{ $top.Values.log.filter }}
 {{- if $top.Values.log.json }}
 - --log-json

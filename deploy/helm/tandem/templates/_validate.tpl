@@ -35,6 +35,17 @@
 {{- if and .Values.planner.enabled (eq (int .Values.decode.autoscaling.minReplicas) 0) -}}
 {{- fail "decode.autoscaling.minReplicas must be at least 1 with the planner: every request ends on a decode worker" -}}
 {{- end -}}
+{{- if .Values.planner.switchRoles -}}
+{{- if not .Values.planner.enabled -}}
+{{- fail "planner.switchRoles needs planner.enabled=true" -}}
+{{- end -}}
+{{- if not (or .Values.prefill.roleSwitch .Values.decode.roleSwitch) -}}
+{{- fail "planner.switchRoles needs a pool whose workers may change: prefill.roleSwitch or decode.roleSwitch" -}}
+{{- end -}}
+{{- if or (ne .Values.prefill.autoscaling.mode "off") (ne .Values.decode.autoscaling.mode "off") -}}
+{{- fail "planner.switchRoles is for pools of fixed sizes: set both autoscaling.mode to \"off\"" -}}
+{{- end -}}
+{{- end -}}
 {{- range $role := list "prefill" "decode" -}}
 {{- $pool := index $.Values $role -}}
 {{- $scaling := $pool.autoscaling -}}
