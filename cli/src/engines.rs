@@ -31,8 +31,18 @@ impl Built {
     }
 }
 
-/// Loads the model of `dir` for steps of up to `step_tokens` tokens.
-pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> anyhow::Result<Built> {
+/// What an engine will be, checked before anything is loaded.
+pub struct Plan {
+    config: ModelConfig,
+    kv_dtype: KvDtype,
+    kv_blocks: usize,
+    max_batch_tokens: usize,
+    threads: usize,
+    compat_hash: String,
+}
+
+/// Checks the settings against the model of `dir`, for steps of up to `step_tokens` tokens.
+pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result<Plan> {
     let config = ModelConfig::load(dir)?;
     if !matches!(args.block_tokens, 1..=256) {
         bail!("--block-tokens: {} is not between 1 and 256", args.block_tokens);
@@ -57,23 +67,24 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
             one.total_bytes()
         );
     }
+    if args.quantize.is_some() && args.device == Device::Cpu {
+        bail!("--quantize: the CPU engine computes in bf16 and f32 only; leave it away or use --device cuda");
+    }
     let quantised = if args.quantize.is_some() { ",fp8" } else { "" };
     let suffix = format!("kv={},block={}{quantised}", kv_dtype.name(), args.block_tokens);
     let compat_hash = config.compat_hash(dir, &suffix)?;
     let max_batch_tokens = step_tokens.max(args.max_sequences);
-    if args.quantize.is_some() && args.device == Device::Cpu {
-        bail!("--quantize: the CPU engine computes in bf16 and f32 only; leave it away or use --device cuda");
-    }
+    Ok(Plan { config, kv_dtype, kv_blocks, max_batch_tokens, threads: threads(args)?, compat_hash })
+}
+
+/// Loads the model of `dir` for steps of up to `step_tokens` tokens.
+pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> anyhow::Result<Built> {
+    let Plan { config, kv_dtype, kv_blocks, max_batch_tokens, threads, compat_hash } =
+        plan(dir, args, step_tokens)?;
     let engine: Box<dyn Engine> = match args.device {
         Device::Cpu => Box::new(CpuEngine::load(
             dir,
-            CpuOptions {
-                kv_blocks,
-                block_tokens: args.block_tokens,
-                kv_dtype,
-                threads: threads(args)?,
-                max_batch_tokens,
-            },
+            CpuOptions { kv_blocks, block_tokens: args.block_tokens, kv_dtype, threads, max_batch_tokens },
         )?),
         Device::Cuda => Box::new(CudaEngine::load(
             dir,

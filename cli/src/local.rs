@@ -129,7 +129,9 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
     let engine = spec.engine;
     let dir = model::folder(spec.model)?;
     let mut command = Command::new(std::env::current_exe().context("where is this program?")?);
+    // The settings file has been read for `up`: its children are told everything.
     command
+        .env_remove("TANDEM_CONFIG")
         .args(["--log", &spec.log, role, "--name", name, "--listen", "127.0.0.1:0", "--stop-with-parent"])
         .args(["--registry", &registry.to_string(), "--drain-seconds", "10"])
         .arg("--model")

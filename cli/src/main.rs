@@ -2,6 +2,8 @@
 
 mod args;
 mod bench;
+mod check;
+mod completions;
 mod dial;
 mod doctor;
 mod drain;
@@ -16,18 +18,25 @@ mod prompts;
 mod report;
 mod role;
 mod serve;
+mod settings;
 mod signal;
 mod status;
 mod top;
 mod trace;
 
-use clap::Parser;
 use cluster::Role;
 
-use args::{Cli, Command};
+use args::Command;
 
 fn main() -> std::process::ExitCode {
-    let cli = Cli::parse();
+    let settings = match settings::parse(std::env::args_os().collect()) {
+        Ok(settings) => settings,
+        Err(error) => {
+            exit::report(&error);
+            return std::process::ExitCode::from(2);
+        }
+    };
+    let cli = settings.cli;
     init_logs(&cli.log, cli.log_json);
     raise_open_files();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -35,6 +44,9 @@ fn main() -> std::process::ExitCode {
         Err(error) => return exit::report(&anyhow::anyhow!("cannot start: {error}")),
     };
     let done = runtime.block_on(async {
+        if cli.check_config {
+            return check::run(&cli.command, &settings.effective).await;
+        }
         match cli.command {
             Command::Up(args) => local::up(args).await,
             Command::Router(args) => serve::router(args).await,
@@ -52,6 +64,8 @@ fn main() -> std::process::ExitCode {
             Command::Doctor(args) => doctor::run(args).await,
             Command::Plan(args) => plan::run(args).await,
             Command::Planner(args) => plan::serve(args).await,
+            Command::Completions { shell } => completions::print(shell),
+            Command::Man { out } => completions::man(&out),
         }
     });
     // Threads that compute or resolve names may outlast the work; nobody waits for them.

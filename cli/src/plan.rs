@@ -62,6 +62,15 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
     Ok(autoscaler::run(config, listener, stop).await?)
 }
 
+/// What the planner would refuse at its start.
+pub fn check(args: &PlannerArgs) -> anyhow::Result<()> {
+    planning(&args.planning)?;
+    if let Some(files) = args.dial.files() {
+        files.read()?;
+    }
+    Ok(())
+}
+
 fn planning(args: &PlanningArgs) -> anyhow::Result<(Policy, Profile)> {
     let slo = Slo { ttft: positive("--slo-ttft", args.slo_ttft)?, itl: positive("--slo-itl", args.slo_itl)? };
     let prefill = bounds("prefill", args.min_prefill, args.max_prefill)?;

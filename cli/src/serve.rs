@@ -20,7 +20,8 @@ use worker::WorkerConfig;
 use worker::transport::{TransportChoice, TransportConfig};
 
 use crate::args::{
-    Device, EtcdArgs, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind, WorkerArgs,
+    Device, EngineArgs, EtcdArgs, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind,
+    WorkerArgs,
 };
 use crate::{engines, model, signal, trace};
 
@@ -169,13 +170,7 @@ impl Start {
         let dir = model::folder(&args.model)?;
         let model_name = model::served_name(&args.model, &dir);
         let bound = listener.local_addr()?;
-        let default_step_tokens = match (role, args.engine.device) {
-            (Role::Prefill, Device::Cpu) => PREFILL_STEP_TOKENS,
-            (Role::Prefill, Device::Cuda) => PREFILL_STEP_TOKENS_GPU,
-            (Role::Decode, _) => DECODE_STEP_TOKENS,
-        };
-        let step_tokens =
-            args.engine.step_tokens.unwrap_or(default_step_tokens).max(args.engine.block_tokens);
+        let step_tokens = step_tokens(&args.engine, role);
         let built = load_engine(&dir, args, role, step_tokens).await?;
         let kind = if next_role.is_some() { "worker" } else { role.name() };
         let config = WorkerConfig {
@@ -197,6 +192,33 @@ impl Start {
         announce(role.name(), &model_name, bound);
         Ok(Self { config, built, registry })
     }
+}
+
+/// Tokens in one engine step.
+pub fn step_tokens(args: &EngineArgs, role: Role) -> usize {
+    let default = match (role, args.device) {
+        (Role::Prefill, Device::Cpu) => PREFILL_STEP_TOKENS,
+        (Role::Prefill, Device::Cuda) => PREFILL_STEP_TOKENS_GPU,
+        (Role::Decode, _) => DECODE_STEP_TOKENS,
+    };
+    args.step_tokens.unwrap_or(default).max(args.block_tokens)
+}
+
+/// What a router would refuse at its start.
+pub async fn check_router(args: &RouterArgs) -> anyhow::Result<()> {
+    server_files(args)?;
+    if !args.etcd.is_empty() {
+        args.etcd_access.access().check(&args.etcd)?;
+    }
+    load_text(&args.model).await.map(drop)
+}
+
+/// What a worker would refuse at its start, but for its engine.
+pub fn check_worker(args: &WorkerArgs) -> anyhow::Result<()> {
+    if !args.etcd.is_empty() {
+        args.etcd_access.access().check(&args.etcd)?;
+    }
+    transport(&args.transport).map(drop)
 }
 
 fn transport(args: &TransportArgs) -> anyhow::Result<TransportConfig> {

@@ -196,6 +196,42 @@ fn bad_requests_and_start_ups_say_what_is_wrong() {
     check(run(tandem().args(["generate", "x", "--model", &at(mismatched.path())])), 1, "config.json");
 }
 
+#[test]
+fn a_settings_file_is_checked_without_starting_anything() {
+    let dir = tiny();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let checked = |text: &str, command: &[&str]| {
+        std::fs::write(file.path(), text).unwrap();
+        let mut tandem = tandem();
+        tandem.args(command).args(["--check-config", "--model", &at(dir.path())]);
+        run(tandem.env("TANDEM_CONFIG", file.path()))
+    };
+    let good = "etcd = ['http://127.0.0.1:1']\n[decode]\nkv-mib = 9\nthreads = 1\n";
+    let (code, out, err) = checked(good, &["decode", "--threads", "2"]);
+    assert_eq!(code, Some(0), "{out}{err}");
+    let line = |key: &str| out.lines().find(|l| l.starts_with(key)).unwrap_or_default().to_owned();
+    assert!(line("kv-mib").ends_with(&format!("9  ({})", at(file.path()))), "{out}");
+    assert!(line("threads").ends_with("2  (flag)") && out.ends_with("ok: can be started\n"), "{out}");
+    refused(checked("[decode]\nkv-mb = 9\n", &["decode"]), 2, "no setting \"kv-mb\" for decode");
+    refused(
+        checked("[decode]\nlisten = 'nowhere'\n", &["decode", "--registry", "a:1"]),
+        2,
+        "says --listen=nowhere",
+    );
+    refused(checked("etcd = ['https://127.0.0.1:1']\n", &["router"]), 1, "--etcd-ca");
+    refused(
+        checked("kv-blocks = 1\n", &["worker", "--role", "auto", "--registry", "a:1"]),
+        1,
+        "raise --kv-mib",
+    );
+    refused(checked(good, &["generate", "x"]), 1, "--check-config: is for");
+    let (code, script, _) = run(tandem().args(["completions", "bash"]));
+    assert!(code == Some(0) && script.contains("--kv-mib"));
+    let pages = tempfile::tempdir().unwrap();
+    assert_eq!(run(tandem().arg("man").arg(pages.path())).0, Some(0));
+    assert!(std::fs::read_to_string(pages.path().join("tandem-decode.1")).unwrap().contains("kv"));
+}
+
 fn at(path: &Path) -> String {
     path.display().to_string()
 }

@@ -31,6 +31,13 @@ pub struct Cli {
     /// Log one JSON object a line
     #[arg(long, global = true)]
     pub log_json: bool,
+    /// Settings (TOML): keys are long flags, for every command or in a section [COMMAND]. Flags win over the environment,
+    /// the environment over the file
+    #[arg(long, global = true, env = "TANDEM_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Say which settings a process would start with, where each comes from, and whether they can work; start nothing
+    #[arg(long, global = true)]
+    pub check_config: bool,
     /// What to do
     #[command(subcommand)]
     pub command: Command,
@@ -86,6 +93,16 @@ pub enum Command {
     Plan(PlanArgs),
     /// Run the planner on a live cluster: how many workers each pool should have, for KEDA and Prometheus
     Planner(PlannerArgs),
+    /// Print a completion script: `tandem completions bash > /etc/bash_completion.d/tandem`
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages into a folder
+    Man {
+        /// The folder
+        out: PathBuf,
+    },
 }
 
 /// What computes.
