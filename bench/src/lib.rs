@@ -1,3 +1,4 @@
 //! Measurements behind `tandem bench`. Results and their commands are kept beside this crate.
 
 pub mod engine;
+pub mod serve;

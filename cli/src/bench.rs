@@ -8,12 +8,13 @@ use engine::model::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device};
-use crate::kv;
+use crate::{bench_serve, kv};
 
 /// Runs what was asked for.
 pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Engine(args) => tokio::task::spawn_blocking(move || engine(&args)).await?,
+        BenchCommand::Serve(args) => bench_serve::run(args).await,
         BenchCommand::Kv(args) => match args.serve {
             Some(address) => kv::serve(address, args.rdma_device, args.with_parent).await,
             None => {

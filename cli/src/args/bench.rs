@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use kv_transport::verbs::DeviceSelector;
 
-use super::{Device, Quantize};
+use super::{Device, DialArgs, Quantize};
 
 /// Settings of `bench`.
 #[derive(Debug, Args)]
@@ -23,6 +23,8 @@ pub enum BenchCommand {
     Engine(BenchEngineArgs),
     /// The KV transport between two processes, or two hosts: bandwidth, latency, CPU time by block size
     Kv(BenchKvArgs),
+    /// Load on a running cluster or any OpenAI endpoint: TTFT, ITL, goodput, for one load or several
+    Serve(BenchServeArgs),
 }
 
 /// Settings of `bench kv`.
@@ -58,6 +60,91 @@ pub struct BenchKvArgs {
     /// Stop when standard input ends
     #[arg(long, hide = true)]
     pub with_parent: bool,
+}
+
+/// Settings of `bench serve`.
+#[derive(Debug, Args)]
+pub struct BenchServeArgs {
+    /// Who is asked, host:port; with --api openai also http://host:port
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    pub addr: String,
+    #[command(flatten)]
+    pub dial: DialArgs,
+    /// How: Tandem's gRPC, or POST /v1/completions of any server, with token ids as the prompt
+    #[arg(long, value_enum, default_value_t = Api::Grpc)]
+    pub api: Api,
+    /// Name of the model, for --api openai
+    #[arg(long, default_value = "")]
+    pub model: String,
+    /// Open loop: requests a second, arriving independently (Poisson); several are measured one after the other
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["concurrency", "trace"])]
+    pub rate: Vec<f64>,
+    /// Requests that arrive together, with --rate
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub burst: u32,
+    /// Closed loop: requests at a time, each followed by the next; several are measured one after the other
+    #[arg(long, value_delimiter = ',', conflicts_with = "trace")]
+    pub concurrency: Vec<usize>,
+    /// Requests of a file at their times: Mooncake's JSON lines (hash_ids become shared prefixes) or Azure's CSV
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
+    /// The trace faster (2) or slower (0.5)
+    #[arg(long, default_value_t = 1.0)]
+    pub speed: f64,
+    /// Seconds of each load, warm-up included
+    #[arg(long, default_value_t = 30.0)]
+    pub seconds: f64,
+    /// Seconds at each load's beginning that do not count
+    #[arg(long, default_value_t = 5.0)]
+    pub warm_up: f64,
+    /// Requests of one load, at most
+    #[arg(long, default_value_t = 100_000)]
+    pub requests: usize,
+    /// Requests at a time, at most; those that are due meanwhile wait, and their waiting counts
+    #[arg(long, default_value_t = 4096)]
+    pub in_flight: usize,
+    /// Tokens of a prompt, on average
+    #[arg(long, default_value_t = 512)]
+    pub prompt_tokens: usize,
+    /// Tokens of an answer, on average
+    #[arg(long, default_value_t = 128)]
+    pub output_tokens: usize,
+    /// Lengths vary evenly by this share around the average, 0 to 1
+    #[arg(long, default_value_t = 0.0)]
+    pub spread: f64,
+    /// Tokens at the beginning that all prompts share
+    #[arg(long, default_value_t = 0)]
+    pub shared_prefix: usize,
+    /// Prompts of a trace are cut to so many tokens
+    #[arg(long, default_value_t = 131_072)]
+    pub longest_prompt: usize,
+    /// Token ids are drawn from 100 up to this; below the model's vocabulary
+    #[arg(long, default_value_t = 32_000, value_parser = clap::value_parser!(u32).range(200..))]
+    pub vocab: u32,
+    /// Time to first token that counts as good, ms
+    #[arg(long, default_value_t = 2000.0)]
+    pub slo_ttft_ms: f64,
+    /// Mean time between tokens that counts as good, ms
+    #[arg(long, default_value_t = 100.0)]
+    pub slo_itl_ms: f64,
+    /// Same seed, same requests at the same times
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Also write a page with plots
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+    /// One JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How an endpoint is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Api {
+    /// tandem.v1.Inference
+    Grpc,
+    /// OpenAI's completions over HTTP
+    Openai,
 }
 
 /// Settings of `bench engine`.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kv_transport::verbs::DeviceSelector;
 
-pub use bench::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable};
+pub use bench::{Api, BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchServeArgs, BenchTable};
 pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, StatusArgs, TopArgs};
 pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
 pub use processes::{
