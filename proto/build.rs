@@ -1,5 +1,6 @@
 //! Compiles the .proto files with protox (protoc in Rust), so a build needs no protoc for them.
 
+use prost_types::FileDescriptorSet;
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -11,10 +12,30 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(&protos, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
+    let mut sealed = descriptors.clone();
+    let mut open = descriptors;
+    keep_services(&mut sealed, |name| SEALED.contains(&name));
+    keep_services(&mut open, |name| !SEALED.contains(&name));
     tonic_prost_build::configure()
         .bytes(".tandem.v1.Reserved.ticket")
         .bytes(".tandem.v1.PrefillRequest.ticket")
         .bytes(".tandem.v1.MoveRequest.ticket")
-        .compile_fds(descriptors)?;
+        .compile_fds(open)?;
+    // The same package once more: these services only, over the messages that are there already.
+    fs::create_dir_all(out.join("sealed"))?;
+    tonic_prost_build::configure()
+        .out_dir(out.join("sealed"))
+        .codec_path("crate::sealed::SealedCodec")
+        .extern_path(".tandem.v1", "crate::v1")
+        .compile_fds(sealed)?;
     Ok(())
+}
+
+/// Between router and workers; see `sealed.rs`.
+const SEALED: [&str; 2] = ["PrefillWorker", "DecodeWorker"];
+
+fn keep_services(descriptors: &mut FileDescriptorSet, keep: impl Fn(&str) -> bool) {
+    for file in &mut descriptors.file {
+        file.service.retain(|service| keep(service.name()));
+    }
 }

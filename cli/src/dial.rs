@@ -4,8 +4,8 @@ use std::error::Error as _;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 use crate::args::DialArgs;
 
@@ -44,6 +44,16 @@ pub fn never_left(status: &Status) -> bool {
         cause = error.source();
     }
     false
+}
+
+/// What a broken connection is called in other languages' clients: UNAVAILABLE. tonic says UNKNOWN.
+pub fn named(status: Status) -> Status {
+    match status.source() {
+        Some(_) if status.code() == Code::Unknown => {
+            Status::unavailable(format!("the connection to the router broke: {}", status.message()))
+        }
+        _ => status,
+    }
 }
 
 #[cfg(test)]

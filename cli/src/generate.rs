@@ -123,13 +123,13 @@ async fn one(
         match client.generate(request(args, prompt)?).await {
             Ok(events) => break events.into_inner(),
             Err(status) if tries < OPEN_TRIES && dial::never_left(&status) => {}
-            Err(status) => return Err(status.into()),
+            Err(status) => return Err(dial::named(status).into()),
         }
     };
     let mut outcome =
         Outcome { id: prompt.id.clone(), choices: vec![ChoiceOutcome::default(); n], ..Outcome::default() };
     let mut terminal = Terminal { show, labelled: n > 1 };
-    while let Some(response) = events.message().await? {
+    while let Some(response) = events.message().await.map_err(dial::named)? {
         match response.event {
             Some(Event::Chunk(chunk)) => {
                 terminal.chunk(&chunk)?;
@@ -154,6 +154,7 @@ fn request(args: &GenerateArgs, prompt: &Prompt) -> anyhow::Result<tonic::Reques
     let request = v1::GenerateRequest {
         input: Some(prompt.input.clone()),
         sampling: Some(sampling(&args.sampling)),
+        request_id: prompt.request_id.clone(),
         ..v1::GenerateRequest::default()
     };
     let mut request = tonic::Request::new(request);

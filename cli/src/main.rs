@@ -40,6 +40,7 @@ fn main() -> std::process::ExitCode {
     let cli = settings.cli;
     init_logs(&cli.log, cli.log_json);
     raise_open_files();
+    failpoints::setup();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::report(&anyhow::anyhow!("cannot start: {error}")),

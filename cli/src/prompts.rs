@@ -13,12 +13,16 @@ use crate::args::GenerateArgs;
 #[derive(Debug, Clone)]
 pub struct Prompt {
     pub id: String,
+    /// The request's id; the router's choice when empty.
+    pub request_id: String,
     pub input: Input,
 }
 
 #[derive(Debug, Deserialize)]
 struct Entry {
     id: Option<serde_json::Value>,
+    #[serde(default)]
+    request_id: String,
     messages: Option<Vec<Message>>,
     text: Option<String>,
     token_ids: Option<Vec<u32>>,
@@ -56,7 +60,7 @@ pub fn read(args: &GenerateArgs, chat: bool) -> anyhow::Result<Vec<Prompt>> {
             Input::Chat(v1::ChatMessages { messages: system.chain(user).collect(), ..Default::default() })
         }
     };
-    Ok(vec![Prompt { id: "0".into(), input }])
+    Ok(vec![Prompt { id: "0".into(), request_id: String::new(), input }])
 }
 
 fn from_file(file: &Path) -> anyhow::Result<Vec<Prompt>> {
@@ -82,7 +86,7 @@ fn from_file(file: &Path) -> anyhow::Result<Vec<Prompt>> {
             (None, None, Some(ids)) => Input::TokenIds(v1::TokenIds { ids }),
             _ => bail!("prompt {id}: give one of messages, text or token_ids"),
         };
-        Ok(Prompt { id, input })
+        Ok(Prompt { id, request_id: entry.request_id, input })
     };
     entries.into_iter().enumerate().map(to_prompt).collect()
 }

@@ -99,6 +99,7 @@ impl DecodeService {
     ) -> Result<(), Status> {
         let Waiting { request, events, cached, cargo, hold, reserved, .. } = waiting;
         let landed = landed.map_err(error::landing)?;
+        failpoints::at("committed", 0, String::new);
         hold.span.event("kv landed");
         let blocks = landed.hold.take(BlockState::Running);
         drop(reserved);

@@ -101,6 +101,7 @@ impl DecodeService {
             })?;
         } else {
             let waiting = self.reserve(request, events, cached, cargo, hold)?;
+            failpoints::at("reserved", 0, String::new);
             self.announce(&waiting.events, waiting.ticket(), cached_blocks);
             tokio::spawn(self.clone().land(waiting));
         }

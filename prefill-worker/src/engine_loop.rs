@@ -136,6 +136,9 @@ impl EngineLoop {
                 continue;
             }
             let p = &job.progress;
+            if is_new {
+                failpoints::at("prefill-started", 0, String::new);
+            }
             if is_new && p.cached_tokens > 0 {
                 for layer in 0..self.layout.layers {
                     job.push(kv.as_ref(), layer, 0, p.cached_tokens / self.layout.block_tokens);

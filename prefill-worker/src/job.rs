@@ -108,6 +108,7 @@ impl Job {
         if !cells.is_empty() {
             // A push that failed says so to whoever waits for its commit; the job is dropped then.
             let _ = self.cells.send(layer as u32, cells);
+            failpoints::at("layer-pushed", layer, String::new);
         }
     }
 

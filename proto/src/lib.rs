@@ -4,6 +4,7 @@
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
 pub mod v1 {
     tonic::include_proto!("tandem.v1");
+    include!(concat!(env!("OUT_DIR"), "/sealed/tandem.v1.rs"));
 }
 
 /// KEDA's external scaler protocol.
@@ -12,6 +13,7 @@ pub mod keda {
     tonic::include_proto!("externalscaler");
 }
 
+pub mod sealed;
 pub mod server;
 
 /// The encoded file descriptors, for server reflection.

@@ -7,13 +7,18 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::fair_queue::FairQueue;
 
-/// What a shed request is told to wait.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// What a shed request is told to wait before anything was measured, and the bounds of what it is told then.
+const FIRST_GUESS: Duration = Duration::from_secs(1);
+const SHORTEST_HINT: Duration = Duration::from_millis(50);
+const LONGEST_HINT: Duration = Duration::from_secs(30);
+/// Weight of the newest time between two ends.
+const LEARN: f64 = 0.1;
 
 /// The router's door. Clones share.
 #[derive(Clone)]
@@ -28,6 +33,27 @@ struct Door {
     max_waiting: usize,
     queue: FairQueue<Waiting>,
     next: u64,
+    pace: Pace,
+}
+
+/// How quickly requests end while there is something to do.
+#[derive(Default)]
+struct Pace {
+    last_end: Option<Instant>,
+    between_ends: Option<Duration>,
+}
+
+impl Pace {
+    fn end(&mut self, is_busy: bool) {
+        let now = Instant::now();
+        if let Some(last) = self.last_end {
+            let new = now - last;
+            self.between_ends =
+                Some(self.between_ends.map_or(new, |old| old.mul_f64(1.0 - LEARN) + new.mul_f64(LEARN)));
+        }
+        // Nothing to do: what comes next says nothing about how quick we are.
+        self.last_end = is_busy.then_some(now);
+    }
 }
 
 struct Waiting {
@@ -63,10 +89,10 @@ pub enum Turned {
 
 impl Turned {
     /// For the client.
-    pub fn status(&self) -> Status {
+    pub fn why(&self) -> &'static str {
         match self {
-            Self::QueueFull => shed("the router's queue is full"),
-            Self::Timeout => shed("no place became free in time"),
+            Self::QueueFull => "the router's queue is full",
+            Self::Timeout => "no place became free in time",
         }
     }
 }
@@ -75,7 +101,14 @@ impl Admission {
     /// At most `max_running` requests at once and `max_waiting` behind them.
     pub fn new(max_running: usize, max_waiting: usize) -> Self {
         let max_running = max_running.max(1);
-        let door = Door { running: 0, max_running, max_waiting, queue: FairQueue::default(), next: 0 };
+        let door = Door {
+            running: 0,
+            max_running,
+            max_waiting,
+            queue: FairQueue::default(),
+            next: 0,
+            pace: Pace::default(),
+        };
         Self { door: Arc::new(Mutex::new(door)), max_running }
     }
 
@@ -107,6 +140,21 @@ impl Admission {
         }
     }
 
+    /// RESOURCE_EXHAUSTED with a hint when to try again: the time in which as many requests end as wait now, at the pace
+    /// of the last ones. Spread by a quarter, so that those shed together do not come back together.
+    pub fn shed(&self, why: &str) -> Status {
+        let spread = rand::random_range(0.75..1.25);
+        let hint = self.until_room().mul_f64(spread);
+        Status::with_error_details(Code::ResourceExhausted, why, ErrorDetails::with_retry_info(Some(hint)))
+    }
+
+    fn until_room(&self) -> Duration {
+        let door = self.door.lock();
+        let ends = u32::try_from(door.queue.len()).unwrap_or(u32::MAX).max(1);
+        let hint = door.pace.between_ends.map_or(FIRST_GUESS, |between| between.saturating_mul(ends));
+        hint.clamp(SHORTEST_HINT, LONGEST_HINT)
+    }
+
     /// Requests in a place.
     pub fn running(&self) -> usize {
         self.door.lock().running.min(self.max_running)
@@ -133,6 +181,7 @@ impl Door {
 
     /// A place became free: the next in turn gets it. One that has gone meanwhile does not take it.
     fn leave(&mut self) {
+        self.pace.end(self.running > 1 || !self.queue.is_empty());
         while let Some(next) = self.queue.pop() {
             if next.enter.send(()).is_ok() {
                 return;
@@ -172,12 +221,6 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// RESOURCE_EXHAUSTED with a hint when to try again.
-pub fn shed(why: &str) -> Status {
-    let retry = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
-    Status::with_error_details(Code::ResourceExhausted, why, retry)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -199,9 +242,7 @@ mod tests {
         let first = door.enter(claim("a"), LONG).await.ok().unwrap();
         let second = wait(&door, "a");
         tokio::task::yield_now().await;
-        let third = door.enter(claim("a"), LONG).await.err().unwrap().status();
-        assert_eq!(third.code(), Code::ResourceExhausted);
-        assert!(third.get_details_retry_info().is_some());
+        assert_eq!(door.enter(claim("a"), LONG).await.err(), Some(Turned::QueueFull));
         drop(first);
         let second = second.await.unwrap().ok().unwrap();
         assert_eq!((door.running(), door.queued()), (1, 0));
@@ -209,6 +250,47 @@ mod tests {
         assert_eq!((door.running(), door.queued()), (1, 0));
         drop(second);
         assert_eq!(door.running(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_hint_follows_the_pace_and_the_queue() {
+        let door = Admission::new(2, 100);
+        let hint = |door: &Admission| {
+            let status = door.shed("full");
+            assert_eq!(status.code(), Code::ResourceExhausted);
+            status.get_details_retry_info().unwrap().retry_delay.unwrap()
+        };
+        let about = |expected: Duration| expected.mul_f64(0.75)..expected.mul_f64(1.25);
+        assert!(about(FIRST_GUESS).contains(&hint(&door)));
+        let mut places = Vec::new();
+        for _ in 0..2 {
+            places.push(door.enter(claim("a"), LONG).await.ok().unwrap());
+        }
+        let mut waiting: std::collections::VecDeque<_> = (0..100).map(|_| wait(&door, "a")).collect();
+        tokio::task::yield_now().await;
+        // One ends every 200 ms; after 20 of them 80 still wait, who need 16 s.
+        for _ in 0..20 {
+            tokio::time::advance(Duration::from_millis(200)).await;
+            drop(places.remove(0));
+            places.push(waiting.pop_front().unwrap().await.unwrap().ok().unwrap());
+        }
+        assert_eq!(door.queued(), 80);
+        assert!(about(Duration::from_secs(16)).contains(&hint(&door)), "{:?}", hint(&door));
+        // They become ten times as quick.
+        for _ in 0..70 {
+            tokio::time::advance(Duration::from_millis(20)).await;
+            drop(places.remove(0));
+            places.push(waiting.pop_front().unwrap().await.unwrap().ok().unwrap());
+        }
+        assert!(about(Duration::from_millis(200)).contains(&hint(&door)), "{:?}", hint(&door));
+        // An idle hour is not taken for slowness.
+        drop(places);
+        for one in waiting {
+            drop(one.await.unwrap().ok().unwrap());
+        }
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        drop(door.enter(claim("a"), LONG).await.ok().unwrap());
+        assert!(hint(&door) < Duration::from_millis(100));
     }
 
     #[tokio::test(start_paused = true)]

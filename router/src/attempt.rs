@@ -50,6 +50,9 @@ impl Journey {
     pub(crate) async fn attempt(&mut self) -> Result<(), Lost> {
         let placed_at = Instant::now();
         let placement = self.place()?;
+        failpoints::at("placed", 0, || {
+            format!("{} {}", placement.prefill.as_deref().unwrap_or_default(), placement.decode)
+        });
         let (mut decoding, reserved) = self.reserve(&placement, placed_at).await?;
         let prefill = self.prefill(&placement, reserved.ticket)?;
         self.shared.metrics.placements.of(&self.timeline.known.placement_reason).increment(1);
@@ -257,6 +260,7 @@ impl Journey {
                     self.note_prefix(decode);
                 }
                 for chunk in self.relay.tokens(tokens.tokens, &shared.text, &mut self.timeline)? {
+                    failpoints::at("token", self.relay.sent(), String::new);
                     // A closed stream is a cancelled request: `run` sees it.
                     let _ = self.out.send(Ok(relay::chunk(chunk))).await;
                 }

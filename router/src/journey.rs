@@ -142,8 +142,9 @@ impl Journey {
         let _place = shared.admission.enter(self.claim, shared.queue_patience).await.map_err(|turned| {
             let why = if turned == Turned::QueueFull { "queue_full" } else { "queue_timeout" };
             shared.metrics.shed.of(why).increment(1);
-            turned.status()
+            shared.admission.shed(turned.why())
         })?;
+        failpoints::at("admitted", 0, String::new);
         // Since when it has been looking for room or for a worker, without a break.
         let mut looking = entered;
         let mut shed_pause = SHED_PAUSE;
@@ -180,6 +181,7 @@ impl Journey {
                 None => {
                     if lost.status.code() == Code::ResourceExhausted {
                         shared.metrics.shed.of("workers_full").increment(1);
+                        return Err(shared.admission.shed(lost.status.message()));
                     }
                     return Err(lost.status);
                 }

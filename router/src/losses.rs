@@ -62,6 +62,7 @@ pub fn is_worth_retrying(code: Code) -> bool {
             | Code::FailedPrecondition
             | Code::Internal
             | Code::Unknown
+            | Code::Unimplemented
             | Code::Cancelled
             | Code::DeadlineExceeded
     )

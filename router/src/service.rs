@@ -62,6 +62,7 @@ impl InferenceService {
 
     async fn try_start(&self, call: v1::GenerateRequest, caller: Caller<'_>) -> Result<Chunks, Status> {
         let received = Instant::now();
+        failpoints::at("received", 0, || call.request_id.clone());
         let deadline = caller.time.map(|left| received + left);
         let span = self.span(&call, caller.traceparent);
         let mut timeline = Timeline::new(received);

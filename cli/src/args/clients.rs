@@ -44,7 +44,7 @@ pub struct GenerateArgs {
     pub addr: Option<String>,
     #[command(flatten)]
     pub dial: DialArgs,
-    /// File with prompts: [{"id", "messages" | "text" | "token_ids"}]
+    /// File with prompts: [{"id", "request_id", "messages" | "text" | "token_ids"}]
     #[arg(long, conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
     /// Prompts of the file that run at once
