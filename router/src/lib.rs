@@ -26,6 +26,9 @@ pub mod status;
 pub mod text;
 pub mod timeline;
 
+#[doc(hidden)]
+pub use http::read_bodies;
+
 use std::sync::Arc;
 use std::time::Duration;
 

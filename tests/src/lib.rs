@@ -9,6 +9,7 @@ pub mod etcd;
 pub mod gate;
 pub mod model;
 pub mod oracle;
+pub mod outside;
 pub mod page;
 pub mod process;
 

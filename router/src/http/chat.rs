@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::ApiError;
-use super::request;
+use super::request::{self, Common};
 use super::run::{Kind, Run};
 use crate::service::InferenceService;
 
@@ -93,6 +93,12 @@ pub async fn serve(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
+    let (common, call) = read(body)?;
+    Run::start(service, &headers, Kind::Chat, &common, vec![call]).await?.respond().await
+}
+
+/// What a body asks for.
+pub fn read(body: Result<Bytes, BytesRejection>) -> Result<(Common, v1::GenerateRequest), ApiError> {
     let (mut common, chat) = request::read::<ChatRequest>(body)?;
     let logprobs = chat.logprobs.unwrap_or(false).then(|| chat.top_logprobs.unwrap_or(0));
     let sampling = common.sampling(logprobs)?;
@@ -103,7 +109,7 @@ pub async fn serve(
         sampling: Some(sampling),
         model: common.model.clone().unwrap_or_default(),
     };
-    Run::start(service, &headers, Kind::Chat, &common, vec![call]).await?.respond().await
+    Ok((common, call))
 }
 
 fn conversation(chat: ChatRequest) -> Result<v1::ChatMessages, ApiError> {

@@ -41,6 +41,12 @@ pub async fn serve(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
+    let (common, calls) = read(body)?;
+    Run::start(service, &headers, Kind::Text, &common, calls).await?.respond().await
+}
+
+/// What a body asks for: a call for each prompt.
+pub fn read(body: Result<Bytes, BytesRejection>) -> Result<(Common, Vec<v1::GenerateRequest>), ApiError> {
     let (mut common, own) = request::read::<CompletionRequest>(body)?;
     refuse_unserved(&own, &common)?;
     let sampling = common.sampling(own.logprobs)?;
@@ -57,7 +63,7 @@ pub async fn serve(
         let why = format!("prompt: {} prompts, 1 to {MAX_PROMPTS}", calls.len());
         return Err(ApiError::invalid(Some("prompt"), why));
     }
-    Run::start(service, &headers, Kind::Text, &common, calls).await?.respond().await
+    Ok((common, calls))
 }
 
 fn inputs(prompt: Prompt) -> Vec<Input> {

@@ -32,6 +32,15 @@ pub fn routes(service: InferenceService) -> Router {
         .with_state(service)
 }
 
+/// What bodies of the two calls ask of the router. Nothing is asked: for tests that bring bytes.
+#[doc(hidden)]
+pub fn read_bodies(body: &[u8]) -> Vec<proto::v1::GenerateRequest> {
+    let bytes = || Ok(axum::body::Bytes::copy_from_slice(body));
+    let chat = chat::read(bytes()).map(|(_, call)| call);
+    let texts = completions::read(bytes()).map(|(_, calls)| calls).unwrap_or_default();
+    chat.into_iter().chain(texts).collect()
+}
+
 async fn unknown(uri: axum::http::Uri) -> ApiError {
     ApiError::not_found(format!(
         "{} is not served here; there are /v1/chat/completions, /v1/completions and /v1/models",
