@@ -85,6 +85,7 @@ fn etcd(
 pub fn router_config(args: &PlacementArgs, drain_deadline: Duration) -> RouterConfig {
     RouterConfig {
         max_running: args.max_running,
+        max_connections: args.max_connections,
         max_waiting: args.max_queued,
         queue_patience: Duration::from_secs(args.queue_seconds),
         policy: match args.prefill_on {

@@ -10,6 +10,7 @@ mod fair_queue;
 pub mod fleet;
 mod form;
 mod http;
+mod incoming;
 pub mod journey;
 mod legs;
 mod losses;
@@ -18,6 +19,7 @@ mod moving;
 pub mod operator_service;
 pub mod placement;
 pub mod prefix_index;
+mod receiving;
 pub mod registry_service;
 pub mod relay;
 pub mod request;
@@ -49,6 +51,7 @@ use admission::Admission;
 use fleet::Fleet;
 use journey::Shared;
 use placement::{Model, Policy};
+use receiving::Receiving;
 use service::InferenceService;
 use status::{Board, Slo};
 use telemetry::trace::Tracer;
@@ -69,6 +72,8 @@ pub struct RouterConfig {
     pub drain_deadline: Duration,
     /// What the status counts as good.
     pub slo: Slo,
+    /// Connections from one address. Default 4096.
+    pub max_connections: usize,
 }
 
 /// Where the fleet is found.
@@ -134,6 +139,7 @@ pub async fn run(
     let fleet = Fleet::default();
     let registry = telemetry::Metrics::default();
     let counters = metrics::Metrics::new(&registry, &deps.text.name);
+    let turned_away = counters.turned_away.clone();
     let admission = Admission::new(config.max_running, config.max_waiting);
     let collect = metrics::collect(&registry, fleet.clone(), admission.clone());
     let board = Board::new(deps.text.name.clone(), config.slo, fleet.clone(), admission.clone());
@@ -168,12 +174,14 @@ pub async fn run(
     if deps.tls.as_ref().is_some_and(|files| files.client_ca.is_some()) {
         routes = routes.layer(axum::middleware::from_fn(certified::require));
     }
+    routes = routes.layer(axum::middleware::from_fn_with_state(Receiving::default(), receiving::bounded));
     let server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_routes(Routes::from(routes));
-    let mut server = serve(server, listener, deps.tls, close.clone())?;
+    let door = incoming::Door::new(config.max_connections, turned_away);
+    let mut server = serve(server, listener, deps.tls, door, close.clone())?;
     let ended = tokio::select! {
         () = stop.cancelled() => {
             ready.send_replace(false);
@@ -197,6 +205,7 @@ fn serve(
     server: Router,
     listener: TcpListener,
     files: Option<tls::ServerFiles>,
+    door: incoming::Door,
     close: CancellationToken,
 ) -> Result<JoinHandle<Result<(), tonic::transport::Error>>, tls::TlsError> {
     let closed = close.cancelled_owned();
@@ -205,10 +214,12 @@ fn serve(
             // Without it a token waits for the acknowledgement of the last one: 40 ms, seen. The builder's own setting
             // does not reach a listener that it has not made.
             let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            let incoming = door.watch(incoming, |io| io.peer_addr().ok().map(|from| from.ip()));
             tokio::spawn(server.serve_with_incoming_shutdown(incoming, closed))
         }
         Some(files) => {
             let incoming = tls::server::accept(listener, files)?;
+            let incoming = door.watch(incoming, |io| io.get_ref().0.peer_addr().ok().map(|from| from.ip()));
             tokio::spawn(server.serve_with_incoming_shutdown(incoming, closed))
         }
     })

@@ -57,6 +57,8 @@ pub struct Metrics {
     pub shed: Family<Counter>,
     /// Request ids refused because they are running.
     pub duplicates: Counter,
+    /// Connections closed because their address had too many.
+    pub turned_away: Counter,
     prompt_tokens: Counter,
     cached_tokens: Counter,
     output_tokens: Counter,
@@ -104,6 +106,10 @@ impl Metrics {
             shed: m.counters("tandem_shed_total", "Requests shed.", "reason", &SHEDS),
             duplicates: m
                 .counter("tandem_duplicate_requests_total", "Requests refused because their id is running."),
+            turned_away: m.counter(
+                "tandem_connections_refused_total",
+                "Connections closed at once because their address had too many.",
+            ),
             prompt_tokens: m
                 .counter("tandem_prompt_tokens_total", "Prompt tokens of requests that ended well."),
             cached_tokens: m.counter(

@@ -156,6 +156,7 @@ impl Cluster {
         let config = RouterConfig {
             max_running: spec.max_running,
             max_waiting: spec.max_queued,
+            max_connections: 4096,
             queue_patience: spec.queue_patience,
             policy: spec.policy,
             drain_deadline: Duration::from_secs(5),

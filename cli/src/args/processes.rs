@@ -48,6 +48,9 @@ pub struct PlacementArgs {
     /// Requests queued in the router before it sheds
     #[arg(long, default_value_t = 1024)]
     pub max_queued: usize,
+    /// Connections of the router from one address, at most; more when a proxy stands before it
+    #[arg(long, default_value_t = 4096)]
+    pub max_connections: usize,
     /// Longest wait for room on a worker, seconds
     #[arg(long, default_value_t = 30)]
     pub queue_seconds: u64,

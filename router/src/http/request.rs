@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::error::ApiError;
+use crate::receiving;
 
 /// The fields that chat and text completions share. Null is the same as left out.
 #[derive(Debug, Default, Deserialize)]
@@ -78,7 +79,10 @@ pub struct StructuredOutputs {
 
 /// What both APIs share of a body, and what only this one has.
 pub fn read<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<(Common, T), ApiError> {
-    let body = body.map_err(|e| ApiError::too_large(e.to_string()))?;
+    let body = body.map_err(|e| match receiving::status_in(&e) {
+        Some(status) => status.clone().into(),
+        None => ApiError::too_large(e.to_string()),
+    })?;
     Ok((parse(&body)?, parse(&body)?))
 }
 

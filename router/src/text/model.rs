@@ -52,13 +52,21 @@ pub enum TextError {
     Tokenize(String),
 }
 
+/// The library panics on some files that are not what it expects (a decoder of an unknown type, seen by fuzzing).
+fn tokenizer(file: &Path) -> Result<Tokenizer, String> {
+    match std::panic::catch_unwind(|| Tokenizer::from_file(file)) {
+        Ok(read) => read.map_err(|e| e.to_string()),
+        Err(_) => Err("the tokenizer library failed on it; its words are in the log".into()),
+    }
+}
+
 impl TextModel {
     /// Loads from a Hugging Face folder.
     pub fn load(dir: &Path, name: &str) -> Result<Self, TextError> {
         let at = |file: &str| dir.join(file).display().to_string();
         let config = ModelConfig::load(dir)?;
-        let tokenizer = Tokenizer::from_file(dir.join("tokenizer.json"))
-            .map_err(|e| TextError::File { path: at("tokenizer.json"), reason: e.to_string() })?;
+        let tokenizer = tokenizer(&dir.join("tokenizer.json"))
+            .map_err(|reason| TextError::File { path: at("tokenizer.json"), reason })?;
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;
         if largest >= config.vocab {
             return Err(TextError::Mismatch(format!(
