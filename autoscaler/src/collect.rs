@@ -9,7 +9,7 @@ use planner::{Observation, Profile};
 use proto::v1::inference_client::InferenceClient;
 use proto::v1::operator_client::OperatorClient;
 use proto::v1::{ListWorkersRequest, SetRoleRequest, WorkerStatus};
-use tls::ClientFiles;
+use tls::{ClientFiles, ClusterFiles, Part};
 use tonic::client::GrpcService;
 use tonic::codegen::http;
 use tonic::transport::{Channel, Endpoint};
@@ -34,7 +34,10 @@ pub enum LookError {
 /// Looks at one cluster.
 pub struct Collector {
     routers: String,
-    tls: Option<ClientFiles>,
+    /// How routers are reached.
+    pub tls: Option<ClientFiles>,
+    /// How workers are reached.
+    pub cluster_tls: Option<ClusterFiles>,
     profile: Profile,
     channels: HashMap<String, Channel>,
     memory: Memory,
@@ -44,8 +47,9 @@ pub struct Collector {
 
 impl Collector {
     /// Of the cluster whose routers are behind this name.
-    pub fn new(routers: String, tls: Option<ClientFiles>, profile: Profile) -> Self {
-        Self { routers, tls, profile, channels: HashMap::new(), memory: Memory::default(), last: None }
+    pub fn new(routers: String, profile: Profile) -> Self {
+        let (channels, memory) = (HashMap::new(), Memory::default());
+        Self { routers, tls: None, cluster_tls: None, profile, channels, memory, last: None }
     }
 
     /// Connections are made anew at the next look, with certificates as they are then.
@@ -64,7 +68,7 @@ impl Collector {
         let name = self.routers.clone();
         let silent = || LookError::Silent(name.clone());
         let first = addresses.iter().find(|a| routers.contains_key(*a)).ok_or_else(silent)?;
-        let channel = self.channel(first, true).ok_or_else(silent)?;
+        let channel = self.channel(first, None).ok_or_else(silent)?;
         let listed = tokio::time::timeout(PATIENCE, async {
             InferenceClient::new(channel.clone()).list_workers(ListWorkersRequest {}).await
         });
@@ -103,7 +107,11 @@ impl Collector {
         of: impl Iterator<Item = (String, String)>,
         of_routers: bool,
     ) -> HashMap<String, Page> {
-        let fetches = of.filter_map(|(name, address)| Some((name, self.channel(&address, of_routers)?)));
+        let fetches = of.filter_map(|(name, address)| {
+            let worker = (!of_routers).then_some(name.as_str());
+            let channel = self.channel(&address, worker)?;
+            Some((name, channel))
+        });
         let fetches = fetches.map(|(name, channel)| async move {
             let text = tokio::time::timeout(PATIENCE, fetch(channel)).await.ok().flatten()?;
             Some((name, Page::parse(&text)))
@@ -111,11 +119,18 @@ impl Collector {
         join_all(fetches.collect::<Vec<_>>()).await.into_iter().flatten().collect()
     }
 
-    fn channel(&mut self, address: &str, is_router: bool) -> Option<Channel> {
+    /// To a router, or to the worker of that name.
+    fn channel(&mut self, address: &str, worker: Option<&str>) -> Option<Channel> {
         if let Some(channel) = self.channels.get(address) {
             return Some(channel.clone());
         }
-        let endpoint = match self.tls.as_ref().filter(|_| is_router) {
+        if let (Some(worker), Some(files)) = (worker, self.cluster_tls.clone()) {
+            let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(PATIENCE);
+            let channel = tls::dial::lazy(&endpoint, files, Part::Worker(worker.to_owned()));
+            self.channels.insert(address.to_owned(), channel.clone());
+            return Some(channel);
+        }
+        let endpoint = match self.tls.as_ref().filter(|_| worker.is_none()) {
             None => Endpoint::from_shared(format!("http://{address}")).ok()?,
             Some(files) => {
                 // The certificate names the router, and we go by its address.

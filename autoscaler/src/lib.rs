@@ -32,6 +32,8 @@ pub struct Config {
     pub routers: String,
     /// How routers with TLS are reached.
     pub tls: Option<tls::ClientFiles>,
+    /// How workers with TLS are reached.
+    pub cluster_tls: Option<tls::ClusterFiles>,
     /// What is promised, and how decisions are damped.
     pub policy: Policy,
     /// How fast a worker is, where the cluster does not say so itself.
@@ -82,7 +84,9 @@ async fn watch_cluster(
     sizes: &watch::Sender<Sizes>,
     ready: &watch::Sender<bool>,
 ) -> std::convert::Infallible {
-    let mut collector = Collector::new(config.routers, config.tls, config.profile.clone());
+    let mut collector = Collector::new(config.routers, config.profile.clone());
+    collector.tls = config.tls;
+    collector.cluster_tls = config.cluster_tls;
     let mut planner: Option<Planner> = None;
     let mut switching = Switching::default();
     let start = Instant::now();

@@ -28,6 +28,7 @@ async fn start(routers: SocketAddr, stop: &CancellationToken) -> (SocketAddr, Ke
     let bounds = Bounds { min: 1, max: 8 };
     let config = Config {
         tls: None,
+        cluster_tls: None,
         routers: routers.to_string(),
         policy: Policy::new(Slo { ttft: 2.0, itl: 0.05 }, bounds, bounds),
         profile: Profile { max_sequences: 1.0, ..Profile::H100_8B },

@@ -25,9 +25,9 @@ pub struct Built {
 
 impl Built {
     /// What a worker works with.
-    pub fn deps(self, registry: Arc<dyn Join>, tracer: Tracer) -> worker::Deps {
+    pub fn deps(self, registry: Arc<dyn Join>, tracer: Tracer, expiry: tls::Expiry) -> worker::Deps {
         let Self { engine, pool, vocabulary, .. } = self;
-        worker::Deps { engine, pool, registry, vocabulary, tracer }
+        worker::Deps { engine, pool, registry, vocabulary, tracer, expiry }
     }
 }
 

@@ -60,7 +60,14 @@ impl LocalCluster {
         let stop = CancellationToken::new();
         let tracer = spec.trace.tracer("tandem-router", &address.to_string())?;
         let registry = Registry::Served(MemoryRegistry::new());
-        let deps = router::Deps { text, registry, tracer: tracer.clone(), tls: None };
+        let deps = router::Deps {
+            text,
+            registry,
+            tracer: tracer.clone(),
+            tls: None,
+            cluster_tls: None,
+            expiry: tls::Expiry::default(),
+        };
         let config = serve::router_config(spec.placement, DRAIN);
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
         let mut cluster = Self { address, children: Vec::new(), lifelines: Vec::new(), router, tracer, stop };
@@ -129,6 +136,10 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
     let engine = spec.engine;
     let dir = model::folder(spec.model)?;
     let mut command = Command::new(std::env::current_exe().context("where is this program?")?);
+    // The router of a local cluster has no certificates, so its workers must not find any.
+    for name in ["TANDEM_CLUSTER_CERT", "TANDEM_CLUSTER_KEY", "TANDEM_CLUSTER_CA"] {
+        command.env_remove(name);
+    }
     // The settings file has been read for `up`: its children are told everything.
     command
         .env_remove("TANDEM_CONFIG")

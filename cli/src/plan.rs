@@ -51,9 +51,14 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
     if let Some(files) = &tls {
         files.read()?;
     }
+    let cluster_tls = args.cluster_tls.files();
+    if let Some(files) = &cluster_tls {
+        files.names()?;
+    }
     let config = autoscaler::Config {
         routers: args.routers,
         tls,
+        cluster_tls,
         policy,
         profile,
         interval: Duration::from_secs(args.look_seconds),

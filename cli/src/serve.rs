@@ -13,6 +13,7 @@ use router::placement::Policy;
 use router::status::Slo;
 use router::text::model::TextModel;
 use router::{Registry, RouterConfig};
+use tls::{Expiry, Part};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +41,8 @@ const RESERVATION: Duration = Duration::from_secs(120);
 pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
     let tls = server_files(&args)?;
+    let cluster_tls = args.cluster_tls.files();
+    cluster_tls.as_ref().map(|files| files.check(&Part::Router)).transpose()?;
     let registry = match args.etcd.is_empty() {
         true => Registry::Served(MemoryRegistry::new()),
         false => {
@@ -47,12 +50,14 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
             Registry::Watched(Arc::new(etcd(&args.etcd, &args.etcd_access, &args.cluster, lease)?))
         }
     };
+    let expiry = Expiry::default().with("clients", args.tls_cert.as_deref(), args.tls_client_ca.as_deref());
+    let expiry = args.cluster_tls.expiry(args.etcd_access.expiry(expiry));
     let text = load_text(&args.model).await?;
     let listener = bind(args.listen).await?;
     announce("router", &text.name, listener.local_addr()?);
     let config = router_config(&args.placement, Duration::from_secs(args.drain_seconds));
     let tracer = args.trace.tracer("tandem-router", &listener.local_addr()?.to_string())?;
-    let deps = router::Deps { text, registry, tracer: tracer.clone(), tls };
+    let deps = router::Deps { text, registry, tracer: tracer.clone(), tls, cluster_tls, expiry };
     let ended = router::run(config, deps, listener, stop).await;
     trace::shutdown(tracer).await;
     Ok(ended?)
@@ -60,9 +65,17 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
 
 /// The router's certificates. Read here once, so that a wrong file ends the process before a model is loaded.
 fn server_files(args: &RouterArgs) -> anyhow::Result<Option<tls::ServerFiles>> {
-    let Some((cert, key)) = args.tls_cert.clone().zip(args.tls_key.clone()) else { return Ok(None) };
-    if args.etcd.is_empty() {
-        anyhow::bail!("--tls-cert: needs --etcd; workers with --registry cannot join over TLS");
+    let joins_here = args.etcd.is_empty();
+    let Some((cert, key)) = args.tls_cert.clone().zip(args.tls_key.clone()) else {
+        if joins_here && args.cluster_tls.cluster_cert.is_some() {
+            anyhow::bail!(
+                "--cluster-cert: without --etcd it needs --tls-cert and --tls-key too (the same files will do): workers join on the clients' port"
+            );
+        }
+        return Ok(None);
+    };
+    if joins_here && args.cluster_tls.cluster_cert.is_none() {
+        anyhow::bail!("--tls-cert: needs --cluster-cert, or --etcd: workers could not join over TLS");
     }
     let files = tls::ServerFiles { cert, key, client_ca: args.tls_client_ca.clone() };
     files.read()?;
@@ -126,13 +139,13 @@ pub async fn turn(
     stop: CancellationToken,
     next_role: Option<Arc<watch::Sender<Role>>>,
 ) -> anyhow::Result<()> {
-    let Start { config, built, registry } = Start::new(args, role, &listener, next_role).await?;
+    let Start { config, built, registry, expiry } = Start::new(args, role, &listener, next_role).await?;
     let service = match role {
         Role::Prefill => "tandem-prefill",
         Role::Decode => "tandem-decode",
     };
     let tracer = args.trace.tracer(service, &config.name)?;
-    let deps = built.deps(registry, tracer.clone());
+    let deps = built.deps(registry, tracer.clone(), expiry);
     let ended: anyhow::Result<()> = match role {
         Role::Prefill => {
             let config = PrefillConfig { worker: config, max_prompts: args.engine.max_sequences.min(64) };
@@ -152,6 +165,7 @@ struct Start {
     config: WorkerConfig,
     built: engines::Built,
     registry: Arc<dyn Join>,
+    expiry: Expiry,
 }
 
 impl Start {
@@ -162,7 +176,15 @@ impl Start {
         next_role: Option<Arc<watch::Sender<Role>>>,
     ) -> anyhow::Result<Self> {
         let registry: Arc<dyn Join> = match &args.registry {
-            Some(address) => Arc::new(RemoteRegistry::new(address).patient(FIRST_CONTACT)),
+            Some(address) => {
+                let tls = args.cluster_tls.files();
+                if address.starts_with("https://") && tls.is_none() {
+                    anyhow::bail!(
+                        "--registry {address}: needs --cluster-cert, --cluster-key and --cluster-ca"
+                    );
+                }
+                Arc::new(RemoteRegistry::new(address).with_tls(tls).patient(FIRST_CONTACT))
+            }
             None => {
                 let lease = Duration::from_secs(args.lease_seconds);
                 Arc::new(etcd(&args.etcd, &args.etcd_access, &args.cluster, lease)?)
@@ -172,10 +194,14 @@ impl Start {
         let model_name = model::served_name(&args.model, &dir);
         let bound = listener.local_addr()?;
         let step_tokens = step_tokens(&args.engine, role);
-        let built = load_engine(&dir, args, role, step_tokens).await?;
         let kind = if next_role.is_some() { "worker" } else { role.name() };
+        let name = args.name.clone().unwrap_or_else(|| default_name(kind, bound));
+        let tls = args.cluster_tls.files();
+        tls.as_ref().map(|files| files.check(&Part::Worker(name.clone()))).transpose()?;
+        let transport = transport(&args.transport, tls.is_some())?;
+        let built = load_engine(&dir, args, role, step_tokens).await?;
         let config = WorkerConfig {
-            name: args.name.clone().unwrap_or_else(|| default_name(kind, bound)),
+            name,
             model: model_name.clone(),
             advertise: args.advertise.clone(),
             zone: args.zone.clone(),
@@ -187,11 +213,13 @@ impl Start {
             progress_timeout: Duration::from_secs(args.progress_seconds),
             lease: Duration::from_secs(args.lease_seconds),
             drain_deadline: Duration::from_secs(args.drain_seconds),
-            transport: transport(&args.transport)?,
+            transport,
+            tls,
             next_role,
         };
         announce(role.name(), &model_name, bound);
-        Ok(Self { config, built, registry })
+        let expiry = args.cluster_tls.expiry(args.etcd_access.expiry(Expiry::default()));
+        Ok(Self { config, built, registry, expiry })
     }
 }
 
@@ -208,6 +236,7 @@ pub fn step_tokens(args: &EngineArgs, role: Role) -> usize {
 /// What a router would refuse at its start.
 pub async fn check_router(args: &RouterArgs) -> anyhow::Result<()> {
     server_files(args)?;
+    args.cluster_tls.files().map(|files| files.check(&Part::Router)).transpose()?;
     if !args.etcd.is_empty() {
         args.etcd_access.access().check(&args.etcd)?;
     }
@@ -219,10 +248,17 @@ pub fn check_worker(args: &WorkerArgs) -> anyhow::Result<()> {
     if !args.etcd.is_empty() {
         args.etcd_access.access().check(&args.etcd)?;
     }
-    transport(&args.transport).map(drop)
+    let tls = args.cluster_tls.files();
+    if let Some(files) = &tls {
+        match &args.name {
+            Some(name) => files.check(&Part::Worker(name.clone()))?,
+            None => drop(files.names()?),
+        }
+    }
+    transport(&args.transport, tls.is_some()).map(drop)
 }
 
-fn transport(args: &TransportArgs) -> anyhow::Result<TransportConfig> {
+fn transport(args: &TransportArgs, tls: bool) -> anyhow::Result<TransportConfig> {
     let choice = match args.transport {
         TransportKind::Auto => TransportChoice::Auto,
         TransportKind::Tcp => TransportChoice::Tcp,
@@ -231,7 +267,17 @@ fn transport(args: &TransportArgs) -> anyhow::Result<TransportConfig> {
     if args.require_rdma && choice == TransportChoice::Tcp {
         anyhow::bail!("--require-rdma: contradicts --transport tcp; leave one of them out");
     }
-    Ok(TransportConfig { choice, devices: args.rdma_device.clone(), require_rdma: args.require_rdma })
+    let wants_rdma = args.require_rdma || choice == TransportChoice::Rdma;
+    if tls && wants_rdma && !args.allow_plain_rdma {
+        anyhow::bail!(
+            "--cluster-cert: what RDMA writes is not encrypted; add --allow-plain-rdma to accept that, or use --transport tcp"
+        );
+    }
+    if args.allow_plain_rdma && !tls {
+        anyhow::bail!("--allow-plain-rdma: means nothing without --cluster-cert; leave it out");
+    }
+    let (devices, require_rdma) = (args.rdma_device.clone(), args.require_rdma);
+    Ok(TransportConfig { choice, devices, require_rdma, plain_rdma: args.allow_plain_rdma })
 }
 
 async fn load_engine(

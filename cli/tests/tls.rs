@@ -230,7 +230,7 @@ fn a_router_refuses_files_that_cannot_work() {
         let (code, said) = run(&mut command);
         assert!(code == Some(1) && said.contains(words), "{code:?}: {said}");
     };
-    refused(&one.cert, &one.key, false, "needs --etcd");
+    refused(&one.cert, &one.key, false, "needs --cluster-cert, or --etcd");
     refused(&one.cert, &two.key, true, "is not the key of");
     refused(&two.cert, &two.key, true, "expired on");
     refused(&one.key, &one.key, true, "holds no certificate");

@@ -51,6 +51,9 @@ pub struct Member {
     pub incarnation: u64,
     /// KV transports it accepts, best first.
     pub transports: Vec<String>,
+    /// Whether it is reached over TLS only.
+    #[serde(default)]
+    pub tls: bool,
     /// Failure or locality zone, free text.
     #[serde(default)]
     pub zone: String,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
 use proto::v1::{JoinRequest, registry_client::RegistryClient};
+use tls::{ClusterFiles, Part};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
@@ -17,9 +18,11 @@ const RETRY: Duration = Duration::from_millis(500);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A client of a router's registry.
+#[derive(Clone)]
 pub struct RemoteRegistry {
     address: String,
     patience: Duration,
+    tls: Option<ClusterFiles>,
 }
 
 impl RemoteRegistry {
@@ -30,12 +33,34 @@ impl RemoteRegistry {
             true => address.to_owned(),
             false => format!("http://{address}"),
         };
-        Self { address, patience: Duration::ZERO }
+        Self { address, patience: Duration::ZERO, tls: None }
     }
 
     /// How long the first contact may take (default: one try).
     pub fn patient(self, patience: Duration) -> Self {
         Self { patience, ..self }
+    }
+
+    /// Over TLS: the router must have a certificate of the cluster's, and sees ours.
+    pub fn with_tls(self, tls: Option<ClusterFiles>) -> Self {
+        let address = self.address.replacen("https://", "http://", 1);
+        Self { address, tls, ..self }
+    }
+
+    /// What a call that failed means.
+    fn refusal(&self, status: tonic::Status) -> RegistryError {
+        use std::error::Error as _;
+        match status.source() {
+            // Said by our own connection: what answers there does not speak as we do.
+            Some(source) if self.tls.is_none() => RegistryError::Unreachable {
+                address: self.address.clone(),
+                reason: format!(
+                    "{}; if it is encrypted, start this worker with --cluster-cert, --cluster-key and --cluster-ca",
+                    chain(source)
+                ),
+            },
+            _ => refusal(status),
+        }
     }
 }
 
@@ -48,13 +73,13 @@ impl Join for RemoteRegistry {
         async move {
             let mut contact = FirstContact::new(self.patience);
             let mut session = loop {
-                match Session::open(&self.address, &member, load.clone()).await {
+                match Session::open(self, &member, load.clone()).await {
                     Ok(session) => break session,
                     Err(error) if contact.try_again(&error).await => {}
                     Err(error) => return Err(error),
                 }
             };
-            let address = self.address.clone();
+            let (registry, address) = (self.clone(), self.address.clone());
             Ok(Membership::spawn(|mut left| async move {
                 loop {
                     tokio::select! {
@@ -66,7 +91,7 @@ impl Join for RemoteRegistry {
                             _ = &mut left => return,
                             _ = tokio::time::sleep(jittered(RETRY)) => {}
                         }
-                        match Session::open(&address, &member, load.clone()).await {
+                        match Session::open(&registry, &member, load.clone()).await {
                             Ok(session) => break session,
                             Err(error) => tracing::debug!(%error, "registry still away"),
                         }
@@ -87,17 +112,26 @@ struct Session {
 
 impl Session {
     async fn open(
-        address: &str,
+        registry: &RemoteRegistry,
         member: &Member,
         mut load: watch::Receiver<Load>,
     ) -> Result<Self, RegistryError> {
+        let address = registry.address.as_str();
         let unreachable = |reason: String| RegistryError::Unreachable { address: address.to_owned(), reason };
         let endpoint = Endpoint::from_shared(address.to_owned())
             .map_err(|e| RegistryError::Refused(format!("{address} is not an address: {e}")))?
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(Duration::from_secs(5))
             .keep_alive_timeout(Duration::from_secs(5));
-        let channel = endpoint.connect().await.map_err(|e| unreachable(chain(&e)))?;
+        let connected = match registry.tls.clone() {
+            None => endpoint.connect().await,
+            Some(files) => tls::dial::now(&endpoint, files, Part::Router).await,
+        };
+        let channel = connected.map_err(|e| match chain(&e) {
+            // A certificate does not become right by waiting.
+            why if why.contains("TLS: ") => RegistryError::Refused(why),
+            why => unreachable(why),
+        })?;
         let (requests, receiver) = mpsc::channel(4);
         let now = load.borrow_and_update().clone();
         let first = JoinRequest { member_json: to_json(member), load_json: to_json(&now) };
@@ -105,7 +139,7 @@ impl Session {
         let replies = RegistryClient::new(channel)
             .join(ReceiverStream::new(receiver))
             .await
-            .map_err(refusal)?
+            .map_err(|status| registry.refusal(status))?
             .into_inner();
         let mut session = Self { load, requests, replies };
         match session.replies.message().await.map_err(refusal)? {

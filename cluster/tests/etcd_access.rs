@@ -19,6 +19,7 @@ fn member(worker: &str) -> Member {
         compat_hash: "c".into(),
         incarnation: 1,
         transports: vec!["tcp".into()],
+        tls: false,
         zone: String::new(),
         block_tokens: 16,
         total_blocks: 10,

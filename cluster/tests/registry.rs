@@ -21,6 +21,7 @@ fn member(worker: &str, incarnation: u64) -> Member {
         compat_hash: "c".into(),
         incarnation,
         transports: vec!["tcp".into()],
+        tls: false,
         zone: String::new(),
         block_tokens: 16,
         total_blocks: 10,

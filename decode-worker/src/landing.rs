@@ -45,6 +45,7 @@ impl DecodeService {
         events: Events,
         cached: Vec<Block>,
         cargo: Option<Cargo>,
+        sender: Option<String>,
         hold: Hold,
     ) -> Result<Waiting, Status> {
         let held = cached.len();
@@ -71,6 +72,7 @@ impl DecodeService {
                 slots,
                 meta: meta.encode_to_vec().into(),
                 attempt: request.attempt,
+                sender,
                 deadline: request.deadline.map_or(latest, |d| d.min(latest)),
                 hold: blocks,
             })

@@ -61,8 +61,9 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
         m.counter("tandem_kv_duplicate_cells_total", "Cells that arrived once more although verified.");
     let failures =
         m.counter("tandem_kv_checksum_failures_total", "Cells whose checksum was wrong on arrival.");
-    let help = "Connections and tickets refused: of another start or an ended transfer (stale), or with a wrong secret.";
-    let refused = m.counters("tandem_kv_refused_total", help, "reason", &["stale", "forged"]);
+    let help = "Connections and tickets refused: of another start or an ended transfer (stale), with a wrong secret (forged), in another worker's hands (misused), without TLS or that worker's certificate (identity).";
+    let reasons = ["stale", "forged", "misused", "identity"];
+    let refused = m.counters("tandem_kv_refused_total", help, "reason", &reasons);
     let nonsense = m.counter("tandem_kv_protocol_errors_total", "KV connections closed because of nonsense.");
     let rdma =
         m.counter("tandem_kv_rdma_received_bytes_total", "Of the KV bytes received, those written by RDMA.");
@@ -82,6 +83,8 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
         failures.absolute(stats.checksum_failures_total);
         refused.of("stale").absolute(stats.stale_refused_total);
         refused.of("forged").absolute(stats.forged_refused_total);
+        refused.of("misused").absolute(stats.misused_refused_total);
+        refused.of("identity").absolute(stats.identity_refused_total);
         nonsense.absolute(stats.protocol_errors_total);
         connections.set(stats.connections as f64);
     }

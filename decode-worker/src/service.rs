@@ -30,6 +30,8 @@ pub(crate) struct DecodeService {
     pub pool: Arc<BlockPool>,
     pub kv: Arc<dyn KvMemory>,
     pub receiver: Receiver,
+    /// Whether every ticket must name who may use it.
+    pub is_secure: bool,
     pub sender: Sender,
     pub engine: Inbox<Order>,
     pub slots: Arc<Semaphore>,
@@ -100,12 +102,23 @@ impl DecodeService {
                 hold,
             })?;
         } else {
-            let waiting = self.reserve(request, events, cached, cargo, hold)?;
+            let sender = self.sender_of(call.kv_from)?;
+            let waiting = self.reserve(request, events, cached, cargo, sender, hold)?;
             failpoints::at("reserved", 0, String::new);
             self.announce(&waiting.events, waiting.ticket(), cached_blocks);
             tokio::spawn(self.clone().land(waiting));
         }
         Ok(UnboundedReceiverStream::new(stream))
+    }
+
+    /// The worker that the KV will come from; another one's push is refused.
+    fn sender_of(&self, kv_from: String) -> Result<Option<String>, Status> {
+        if kv_from.is_empty() && self.is_secure {
+            return Err(Status::invalid_argument(
+                "kv_from: is empty; with --cluster-cert a ticket is made for one worker",
+            ));
+        }
+        Ok(Some(kv_from).filter(|name| !name.is_empty()))
     }
 
     fn announce(&self, events: &Events, ticket: bytes::Bytes, cached_blocks: usize) {

@@ -77,6 +77,12 @@ SECTIONS = [
         ("Preemptions and local prefills", "ops", "Work that the decode pool does again, or for the prefill pool.",
          [(rate("tandem_preemptions_total"), "preemptions"), (rate("tandem_local_prefills_total"), "local prefills")]),
     ]),
+    ("Security", [
+        ("Certificates", "s", "Until the first one of a plane ends; 0 when it cannot be read.",
+         [("min by (plane, pod) (tandem_certificate_expiry_seconds{" + SCOPE + "} < 1e12)", "{{plane}} {{pod}}")]),
+        ("Refused KV connections and tickets", "ops", "misused: in another worker's hands; identity: no TLS or another's certificate; forged: a wrong secret.",
+         [(rate("tandem_kv_refused_total", by="reason, pod"), "{{reason}} {{pod}}")]),
+    ]),
     ("Planner", [
         ("Workers that each pool should have", "short", "Planned, and what the load of the moment needs.",
          [("max by (pool) (tandem_planner_workers{" + SCOPE + "})", "planned {{pool}}"),

@@ -162,7 +162,14 @@ async fn transport(case: &Case, regions: (&Region, &Region), streams: usize) -> 
             cpu = cpu_seconds();
         }
         let deadline = Instant::now() + Duration::from_secs(60);
-        let reserve = Reserve { slots: case.dst.clone(), meta: Bytes::new(), attempt: 0, deadline, hold: () };
+        let reserve = Reserve {
+            slots: case.dst.clone(),
+            meta: Bytes::new(),
+            attempt: 0,
+            sender: None,
+            deadline,
+            hold: (),
+        };
         let mut landing = receiver.reserve(reserve).unwrap();
         let push = sender.open(landing.ticket().clone(), Arc::new(())).await.unwrap();
         let start = Instant::now();

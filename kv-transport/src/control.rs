@@ -61,6 +61,11 @@ impl Connection {
             counters.forged_refused.add(1);
             return Err(Refusal::Forged);
         }
+        if landing.meant_for.as_ref().is_some_and(|sender| *sender != self.peer.worker) {
+            counters.misused_refused.add(1);
+            tracing::warn!(peer = %self.peer.worker, meant_for = landing.meant_for, "a ticket was shown by another worker");
+            return Err(Refusal::Misused);
+        }
         let incarnation = self.receiver.identity.incarnation;
         let shown = Fence { incarnation, generation, attempt };
         if !landing.fence(incarnation).admits(&shown) {

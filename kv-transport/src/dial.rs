@@ -1,17 +1,26 @@
 //! Reaching a receiver: one connection, with hello and answer.
 
 use bytes::Buf;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::Identity;
 use crate::error::Refusal;
+use crate::socket::{Secure, Socket};
 use crate::wire::{self, Hello, HelloAck};
 
-/// Connects and says hello; the answer must come from the very incarnation that is wanted.
-pub(crate) async fn dial(endpoint: &str, from: &Identity, to: &Identity) -> Result<TcpStream, Unreached> {
-    let mut socket = TcpStream::connect(endpoint).await?;
-    crate::socket::tune(&socket)?;
+/// Connects, encrypted if there is a way to, and says hello; the answer must come from the very incarnation that is wanted.
+pub(crate) async fn dial(
+    endpoint: &str,
+    from: &Identity,
+    to: &Identity,
+    secure: Option<&dyn Secure>,
+) -> Result<Socket, Unreached> {
+    let stream = TcpStream::connect(endpoint).await?;
+    let mut socket = match secure {
+        Some(secure) => secure.secure(stream, &to.worker).await?,
+        None => Socket::from(stream),
+    };
+    socket.tune()?;
     let hello = Hello { from: from.clone(), to: to.clone() };
     socket.write_all(&hello.encode().ok_or(Unreached::Refused(Refusal::Protocol))?).await?;
     let mut ack = vec![0; 2];

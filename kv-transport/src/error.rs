@@ -32,6 +32,12 @@ pub enum Refusal {
     Protocol = 13,
     /// Only RDMA is wanted, and the cells came another way: repair RDMA between the two.
     Downgrade = 14,
+    /// Only encrypted connections are taken: give the sender its certificate.
+    Insecure = 15,
+    /// The sender showed no certificate, or one that speaks for another worker.
+    Identity = 16,
+    /// The ticket was made for another worker: stolen, or passed to the wrong one.
+    Misused = 17,
 }
 
 impl Refusal {
@@ -51,6 +57,9 @@ impl Refusal {
             11 => Self::Revoked,
             12 => Self::Busy,
             14 => Self::Downgrade,
+            15 => Self::Insecure,
+            16 => Self::Identity,
+            17 => Self::Misused,
             _ => Self::Protocol,
         }
     }
@@ -72,6 +81,13 @@ impl std::fmt::Display for Refusal {
             Self::Revoked => "the receiving side cancelled",
             Self::Busy => "a bound of the receiver is reached",
             Self::Downgrade => "only RDMA is wanted here, and the cells came over TCP",
+            Self::Insecure => {
+                "it takes only encrypted connections: start the sending worker with --cluster-cert, --cluster-key and --cluster-ca"
+            }
+            Self::Identity => {
+                "the sending worker's certificate does not speak for it: issue one with URI:tandem://worker/NAME among its subject alternative names"
+            }
+            Self::Misused => "the ticket was made for another worker",
             Self::Protocol => "the peer speaks another version or nonsense",
         })
     }

@@ -3,14 +3,12 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use tokio::io::Interest;
 use tokio::time::Instant;
 
 use crate::error::Refusal;
 use crate::landing_shared::{Checked, LandingShared};
 use crate::landing_state::{Claim, LandingPhase, Settled};
 use crate::serve::{Close, Connection};
-use crate::socket::attempt;
 use crate::transport::Transport;
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind, MAX_FRAME_CELLS};
 
@@ -155,9 +153,7 @@ impl Connection {
             let ends = wanted == plan.left(cursor);
             let tail = if ends { TAIL_BYTES } else { 0 };
             let space = self.inbox.space(tail);
-            match attempt(&self.stream, Interest::READABLE, |fd| {
-                region.read_from(fd, run.iter().cloned(), space)
-            })? {
+            match self.stream.read_into(region, run.iter().cloned(), space)? {
                 None => return Ok(Placed::Nothing),
                 Some(0) => return Err(Close::End),
                 Some(n) => {

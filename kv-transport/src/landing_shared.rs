@@ -108,6 +108,8 @@ pub(crate) struct LandingFacts {
     pub(crate) secret: Secret,
     pub(crate) generation: u64,
     pub(crate) attempt: u32,
+    /// The only worker that may write, if it is known.
+    pub(crate) meant_for: Option<String>,
     pub(crate) slots: Vec<u32>,
     pub(crate) cells: usize,
     pub(crate) cell_bytes: usize,

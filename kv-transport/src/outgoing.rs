@@ -4,15 +4,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::BufMut;
-use tokio::io::Interest;
-use tokio::net::TcpStream;
-
 use crate::job::Job;
 use crate::push::PushShared;
-use crate::socket::attempt;
+use crate::socket::Socket;
 use crate::transport::Transport;
 use crate::wire::{ATTACH_BYTES, CELL_BYTES, CellDescriptor, Header, Kind};
+use bytes::BufMut;
 
 /// Bytes one system call sends at most.
 const WRITE_BYTES: usize = 1 << 20;
@@ -87,17 +84,16 @@ impl Outgoing {
 
     /// Sends what the socket takes in one call; nothing when it takes none. Once the push is over the source is
     /// not read any more, but what was begun must be completed: with zeros, which fail their checksum.
-    pub(crate) fn send(&mut self, socket: &TcpStream) -> io::Result<Option<usize>> {
+    pub(crate) fn send(&mut self, socket: &mut Socket) -> io::Result<Option<usize>> {
         let head = self.head.get(self.sent.min(self.head.len())..).unwrap_or_default();
         let region = &self.push.region;
-        let write = |bytes: &[u8]| {
-            attempt(socket, Interest::WRITABLE, |fd| region.write_to(fd, bytes, std::iter::empty()))
-        };
-        let source = || attempt(socket, Interest::WRITABLE, |fd| region.write_to(fd, head, self.rest()));
-        let sent = match self.push.reading(source) {
+        let sent = match self.push.reading(|| socket.write(region, head, self.rest())) {
             Some(sent) => sent?,
-            None if !head.is_empty() => write(head)?,
-            None => write(FILLER.get(..(self.total - self.sent).min(FILLER.len())).unwrap_or_default())?,
+            None => {
+                let filler = FILLER.get(..(self.total - self.sent).min(FILLER.len())).unwrap_or_default();
+                let bytes = if head.is_empty() { filler } else { head };
+                socket.write(region, bytes, std::iter::empty())?
+            }
         };
         self.sent += sent.unwrap_or(0);
         if !self.places.is_empty() {
@@ -107,7 +103,7 @@ impl Outgoing {
     }
 
     /// The cells, or parts of them, that were not sent yet; at most [`WRITE_BYTES`] of them.
-    fn rest(&self) -> impl Iterator<Item = Range<usize>> {
+    fn rest(&self) -> impl Iterator<Item = Range<usize>> + Clone {
         let mut skip = self.sent.saturating_sub(self.head.len());
         let mut room = WRITE_BYTES;
         self.places.iter().filter_map(move |place| {

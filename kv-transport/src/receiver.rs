@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Refusal, ReserveError, TicketError};
 use crate::landing_shared::{LandingFacts, LandingShared};
 use crate::landing_state::{LandingEnd, LandingPhase};
 use crate::mux::KvIncoming;
+use crate::socket::Socket;
 use crate::stats::{ReceiverCounters, ReceiverStats};
 use crate::ticket::{Secret, Ticket};
 use crate::{Fabric, Grid, Identity, Landing, Region};
@@ -43,6 +43,9 @@ pub struct ReceiverConfig {
     pub fabric: Option<Arc<Fabric>>,
     /// Cells that come over TCP are refused (default false).
     pub require_rdma: bool,
+    /// Only encrypted connections are taken, and only of peers whose certificate speaks for the worker that they say
+    /// they are (default false).
+    pub secure: bool,
     /// Where this receiver can be reached, `host:port`, best first; goes into every ticket (default empty).
     pub endpoints: Vec<String>,
 }
@@ -59,6 +62,7 @@ impl Default for ReceiverConfig {
             fence_timeout: Duration::from_millis(500),
             fabric: None,
             require_rdma: false,
+            secure: false,
             endpoints: Vec::new(),
         }
     }
@@ -73,6 +77,8 @@ pub struct Reserve<H> {
     pub meta: Bytes,
     /// The caller's count of attempts for the same request.
     pub attempt: u32,
+    /// The worker that may write: the ticket is worthless in other hands. Anybody's when not given.
+    pub sender: Option<String>,
     /// The landing must be committed by then.
     pub deadline: Instant,
     /// Ownership of the slots. Kept until nothing can write them, then yielded or dropped.
@@ -136,7 +142,7 @@ impl Receiver {
 
     /// Reserves slots and issues the ticket to write them. On an error the hold is dropped.
     pub fn reserve<H: Send + 'static>(&self, reserve: Reserve<H>) -> Result<Landing<H>, ReserveError> {
-        let Reserve { slots, meta, attempt, deadline, hold } = reserve;
+        let Reserve { slots, meta, attempt, sender, deadline, hold } = reserve;
         let shared = &self.shared;
         let time_to_live = deadline.saturating_duration_since(tokio::time::Instant::now().into_std());
         if time_to_live.is_zero() {
@@ -161,6 +167,7 @@ impl Receiver {
             secret: ticket.secret,
             generation: ticket.generation,
             attempt,
+            meant_for: sender,
             slots: ticket.slots,
             cells,
             cell_bytes: shared.grid.cell_bytes as usize,
@@ -173,8 +180,8 @@ impl Receiver {
     }
 
     /// Serves one connection that begins with the transport's magic, until it closes.
-    pub async fn serve(&self, stream: TcpStream) {
-        crate::serve::serve(self.shared.clone(), stream).await;
+    pub async fn serve(&self, stream: impl Into<Socket>) {
+        crate::serve::serve(self.shared.clone(), stream.into()).await;
     }
 
     /// Serves every connection the mux hands over, each on its own task, until the mux or the receiver ends.
@@ -226,6 +233,8 @@ impl Receiver {
             checksum_failures_total: counters.checksum_failures.get(),
             stale_refused_total: counters.stale_refused.get(),
             forged_refused_total: counters.forged_refused.get(),
+            misused_refused_total: counters.misused_refused.get(),
+            identity_refused_total: counters.identity_refused.get(),
             protocol_errors_total: counters.protocol_errors.get(),
         }
     }

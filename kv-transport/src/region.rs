@@ -104,6 +104,14 @@ impl Region {
         Ok(crc32c::crc32c_append(before, unsafe { std::slice::from_raw_parts(at, range.len()) }))
     }
 
+    /// Shows a range as it stands in memory now, for as long as `look` runs.
+    pub(crate) fn with_bytes<T>(&self, range: Range<usize>, look: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
+        let at = self.at(&range)?;
+        // SAFETY: in bounds and alive; a push reads only cells whose bytes are final, so nobody writes them meanwhile
+        // (`from_raw`'s contract).
+        Ok(look(unsafe { std::slice::from_raw_parts(at, range.len()) }))
+    }
+
     /// Copies `bytes` to `offset`.
     pub fn copy_in(&self, offset: usize, bytes: &[u8]) -> io::Result<()> {
         let at = self.at(&(offset..offset.saturating_add(bytes.len())))?;

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
 use crate::dial::{Unreached, dial};
@@ -15,6 +14,7 @@ use crate::error::PushError;
 use crate::link::Link;
 use crate::push::{Push, PushShared};
 use crate::push_state::{FrameBounds, PushPhase, PushState};
+use crate::socket::{Secure, Socket};
 use crate::stats::{Fallback, SenderCounters, SenderStats};
 use crate::stream::{Limits, Stream};
 use crate::stream_rdma::{Lane, LaneConfig};
@@ -47,6 +47,9 @@ pub struct SenderConfig {
     pub require_rdma: bool,
     /// A peer that had to be used over TCP is offered a queue pair again after this long (default 5 s).
     pub rdma_retry: Duration,
+    /// Encrypts connections, and shows each side who the other one is (default: plain connections). Cells written by
+    /// RDMA are not encrypted by it.
+    pub secure: Option<Arc<dyn Secure>>,
 }
 
 impl Default for SenderConfig {
@@ -63,6 +66,7 @@ impl Default for SenderConfig {
             fabric: None,
             require_rdma: false,
             rdma_retry: Duration::from_secs(5),
+            secure: None,
         }
     }
 }
@@ -240,7 +244,7 @@ impl Shared {
         for endpoint in &ticket.endpoints {
             let until = deadline.min(Instant::now() + self.config.connect_timeout);
             let connects = (0..self.config.streams.max(self.lanes()).max(1))
-                .map(|_| dial(endpoint, &self.identity, &ticket.receiver));
+                .map(|_| dial(endpoint, &self.identity, &ticket.receiver, self.config.secure.as_deref()));
             match timeout_at(until, futures::future::try_join_all(connects)).await {
                 Ok(Ok(sockets)) => return Ok(self.start(sockets)),
                 Ok(Err(Unreached::Refused(refusal))) => return Err(PushError::Refused(refusal)),
@@ -251,7 +255,7 @@ impl Shared {
         Err(PushError::Connect { endpoints: ticket.endpoints.join(", "), reason })
     }
 
-    fn start(&self, sockets: Vec<TcpStream>) -> Arc<Link> {
+    fn start(&self, sockets: Vec<Socket>) -> Arc<Link> {
         let link = Arc::new(Link::new(self.counters.clone(), self.lanes()));
         let limits = Limits { progress: self.config.progress_timeout, idle: self.config.idle_timeout };
         for (rail, socket) in sockets.into_iter().enumerate() {

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use bytes::Buf;
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -18,7 +17,7 @@ use crate::landing_shared::{LandingShared, Notice};
 use crate::landing_state::LandingEnd;
 use crate::receiver::ReceiverShared;
 use crate::serve_rdma::{KEY_TICK, Lane};
-use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox, tune};
+use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox, Socket};
 use crate::wire::{self, HEADER_BYTES, Header, Hello, HelloAck, Kind};
 
 /// Notices about ended landings a connection queues; more are told at the next frame instead.
@@ -57,7 +56,7 @@ pub(crate) type Attached = HashMap<u128, Weak<LandingShared>>;
 
 pub(crate) struct Connection {
     pub(crate) receiver: Arc<ReceiverShared>,
-    pub(crate) stream: TcpStream,
+    pub(crate) stream: Socket,
     pub(crate) inbox: Inbox,
     pub(crate) outbox: Outbox,
     pub(crate) attached: Attached,
@@ -82,7 +81,7 @@ impl Drop for Counted {
 }
 
 /// Serves a connection until it closes; everything attached to it and still open is then lost.
-pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: TcpStream) {
+pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: Socket) {
     let count = receiver.connections.fetch_add(1, Ordering::Relaxed);
     let _counted = Counted(receiver.clone());
     let busy = count >= receiver.config.max_connections;
@@ -114,12 +113,12 @@ impl Drop for Connection {
 
 impl Connection {
     async fn run(&mut self, busy: bool) -> Result<std::convert::Infallible, Close> {
-        tune(&self.stream)?;
+        self.stream.tune()?;
         self.hello(busy).await?;
         loop {
             self.lane_work();
             if self.outbox.len() >= FLUSH_BYTES {
-                self.outbox.flush(&self.stream)?;
+                self.outbox.flush(&mut self.stream)?;
             }
             if self.outbox.len() >= MAX_OUTBOX_BYTES {
                 self.readable(Instant::now() + self.receiver.config.progress_timeout).await?;
@@ -175,12 +174,11 @@ impl Connection {
                 self.receiver.counters.stale_refused.add(1);
                 Some(Refusal::Stale)
             }
-            _ if busy => Some(Refusal::Busy),
-            _ => None,
+            (_, Some(hello)) => self.stranger(&hello.from.worker).or(busy.then_some(Refusal::Busy)),
         };
         let answer = HelloAck { from: self.receiver.identity.clone(), refused };
         self.outbox.bytes.extend(answer.encode().ok_or(Close::Protocol("this receiver's name is too long"))?);
-        self.outbox.flush(&self.stream)?;
+        self.outbox.flush(&mut self.stream)?;
         match (hello, refused) {
             ((_, Some(hello)), None) => {
                 self.peer = hello.from;
@@ -188,6 +186,21 @@ impl Connection {
             }
             _ => Err(Close::End),
         }
+    }
+
+    /// Why somebody who says that he is this worker is not believed.
+    fn stranger(&self, worker: &str) -> Option<Refusal> {
+        if !self.receiver.config.secure {
+            return None;
+        }
+        let refusal = match (self.stream.is_encrypted(), self.stream.may_be(worker)) {
+            (false, _) => Refusal::Insecure,
+            (true, false) => Refusal::Identity,
+            (true, true) => return None,
+        };
+        self.receiver.counters.identity_refused.add(1);
+        tracing::warn!(peer = worker, has_certificate = self.stream.has_certificate(), %refusal, "a KV connection was refused");
+        Some(refusal)
     }
 
     pub(crate) fn reply(&mut self, kind: Kind, transfer: u128, seq: u32, arg: u64) {
@@ -220,9 +233,10 @@ impl Connection {
                 self.pass_on(notice);
             }
             self.lane_settles().await;
-            self.outbox.flush(&self.stream)?;
+            self.outbox.flush(&mut self.stream)?;
             let full = self.outbox.len() >= MAX_OUTBOX_BYTES;
-            let interest = match (self.outbox.is_empty(), full) {
+            let is_sent = self.outbox.is_empty() && !self.stream.has_unsent();
+            let interest = match (is_sent, full) {
                 (true, _) => Interest::READABLE,
                 (false, true) => Interest::WRITABLE,
                 (false, false) => Interest::READABLE | Interest::WRITABLE,
@@ -253,7 +267,7 @@ impl Connection {
     async fn lane_settles(&mut self) {
         self.lane_work();
         while self.lane.as_ref().is_some_and(Lane::spins) {
-            self.outbox.flush(&self.stream).ok();
+            self.outbox.flush(&mut self.stream).ok();
             tokio::task::yield_now().await;
             self.lane_work();
         }
@@ -303,7 +317,7 @@ impl Connection {
         };
         // Transfer 0 is the connection itself. Best effort: the peer sees the close anyway.
         self.reply(Kind::Refused, 0, 0, refusal as u64);
-        let _ = self.outbox.flush(&self.stream);
+        let _ = self.outbox.flush(&mut self.stream);
     }
 }
 

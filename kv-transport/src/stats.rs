@@ -34,6 +34,8 @@ pub(crate) struct ReceiverCounters {
     pub(crate) checksum_failures: Counter,
     pub(crate) stale_refused: Counter,
     pub(crate) forged_refused: Counter,
+    pub(crate) misused_refused: Counter,
+    pub(crate) identity_refused: Counter,
     pub(crate) protocol_errors: Counter,
 }
 
@@ -80,6 +82,10 @@ pub struct ReceiverStats {
     pub stale_refused_total: u64,
     /// Attaches refused because the secret was wrong.
     pub forged_refused_total: u64,
+    /// Attaches refused because the ticket was made for another worker.
+    pub misused_refused_total: u64,
+    /// Connections refused because they were not encrypted, or their peer's certificate is not that worker's.
+    pub identity_refused_total: u64,
     /// Connections closed because of nonsense.
     pub protocol_errors_total: u64,
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until};
 
 use crate::error::{PushError, Refusal};
@@ -14,7 +13,7 @@ use crate::job::{Job, QueuedCell};
 use crate::link::Link;
 use crate::outgoing::Outgoing;
 use crate::push::PushShared;
-use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox};
+use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox, Socket};
 use crate::stream_rdma::{Lane, Sent};
 use crate::wire::{HEADER_BYTES, Header, Kind};
 
@@ -33,7 +32,7 @@ pub(crate) struct Limits {
 
 pub(crate) struct Stream {
     link: Arc<Link>,
-    socket: TcpStream,
+    socket: Socket,
     limits: Limits,
     inbox: Inbox,
     attached: HashSet<u128>,
@@ -50,7 +49,7 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    pub(crate) fn new(link: Arc<Link>, socket: TcpStream, limits: Limits, lane: Option<Lane>) -> Self {
+    pub(crate) fn new(link: Arc<Link>, socket: Socket, limits: Limits, lane: Option<Lane>) -> Self {
         Self {
             lane,
             outbox: Outbox::default(),
@@ -83,6 +82,7 @@ impl Stream {
 
     async fn serve(&mut self) -> Result<(), Lost> {
         loop {
+            self.socket.flush().map_err(|_| Lost::Gone)?;
             self.hear()?;
             self.reap();
             if let Some(lane) = &mut self.lane {
@@ -101,7 +101,7 @@ impl Stream {
     /// Sends some of the current frame, taking the next one if there is none. 0 when nothing can be sent now.
     fn speak(&mut self) -> Result<usize, Lost> {
         if self.current.is_none() {
-            self.outbox.flush(&self.socket).map_err(|_| Lost::Gone)?;
+            self.outbox.flush(&mut self.socket).map_err(|_| Lost::Gone)?;
             if !self.outbox.is_empty() || !self.may_take() {
                 return Ok(0);
             }
@@ -128,7 +128,7 @@ impl Stream {
         let Some(frame) = &mut self.current else {
             return Ok(0);
         };
-        let Some(n) = frame.send(&self.socket).map_err(|_| Lost::Gone)? else { return Ok(0) };
+        let Some(n) = frame.send(&mut self.socket).map_err(|_| Lost::Gone)? else { return Ok(0) };
         if frame.is_sent() {
             self.link.counters.bytes.add(frame.payload_bytes());
             self.current = None;
@@ -271,7 +271,7 @@ impl Stream {
 
     /// Waits for something to do; true when the link ends.
     async fn wait(&mut self) -> Result<bool, Lost> {
-        let sending = self.current.is_some() || !self.outbox.is_empty();
+        let sending = self.current.is_some() || !self.outbox.is_empty() || self.socket.has_unsent();
         let interest = if sending { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
         let waits = self.lane.as_ref().is_some_and(Lane::waits);
         let busy = sending || waits || self.unanswered > 0;

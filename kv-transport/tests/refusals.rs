@@ -26,7 +26,8 @@ async fn another_incarnation_refuses_the_ticket() {
     let config = ReceiverConfig { endpoints: vec![pair.address.to_string()], ..ReceiverConfig::default() };
     let before = Receiver::new(identity("decode", 0), pair.target.clone(), pair.grid, config);
     let deadline = std::time::Instant::now() + Duration::from_secs(9);
-    let reserve = Reserve { slots: vec![0], meta: Bytes::new(), attempt: 0, deadline, hold: () };
+    let reserve =
+        Reserve { slots: vec![0], meta: Bytes::new(), attempt: 0, sender: None, deadline, hold: () };
     let landing = before.reserve(reserve).unwrap();
     refused(pair.sender.open(landing.ticket().clone(), Arc::new(())).await.err(), Refusal::Stale);
     assert_eq!(pair.receiver.stats().stale_refused_total, 1);
@@ -143,7 +144,14 @@ async fn shutdown_ends_everything_at_once() {
     pair.assert_quiet().await;
     pair::until("connections closed", || pair.receiver.stats().connections == 0).await;
     let deadline = std::time::Instant::now() + Duration::from_secs(9);
-    let late = Reserve { slots: vec![0], meta: Bytes::new(), attempt: 0, deadline, hold: pair.holds.take() };
+    let late = Reserve {
+        slots: vec![0],
+        meta: Bytes::new(),
+        attempt: 0,
+        sender: None,
+        deadline,
+        hold: pair.holds.take(),
+    };
     assert_eq!(pair.receiver.reserve(late).err(), Some(ReserveError::Shutdown));
     assert_eq!(pair.holds.alive(), 0);
 }
@@ -155,7 +163,14 @@ async fn impossible_reservations_are_refused() {
     let pair = setup.start().await;
     let reserve = |slots: Vec<u32>, seconds| {
         let deadline = std::time::Instant::now() + Duration::from_secs(seconds);
-        let reserve = Reserve { slots, meta: Bytes::new(), attempt: 0, deadline, hold: pair.holds.take() };
+        let reserve = Reserve {
+            slots,
+            meta: Bytes::new(),
+            attempt: 0,
+            sender: None,
+            deadline,
+            hold: pair.holds.take(),
+        };
         pair.receiver.reserve(reserve)
     };
     assert_eq!(reserve(vec![4], 9).err(), Some(ReserveError::BadSlot { slot: 4 }));

@@ -52,7 +52,8 @@ pub async fn run(
     let address = config.worker.address(bound);
     let region = worker::pool::region(&kv)
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
-    let ways = config.worker.transport.open(&region).map_err(|e| LifeError::Broken(e.to_string()))?;
+    let ways = config.worker.transport.open(&region, config.worker.tls.as_ref());
+    let ways = ways.map_err(|e| LifeError::Broken(e.to_string()))?;
     let sender = Sender::new(
         config.worker.identity(),
         region,
@@ -70,8 +71,10 @@ pub async fn run(
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
     let collect_sender = worker::metrics::collect_sender(&shown, sender.clone());
+    let collect_certificates = worker::metrics::collect_certificates(&shown, deps.expiry);
     let page = shown.page(move || {
         collect();
+        collect_certificates();
         collect_sender();
     });
     let (inbox, jobs) = std::sync::mpsc::channel();

@@ -139,7 +139,9 @@ impl Journey {
         }
         let attempt = sequence.attempt;
         let reserving = Instant::now();
-        let from = KvFrom::Prefill { local_max_tokens: placement.local_prefill_max_tokens };
+        let worker_name = placement.prefill.clone().unwrap_or_default();
+        let local_max_tokens = placement.local_prefill_max_tokens;
+        let from = KvFrom::Prefill { worker: worker_name, local_max_tokens };
         let trace = self.span.traceparent();
         let (reserved, tokens) = legs::reserve(&self.shared.fleet, &worker, sequence, from, trace)
             .await

@@ -12,6 +12,7 @@ use cluster::{Load, Member, Picture, Role};
 use engine::kv::hash::BlockHash;
 use parking_lot::{Mutex, RwLock};
 use proto::v1;
+use tls::{ClusterFiles, Part};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -98,7 +99,11 @@ pub struct Fleet {
 }
 
 struct Inner {
+    /// Certificates, where workers are reached over TLS only.
+    tls: Option<ClusterFiles>,
     workers: RwLock<BTreeMap<String, Worker>>,
+    /// Members that cannot be used, by incarnation: said once.
+    refused: Mutex<BTreeMap<String, u64>>,
     prefixes: Mutex<PrefixIndex>,
     changed: tokio::sync::Notify,
     connected: AtomicBool,
@@ -107,6 +112,8 @@ struct Inner {
 impl Default for Inner {
     fn default() -> Self {
         Self {
+            tls: None,
+            refused: Mutex::default(),
             workers: RwLock::default(),
             prefixes: Mutex::new(PrefixIndex::new(INDEX_BLOCKS)),
             changed: tokio::sync::Notify::new(),
@@ -116,6 +123,32 @@ impl Default for Inner {
 }
 
 impl Fleet {
+    /// Reaches its workers over TLS if there are certificates; then those without are not used, nor the other way round.
+    pub fn new(tls: Option<ClusterFiles>) -> Self {
+        Self { inner: Arc::new(Inner { tls, ..Inner::default() }) }
+    }
+
+    /// Why a member cannot be reached as we reach workers, if so.
+    fn mismatch(&self, member: &Member) -> Option<&'static str> {
+        match (self.inner.tls.is_some(), member.tls) {
+            (true, false) => {
+                Some("it is not encrypted: start it with --cluster-cert, --cluster-key and --cluster-ca")
+            }
+            (false, true) => {
+                Some("it wants TLS: start this router with --cluster-cert, --cluster-key and --cluster-ca")
+            }
+            _ => None,
+        }
+    }
+
+    /// Says once per start of a worker why it is not used.
+    fn refuse(&self, member: &Member, why: &str) {
+        let known = self.inner.refused.lock().insert(member.worker.clone(), member.incarnation);
+        if known != Some(member.incarnation) {
+            tracing::error!(worker = %member.worker, address = %member.address, why, "a worker is not used");
+        }
+    }
+
     /// Follows the registry until it is dropped.
     pub async fn follow(self, mut picture: watch::Receiver<Picture>) {
         let mut probe = tokio::time::interval(PROBE_EVERY);
@@ -140,7 +173,10 @@ impl Fleet {
                     known.suspect = false;
                 }
                 Some(known) if known.member.incarnation > entry.member.incarnation => {}
-                _ => match connect(&entry.member.address) {
+                _ if self.mismatch(&entry.member).is_some() => {
+                    self.refuse(&entry.member, self.mismatch(&entry.member).unwrap_or_default());
+                }
+                _ => match connect(&entry.member, self.inner.tls.clone()) {
                     Ok(channel) => {
                         tracing::info!(worker = %name, role = entry.member.role.name(), address = %entry.member.address, "worker joined");
                         self.inner.prefixes.lock().forget(name);
@@ -318,14 +354,17 @@ impl Chains {
     }
 }
 
-fn connect(address: &str) -> Result<Channel, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+fn connect(member: &Member, tls: Option<ClusterFiles>) -> Result<Channel, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{}", member.address))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true);
-    Ok(endpoint.connect_lazy())
+    Ok(match tls {
+        None => endpoint.connect_lazy(),
+        Some(files) => tls::dial::lazy(&endpoint, files, Part::Worker(member.worker.clone())),
+    })
 }
 
 async fn answers(channel: Channel) -> bool {

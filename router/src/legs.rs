@@ -14,12 +14,12 @@ use crate::fleet::{Fleet, Worker};
 pub(crate) type Prefilling = BoxFuture<'static, Result<v1::PrefillReply, Status>>;
 
 /// Where a decode worker gets a sequence's KV from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum KvFrom {
     /// A prefill worker, or itself when at most so many tokens are not cached there.
-    Prefill { local_max_tokens: u32 },
+    Prefill { worker: String, local_max_tokens: u32 },
     /// The decode worker that runs it now.
-    Decode,
+    Decode { worker: String },
 }
 
 /// A call with the span that it is made for.
@@ -39,15 +39,17 @@ pub(crate) async fn reserve(
     from: KvFrom,
     trace: Option<String>,
 ) -> Result<(v1::Reserved, Streaming<v1::DecodeEvent>), Status> {
+    let (kv_from, local_prefill_max_tokens, moving) = match from {
+        KvFrom::Prefill { worker, local_max_tokens } => (worker, local_max_tokens, false),
+        KvFrom::Decode { worker } => (worker, 0, true),
+    };
     let request = v1::DecodeRequest {
         sequence: Some(sequence),
         compat_hash: decode.member.compat_hash.clone(),
         incarnation: decode.member.incarnation,
-        local_prefill_max_tokens: match from {
-            KvFrom::Prefill { local_max_tokens } => local_max_tokens,
-            KvFrom::Decode => 0,
-        },
-        moving: from == KvFrom::Decode,
+        local_prefill_max_tokens,
+        moving,
+        kv_from,
     };
     let mut events = DecodeWorkerClient::new(decode.channel.clone())
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)

@@ -56,6 +56,7 @@ use service::InferenceService;
 use status::{Board, Slo};
 use telemetry::trace::Tracer;
 use text::model::TextModel;
+use tls::server::Faces;
 
 /// Settings of a router.
 #[derive(Debug, Clone)]
@@ -94,6 +95,10 @@ pub struct Deps {
     pub tracer: Tracer,
     /// Certificates of the client API; without them it is not encrypted.
     pub tls: Option<tls::ServerFiles>,
+    /// Certificates for workers; without them workers are reached, and join, unencrypted.
+    pub cluster_tls: Option<tls::ClusterFiles>,
+    /// How long this process's certificates last.
+    pub expiry: tls::Expiry,
 }
 
 /// Why a router's process ends badly.
@@ -110,6 +115,8 @@ pub enum RunError {
     Serve(String),
 }
 
+/// What the port speaks to parts of the cluster.
+const PROTOCOLS: &[&[u8]] = &[tls::cluster::H2];
 /// The speeds assumed before anything is measured: a small model on a CPU.
 const FIRST_GUESS: Model = Model { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0 };
 
@@ -126,6 +133,7 @@ pub async fn run(
         Registry::Served(registry) => {
             let picture = registry.watch().await?;
             routes.add_service(RegistryServer::new(registry_service::RegistryService {
+                is_secure: deps.cluster_tls.is_some(),
                 registry,
                 close: close.clone(),
             }));
@@ -136,12 +144,12 @@ pub async fn run(
             () = stop.cancelled() => return Ok(()),
         },
     };
-    let fleet = Fleet::default();
+    let fleet = Fleet::new(deps.cluster_tls.clone());
     let registry = telemetry::Metrics::default();
     let counters = metrics::Metrics::new(&registry, &deps.text.name);
     let turned_away = counters.turned_away.clone();
     let admission = Admission::new(config.max_running, config.max_waiting);
-    let collect = metrics::collect(&registry, fleet.clone(), admission.clone());
+    let collect = metrics::collect(&registry, fleet.clone(), admission.clone(), deps.expiry);
     let board = Board::new(deps.text.name.clone(), config.slo, fleet.clone(), admission.clone());
     let (ready, is_ready) = watch::channel(true);
     let following = tokio::spawn(fleet.clone().follow(picture));
@@ -171,8 +179,9 @@ pub async fn run(
     let pages = telemetry::http::routes(registry.page(collect), is_ready);
     let mut routes =
         routes.into_axum_router().merge(pages).merge(http::routes(inference)).merge(status::routes(board));
-    if deps.tls.as_ref().is_some_and(|files| files.client_ca.is_some()) {
-        routes = routes.layer(axum::middleware::from_fn(certified::require));
+    if let Some(files) = &deps.tls {
+        let wants = certified::Wants { certificate: files.client_ca.is_some() };
+        routes = routes.layer(axum::middleware::from_fn_with_state(wants, certified::require));
     }
     routes = routes.layer(axum::middleware::from_fn_with_state(Receiving::default(), receiving::bounded));
     let server = Server::builder()
@@ -181,7 +190,11 @@ pub async fn run(
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_routes(Routes::from(routes));
     let door = incoming::Door::new(config.max_connections, turned_away);
-    let mut server = serve(server, listener, deps.tls, door, close.clone())?;
+    let faces = deps.tls.map(|files| Faces {
+        clients: Some(files),
+        cluster: deps.cluster_tls.map(|files| (files, PROTOCOLS)),
+    });
+    let mut server = serve(server, listener, faces, door, close.clone())?;
     let ended = tokio::select! {
         () = stop.cancelled() => {
             ready.send_replace(false);
@@ -204,12 +217,12 @@ pub async fn run(
 fn serve(
     server: Router,
     listener: TcpListener,
-    files: Option<tls::ServerFiles>,
+    faces: Option<Faces>,
     door: incoming::Door,
     close: CancellationToken,
 ) -> Result<JoinHandle<Result<(), tonic::transport::Error>>, tls::TlsError> {
     let closed = close.cancelled_owned();
-    Ok(match files {
+    Ok(match faces {
         None => {
             // Without it a token waits for the acknowledgement of the last one: 40 ms, seen. The builder's own setting
             // does not reach a listener that it has not made.
@@ -217,9 +230,9 @@ fn serve(
             let incoming = door.watch(incoming, |io| io.peer_addr().ok().map(|from| from.ip()));
             tokio::spawn(server.serve_with_incoming_shutdown(incoming, closed))
         }
-        Some(files) => {
-            let incoming = tls::server::accept(listener, files)?;
-            let incoming = door.watch(incoming, |io| io.get_ref().0.peer_addr().ok().map(|from| from.ip()));
+        Some(faces) => {
+            let incoming = tls::server::accept(TcpIncoming::from(listener), faces)?;
+            let incoming = door.watch(incoming, |io| io.peer_addr().ok().map(|from| from.ip()));
             tokio::spawn(server.serve_with_incoming_shutdown(incoming, closed))
         }
     })

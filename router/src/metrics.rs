@@ -202,12 +202,17 @@ pub fn collect(
     m: &telemetry::Metrics,
     fleet: Fleet,
     admission: Admission,
+    expiry: tls::Expiry,
 ) -> impl Fn() + Send + Sync + use<> {
     let running: Gauge = m.gauge("tandem_requests_running", "Requests admitted and not ended.");
     let queued = m.gauge("tandem_requests_queued", "Requests waiting in the router.");
     let connected = m.gauge("tandem_registry_connected", "1 while the registry answers.");
     let workers = m.gauges("tandem_workers", "Workers the router knows.", "state", &WORKER_STATES);
+    let help = "Seconds until a plane's certificate, or the authority it trusts, ends; 0 when it cannot be read, +Inf when the plane has none.";
+    let planes = tls::Expiry::PLANES;
+    let certificates = m.gauges("tandem_certificate_expiry_seconds", help, "plane", &planes);
     move || {
+        planes.iter().for_each(|plane| certificates.of(plane).set(expiry.seconds_left(plane)));
         running.set(admission.running() as f64);
         queued.set(admission.queued() as f64);
         connected.set(if fleet.is_connected() { 1.0 } else { 0.0 });

@@ -111,7 +111,8 @@ impl Journey {
         let (old, running) = (from.worker.clone(), from.attempt);
         let go = async move {
             let load = to.assign(0);
-            let (reserved, tokens) = legs::reserve(&fleet, &to, sequence, KvFrom::Decode, trace).await?;
+            let kv = KvFrom::Decode { worker: old.member.worker.clone() };
+            let (reserved, tokens) = legs::reserve(&fleet, &to, sequence, kv, trace).await?;
             let moved = legs::move_out(&old, (origin, id.clone()), running, reserved.ticket).await?;
             tracing::info!(request = %id, from = %old.member.worker, to = %to.member.worker,
                 bytes = moved.kv.map_or(0, |kv| kv.bytes), stopped_ms = moved.stopped_ms, "moved");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use cluster::{Load, Member, MemoryRegistry};
 use proto::v1;
+use tls::{Certified, Part};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -15,6 +16,8 @@ const MAX_JSON_BYTES: usize = 64 << 10;
 
 /// The gRPC face of a [`MemoryRegistry`].
 pub struct RegistryService {
+    /// Whether members must come over the cluster's TLS, each with its own certificate.
+    pub is_secure: bool,
     /// Where members are kept.
     pub registry: MemoryRegistry,
     /// Ends every stream: the router stops.
@@ -29,6 +32,7 @@ impl v1::registry_server::Registry for RegistryService {
         &self,
         call: tonic::Request<Streaming<v1::JoinRequest>>,
     ) -> Result<Response<Self::JoinStream>, Status> {
+        let certified = call.extensions().get::<Certified>().cloned();
         let mut beats = call.into_inner();
         let first = tokio::time::timeout(LEASE, beats.message())
             .await
@@ -36,6 +40,9 @@ impl v1::registry_server::Registry for RegistryService {
             .ok_or_else(|| Status::invalid_argument("the first message must name the member"))?;
         let member: Member = parse("member_json", &first.member_json)?;
         let load: Load = parse("load_json", &first.load_json)?;
+        if self.is_secure {
+            check_identity(&member, certified)?;
+        }
         self.registry.put(member.clone(), load).map_err(|e| Status::failed_precondition(e.to_string()))?;
 
         let (replies, stream) = mpsc::channel(1);
@@ -60,6 +67,22 @@ impl v1::registry_server::Registry for RegistryService {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+}
+
+/// A worker joins as itself, or as one that its certificate speaks for.
+fn check_identity(member: &Member, certified: Option<Certified>) -> Result<(), Status> {
+    let part = Part::Worker(member.worker.clone());
+    let certified = certified.filter(|certified| certified.is_cluster && certified.has_certificate);
+    let certified = certified.ok_or_else(|| {
+        Status::unauthenticated("joining wants --cluster-cert, --cluster-key and --cluster-ca on the worker")
+    })?;
+    if certified.names.cover(&part) && member.tls {
+        return Ok(());
+    }
+    Err(Status::permission_denied(format!(
+        "the worker's certificate speaks for {}, not for {part}",
+        certified.names
+    )))
 }
 
 fn parse<T: serde::de::DeserializeOwned>(field: &str, json: &str) -> Result<T, Status> {

@@ -174,6 +174,7 @@ async fn serve_tandem(router: &str, gap: Duration) -> Result<(), Failure> {
             compat_hash: "mock".into(),
             incarnation: cluster::member::new_incarnation(),
             transports: vec!["tcp".into()],
+            tls: false,
             zone: String::new(),
             block_tokens: 16,
             total_blocks: 1 << 20,

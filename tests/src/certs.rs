@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, SanType,
 };
 
 /// A certificate and its key, as files.
@@ -37,8 +37,16 @@ impl Ca {
 
     /// A certificate for loopback, as server and client, valid from now for that many days; negative: expired.
     pub fn issue(&self, dir: &Path, name: &str, days: i64) -> Pair {
+        self.issue_for(dir, name, days, &[])
+    }
+
+    /// The same, with these URIs among its subject alternative names.
+    pub fn issue_for(&self, dir: &Path, name: &str, days: i64, uris: &[&str]) -> Pair {
         let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
         let mut params = CertificateParams::new(names).unwrap();
+        for uri in uris {
+            params.subject_alt_names.push(SanType::URI((*uri).try_into().unwrap()));
+        }
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

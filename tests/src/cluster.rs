@@ -164,7 +164,14 @@ impl Cluster {
         };
         let text = TextModel::load(model, "tiny").unwrap();
         let tracer = spec.tracer.clone();
-        let deps = router::Deps { text, registry: Registry::Watched(watch), tracer, tls: None };
+        let deps = router::Deps {
+            text,
+            registry: Registry::Watched(watch),
+            tracer,
+            tls: None,
+            cluster_tls: None,
+            expiry: tls::Expiry::default(),
+        };
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         let client = InferenceClient::new(channel).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
@@ -242,6 +249,7 @@ impl Cluster {
             drain_deadline: Duration::from_secs(30),
             transport: spec.transport.clone(),
             next_role: None,
+            tls: None,
         };
         let registry = Arc::clone(join);
         let vocabulary = Vocabulary::of(model, config.vocab, &config.eos);
@@ -253,6 +261,7 @@ impl Cluster {
                 registry,
                 vocabulary,
                 tracer: spec.tracer.clone(),
+                expiry: tls::Expiry::default(),
             };
             let run = prefill_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })
@@ -264,6 +273,7 @@ impl Cluster {
                 registry,
                 vocabulary,
                 tracer: spec.tracer.clone(),
+                expiry: tls::Expiry::default(),
             };
             let run = decode_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })

@@ -12,5 +12,6 @@ pub mod oracle;
 pub mod outside;
 pub mod page;
 pub mod process;
+pub mod secured;
 
 pub use cluster::{Cluster, Spec};

@@ -63,6 +63,14 @@ pub(crate) fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsError>
 
 /// The certificates of a file, all of them valid now.
 pub fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let all = parse(flag, path)?;
+    for der in &all {
+        check_time(der).map_err(|why| TlsError::wrong(flag, path, why))?;
+    }
+    Ok(all)
+}
+
+fn parse(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let bytes = read(flag, path)?;
     let wrong = |why: String| TlsError::wrong(flag, path, why);
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
@@ -70,10 +78,35 @@ pub fn certificates(flag: &'static str, path: &Path) -> Result<Vec<CertificateDe
     if all.is_empty() {
         return Err(wrong("holds no certificate (PEM, -----BEGIN CERTIFICATE-----)".into()));
     }
-    for der in &all {
-        check_time(der).map_err(wrong)?;
-    }
     Ok(all)
+}
+
+/// The authorities of a file, those that are valid now. One that has expired is left out while another remains: a
+/// rotation keeps both in the file for a time.
+pub fn authorities(flag: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let all = parse(flag, path)?;
+    let (mut valid, mut last) = (Vec::new(), None);
+    for der in all {
+        match check_time(&der) {
+            Ok(()) => valid.push(der),
+            Err(why) => last = Some(why),
+        }
+    }
+    match last {
+        Some(why) if valid.is_empty() => Err(TlsError::wrong(flag, path, why)),
+        _ => Ok(valid),
+    }
+}
+
+/// Seconds until certificates of a file end, of several the one that `choose` keeps; 0 when there is none to be read.
+pub(crate) fn seconds_left(path: &Path, choose: fn(f64, f64) -> f64) -> f64 {
+    let now = x509_parser::time::ASN1Time::now().timestamp();
+    let left = |der: &CertificateDer<'_>| {
+        let (_, parsed) = X509Certificate::from_der(der).ok()?;
+        Some((parsed.validity().not_after.timestamp() - now) as f64)
+    };
+    let all = parse("", path).ok().and_then(|all| all.iter().map(left).collect::<Option<Vec<f64>>>());
+    all.unwrap_or_default().into_iter().reduce(choose).unwrap_or(0.0)
 }
 
 fn check_time(der: &CertificateDer<'_>) -> Result<(), String> {

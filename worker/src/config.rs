@@ -10,6 +10,7 @@ use engine::kv::pool::BlockPool;
 use engine::{Engine, EngineInfo, KvLayout};
 use kv_transport::Identity;
 use telemetry::trace::Tracer;
+use tls::{ClusterFiles, Expiry};
 use tokio::sync::{Semaphore, watch};
 
 use crate::request::Limits;
@@ -27,6 +28,8 @@ pub struct Deps {
     pub vocabulary: Vocabulary,
     /// Where spans of requests go.
     pub tracer: Tracer,
+    /// How long this process's certificates last.
+    pub expiry: Expiry,
 }
 
 /// Settings that both kinds of worker share.
@@ -61,6 +64,8 @@ pub struct WorkerConfig {
     pub transport: TransportConfig,
     /// Where the role that an operator or the planner wants next is told; nowhere, when the role is fixed.
     pub next_role: Option<Arc<watch::Sender<Role>>>,
+    /// Certificates, where everything between router and workers is encrypted.
+    pub tls: Option<ClusterFiles>,
 }
 
 impl WorkerConfig {
@@ -118,6 +123,7 @@ impl WorkerConfig {
             compat_hash: self.compat_hash.clone(),
             incarnation: self.incarnation,
             transports: ways.names(),
+            tls: self.tls.is_some(),
             zone: self.zone.clone(),
             block_tokens: count(layout.block_tokens),
             total_blocks: count(layout.blocks),

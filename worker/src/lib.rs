@@ -13,6 +13,7 @@ pub mod pool;
 pub mod progress;
 pub mod rate;
 pub mod request;
+pub mod secure;
 pub mod serve;
 pub mod transport;
 

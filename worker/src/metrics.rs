@@ -7,6 +7,7 @@ use cluster::Load;
 use engine::kv::pool::BlockPool;
 use kv_transport::{Fallback, Sender, SenderStats};
 use telemetry::{Counter, Family, Histogram, Metrics};
+use tls::Expiry;
 use tokio::sync::watch;
 use tonic::{Code, Status};
 
@@ -99,6 +100,14 @@ pub fn collect(
         stuck.set(if load.stuck { 1.0 } else { 0.0 });
         queued.set(load.queued_tokens as f64);
     }
+}
+
+/// How long the certificates last.
+pub fn collect_certificates(m: &Metrics, expiry: Expiry) -> impl Fn() + Send + Sync + use<> {
+    let help = "Seconds until a plane's certificate, or the authority it trusts, ends; 0 when it cannot be read, +Inf when the plane has none.";
+    let planes = Expiry::PLANES;
+    let left = m.gauges("tandem_certificate_expiry_seconds", help, "plane", &planes);
+    move || planes.iter().for_each(|plane| left.of(plane).set(expiry.seconds_left(plane)))
 }
 
 /// What is read of the sending side of the transport.

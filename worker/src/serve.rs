@@ -5,10 +5,15 @@ use std::time::Duration;
 
 use cluster::{Join, Load, Member};
 
-use kv_transport::mux;
+use kv_transport::{Socket, mux};
 use proto::v1::worker_control_server::WorkerControlServer;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{oneshot, watch};
+use tls::cluster::KV;
+use tls::server::Faces;
+use tls::{ClusterFiles, TlsError};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
@@ -19,6 +24,7 @@ use crate::WorkerConfig;
 use crate::attempts::Attempts;
 use crate::control::{Control, follow_readiness};
 use crate::progress::{self, Progress};
+use crate::secure;
 
 /// What a shed request is told to wait.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -93,7 +99,7 @@ impl Life {
         stop: CancellationToken,
     ) -> Result<(), LifeError<E>>
     where
-        F: Fn(TcpStream) -> Fut + Send + 'static,
+        F: Fn(Socket) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
         // Ready once it is a member: a rolling upgrade must not end the old worker before the router knows the new one.
@@ -115,7 +121,8 @@ impl Life {
         let pages = telemetry::http::routes(self.page, is_ready);
         let routes = Routes::from(routes.into_axum_router().merge(pages));
         let close = CancellationToken::new();
-        let mut server = tokio::spawn(serve(listener, routes, on_kv, close.clone()));
+        let tls = self.config.tls.clone();
+        let mut server = tokio::spawn(serve(listener, routes, on_kv, tls, close.clone()));
         let broken = |text: &str| LifeError::Broken(text.into());
         let engine_ended = |ended: Result<Result<(), E>, _>| match ended {
             Ok(Err(error)) => LifeError::Engine(error),
@@ -178,32 +185,58 @@ pub enum ServeError {
     /// The listener or the HTTP/2 server failed.
     #[error("serving failed: {0}")]
     Transport(String),
+    /// A certificate that cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
-/// Serves until `stop`, then lets running calls end. `on_kv` gets every KV connection.
-pub async fn serve<F, Fut>(
+/// Serves until `stop`, then lets running calls end. `on_kv` gets every KV connection. With `tls` everything is encrypted;
+/// a KV connection that is not still reaches `on_kv`, which refuses it in words.
+async fn serve<F, Fut>(
     listener: TcpListener,
     routes: Routes,
     on_kv: F,
+    tls: Option<ClusterFiles>,
     stop: CancellationToken,
 ) -> Result<(), ServeError>
 where
-    F: Fn(TcpStream) -> Fut + Send + 'static,
+    F: Fn(Socket) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send + 'static,
 {
     let (mut kv, grpc) = mux::split(listener, mux::MuxConfig::default());
-    let kv_task = tokio::spawn(async move {
-        while let Some(stream) = kv.next().await {
-            tokio::spawn(on_kv(stream));
-        }
-    });
-    let served = Server::builder()
+    let server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(grpc, stop.cancelled_owned())
-        .await;
-    kv_task.abort();
-    served.map_err(|e| ServeError::Transport(e.to_string()))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)));
+    let stopped = stop.cancelled_owned();
+    let failed = |e: tonic::transport::Error| ServeError::Transport(e.to_string());
+    let Some(files) = tls else {
+        let kv = tokio::spawn(async move {
+            while let Some(stream) = kv.next().await {
+                tokio::spawn(on_kv(stream.into()));
+            }
+        });
+        let _kv = AbortOnDrop(kv);
+        let mut server = server;
+        return server.add_routes(routes).serve_with_incoming_shutdown(grpc, stopped).await.map_err(failed);
+    };
+    let faces = Faces { clients: None, cluster: Some((files, secure::PROTOCOLS)) };
+    let mut shaken = tls::server::accept(grpc, faces)?;
+    let (calls, incoming) = mpsc::channel(16);
+    let _sort = AbortOnDrop(tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                Some(stream) = kv.next() => drop(tokio::spawn(on_kv(stream.into()))),
+                Some(Ok(secured)) = shaken.next() => match secured.speaks(KV) {
+                    true => drop(tokio::spawn(on_kv(secure::kv_socket(secured)))),
+                    false => drop(calls.send(Ok::<_, std::io::Error>(secured)).await),
+                },
+                else => return,
+            }
+        }
+    }));
+    let routes = Routes::from(routes.into_axum_router().layer(axum::middleware::from_fn(secure::require)));
+    let mut server = server;
+    let incoming = ReceiverStream::new(incoming);
+    server.add_routes(routes).serve_with_incoming_shutdown(incoming, stopped).await.map_err(failed)
 }

@@ -3,7 +3,12 @@
 use std::sync::Arc;
 
 use kv_transport::verbs::DeviceSelector;
-use kv_transport::{Fabric, FabricConfig, FabricError, ReceiverConfig, Region, SenderConfig, Transport};
+use kv_transport::{
+    Fabric, FabricConfig, FabricError, ReceiverConfig, Region, Secure, SenderConfig, Transport,
+};
+use tls::ClusterFiles;
+
+use crate::secure::KvSecure;
 
 /// What an operator wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,6 +31,8 @@ pub struct TransportConfig {
     pub devices: Vec<DeviceSelector>,
     /// Peers that cannot do RDMA are refused rather than used over TCP.
     pub require_rdma: bool,
+    /// With certificates: RDMA may be used although what it writes is not encrypted.
+    pub plain_rdma: bool,
 }
 
 /// What is there.
@@ -33,14 +40,21 @@ pub struct TransportConfig {
 pub struct Ways {
     fabric: Option<Arc<Fabric>>,
     require_rdma: bool,
+    tls: Option<ClusterFiles>,
 }
 
 impl TransportConfig {
     /// Opens what is wanted, with the pool's region registered. An error names what is missing.
-    pub fn open(&self, region: &Region) -> Result<Ways, FabricError> {
+    /// With certificates KV over TCP is encrypted, and RDMA, which is not, is used only where that was allowed.
+    pub fn open(&self, region: &Region, tls: Option<&ClusterFiles>) -> Result<Ways, FabricError> {
         let required = self.require_rdma || self.choice == TransportChoice::Rdma;
+        let tls = tls.cloned();
         if self.choice == TransportChoice::Tcp {
-            return Ok(Ways { fabric: None, require_rdma: false });
+            return Ok(Ways { fabric: None, require_rdma: false, tls });
+        }
+        if tls.is_some() && !self.plain_rdma && !required {
+            tracing::info!("KV goes over TCP, encrypted; RDMA is not, and --allow-plain-rdma was not given");
+            return Ok(Ways { fabric: None, require_rdma: false, tls });
         }
         let fabric = match Fabric::open(&FabricConfig { devices: self.devices.clone() }, region) {
             Ok(fabric) => {
@@ -58,7 +72,10 @@ impl TransportConfig {
                 None
             }
         };
-        Ok(Ways { fabric, require_rdma: self.require_rdma })
+        if tls.is_some() && fabric.is_some() {
+            tracing::warn!("KV over RDMA is not encrypted; only its set-up is authenticated");
+        }
+        Ok(Ways { fabric, require_rdma: self.require_rdma, tls })
     }
 }
 
@@ -75,11 +92,13 @@ impl Ways {
 
     /// Makes a sender use them.
     pub fn sender(&self, config: SenderConfig) -> SenderConfig {
-        SenderConfig { fabric: self.fabric.clone(), require_rdma: self.require_rdma, ..config }
+        let secure = self.tls.clone().map(|files| Arc::new(KvSecure(files)) as Arc<dyn Secure>);
+        SenderConfig { fabric: self.fabric.clone(), require_rdma: self.require_rdma, secure, ..config }
     }
 
     /// Makes a receiver use them.
     pub fn receiver(&self, config: ReceiverConfig) -> ReceiverConfig {
-        ReceiverConfig { fabric: self.fabric.clone(), require_rdma: self.require_rdma, ..config }
+        let (require_rdma, secure) = (self.require_rdma, self.tls.is_some());
+        ReceiverConfig { fabric: self.fabric.clone(), require_rdma, secure, ..config }
     }
 }

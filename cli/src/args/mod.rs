@@ -4,6 +4,7 @@ mod bench;
 mod clients;
 mod planning;
 mod processes;
+mod security;
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ pub use processes::{
     EtcdArgs, PlacementArgs, PrefillOn, RoleChoice, RoleWorkerArgs, RouterArgs, TransportArgs, TransportKind,
     UpArgs, WorkerArgs,
 };
+pub use security::ClusterTlsArgs;
 
 /// The model that is used when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";

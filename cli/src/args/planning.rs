@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::DialArgs;
+use super::{ClusterTlsArgs, DialArgs};
 
 /// What is promised, what it may cost.
 #[derive(Debug, Clone, Args)]
@@ -48,6 +48,8 @@ pub struct PlannerArgs {
     pub routers: String,
     #[command(flatten)]
     pub dial: DialArgs,
+    #[command(flatten)]
+    pub cluster_tls: ClusterTlsArgs,
     /// Address for KEDA (gRPC), /metrics and /health, host:port
     #[arg(long, default_value = "0.0.0.0:50081")]
     pub listen: SocketAddr,

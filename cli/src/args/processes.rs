@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use cluster::Role;
 use kv_transport::verbs::DeviceSelector;
 
-use super::{EngineArgs, ModelChoice};
+use super::{ClusterTlsArgs, EngineArgs, ModelChoice};
 use crate::trace::TraceArgs;
 
 /// Which ways KV takes from worker to worker.
@@ -23,6 +23,9 @@ pub struct TransportArgs {
     /// Refuse a peer without RDMA, and a transfer that would have to leave it, rather than use TCP
     #[arg(long)]
     pub require_rdma: bool,
+    /// With --cluster-cert: use RDMA although what it writes is not encrypted; without this, TCP is used
+    #[arg(long)]
+    pub allow_plain_rdma: bool,
 }
 
 /// Ways for KV.
@@ -118,6 +121,11 @@ pub struct EtcdArgs {
 }
 
 impl EtcdArgs {
+    /// How long its files last, beside others.
+    pub fn expiry(&self, expiry: tls::Expiry) -> tls::Expiry {
+        expiry.with("etcd", self.etcd_cert.as_deref(), self.etcd_ca.as_deref())
+    }
+
     /// The same for the registry.
     pub fn access(&self) -> cluster::EtcdAccess {
         cluster::EtcdAccess {
@@ -153,6 +161,8 @@ pub struct RouterArgs {
     /// Only clients with a certificate of these authorities (PEM) may call; /health and /live stay open for probes
     #[arg(long, env = "TANDEM_TLS_CLIENT_CA", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
+    #[command(flatten)]
+    pub cluster_tls: ClusterTlsArgs,
     /// Seconds that running requests may take when stopping
     #[arg(long, default_value_t = 30)]
     pub drain_seconds: u64,
@@ -211,6 +221,8 @@ pub struct WorkerArgs {
     /// Address of a router that keeps the registry, host:port
     #[arg(long, required_unless_present = "etcd")]
     pub registry: Option<String>,
+    #[command(flatten)]
+    pub cluster_tls: ClusterTlsArgs,
     /// Name of the cluster, the middle of its keys in etcd
     #[arg(long, default_value = "default")]
     pub cluster: String,

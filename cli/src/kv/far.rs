@@ -111,6 +111,7 @@ impl Far {
                     slots: (0..count).collect(),
                     meta: Bytes::new(),
                     attempt: 1,
+                    sender: None,
                     deadline: Instant::now() + TIME,
                     hold: (),
                 };

@@ -136,7 +136,9 @@ impl Pair {
     pub fn reserve_for(&self, slots: &[u32], time: Duration) -> Landing<Hold> {
         let deadline = tokio::time::Instant::now().into_std() + time;
         let (slots, meta) = (slots.to_vec(), Bytes::from_static(b"meta"));
-        self.receiver.reserve(Reserve { slots, meta, attempt: 1, deadline, hold: self.holds.take() }).unwrap()
+        self.receiver
+            .reserve(Reserve { slots, meta, attempt: 1, sender: None, deadline, hold: self.holds.take() })
+            .unwrap()
     }
 
     /// The cells of a plane, from source slot `src[i]` to the ticket's slot `i`.
