@@ -36,6 +36,8 @@ pub struct Collector {
     routers: String,
     /// How routers are reached.
     pub tls: Option<ClientFiles>,
+    /// Shown to routers.
+    pub api_key: Option<String>,
     /// How workers are reached.
     pub cluster_tls: Option<ClusterFiles>,
     profile: Profile,
@@ -49,7 +51,7 @@ impl Collector {
     /// Of the cluster whose routers are behind this name.
     pub fn new(routers: String, profile: Profile) -> Self {
         let (channels, memory) = (HashMap::new(), Memory::default());
-        Self { routers, tls: None, cluster_tls: None, profile, channels, memory, last: None }
+        Self { routers, tls: None, api_key: None, cluster_tls: None, profile, channels, memory, last: None }
     }
 
     /// Connections are made anew at the next look, with certificates as they are then.
@@ -70,7 +72,7 @@ impl Collector {
         let first = addresses.iter().find(|a| routers.contains_key(*a)).ok_or_else(silent)?;
         let channel = self.channel(first, None).ok_or_else(silent)?;
         let listed = tokio::time::timeout(PATIENCE, async {
-            InferenceClient::new(channel.clone()).list_workers(ListWorkersRequest {}).await
+            InferenceClient::new(channel.clone()).list_workers(self.keyed(ListWorkersRequest {})).await
         });
         let workers = listed.await.ok().and_then(Result::ok).ok_or_else(silent)?.into_inner().workers;
         let prefill = workers.iter().filter(|w| w.role == "prefill");
@@ -94,11 +96,21 @@ impl Collector {
         let Some((channel, _)) = &self.last else { return Err("no router has answered yet".into()) };
         let request = SetRoleRequest { worker: worker.into(), role: role.into(), force: false };
         let mut operator = OperatorClient::new(channel.clone());
-        match tokio::time::timeout(PATIENCE, operator.set_role(request)).await {
+        match tokio::time::timeout(PATIENCE, operator.set_role(self.keyed(request))).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(status)) => Err(status.message().to_owned()),
             Err(_) => Err("the router does not answer".into()),
         }
+    }
+
+    /// A call that shows our API key, if we have one.
+    fn keyed<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        let value = self.api_key.as_ref().and_then(|key| format!("Bearer {key}").parse().ok());
+        if let Some(value) = value {
+            request.metadata_mut().insert("authorization", value);
+        }
+        request
     }
 
     /// Pages by name, of those that answer.

@@ -32,6 +32,8 @@ pub struct Config {
     pub routers: String,
     /// How routers with TLS are reached.
     pub tls: Option<tls::ClientFiles>,
+    /// Our API key, where routers want one.
+    pub api_key: Option<String>,
     /// How workers with TLS are reached.
     pub cluster_tls: Option<tls::ClusterFiles>,
     /// What is promised, and how decisions are damped.
@@ -87,6 +89,7 @@ async fn watch_cluster(
     let mut collector = Collector::new(config.routers, config.profile.clone());
     collector.tls = config.tls;
     collector.cluster_tls = config.cluster_tls;
+    collector.api_key = config.api_key;
     let mut planner: Option<Planner> = None;
     let mut switching = Switching::default();
     let start = Instant::now();

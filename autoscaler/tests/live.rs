@@ -29,6 +29,7 @@ async fn start(routers: SocketAddr, stop: &CancellationToken) -> (SocketAddr, Ke
     let config = Config {
         tls: None,
         cluster_tls: None,
+        api_key: None,
         routers: routers.to_string(),
         policy: Policy::new(Slo { ttft: 2.0, itl: 0.05 }, bounds, bounds),
         profile: Profile { max_sequences: 1.0, ..Profile::H100_8B },

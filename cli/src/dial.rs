@@ -4,15 +4,47 @@ use std::error::Error as _;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Endpoint;
 use tonic::{Code, Status};
 
 use crate::args::DialArgs;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A connection whose calls show our API key.
+pub type Channel = InterceptedService<tonic::transport::Channel, ApiKey>;
+
+/// Shows our API key with every call, if we have one.
+#[derive(Clone)]
+pub struct ApiKey(Option<AsciiMetadataValue>);
+
+impl Interceptor for ApiKey {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(key) = &self.0 {
+            request.metadata_mut().insert("authorization", key.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl ApiKey {
+    /// From the file or the variable.
+    pub fn of(dial: &DialArgs) -> anyhow::Result<Self> {
+        let Some(key) = dial.api_key.key()? else { return Ok(Self(None)) };
+        // Not shown: it may be a key with a stray character.
+        let value = AsciiMetadataValue::try_from(format!("Bearer {key}"));
+        let mut value = value.ok().context("the API key: holds characters that no key has")?;
+        value.set_sensitive(true);
+        Ok(Self(Some(value)))
+    }
+}
+
 /// Connects to `address`, host:port or a URI; encrypted if there is an authority to trust.
 pub async fn router(address: &str, dial: &DialArgs) -> anyhow::Result<Channel> {
+    let key = ApiKey::of(dial)?;
     let files = dial.files();
     let uri = match (address.split_once("://"), &files) {
         (Some(("https", _)), None) => {
@@ -30,7 +62,8 @@ pub async fn router(address: &str, dial: &DialArgs) -> anyhow::Result<Channel> {
     if let Some(files) = files {
         endpoint = endpoint.tls_config(files.read()?)?;
     }
-    endpoint.connect().await.with_context(|| format!("no router answers at {address}"))
+    let channel = endpoint.connect().await.with_context(|| format!("no router answers at {address}"))?;
+    Ok(InterceptedService::new(channel, key))
 }
 
 /// Whether a call failed before it left this process, so that it may be made again whatever it does. A router that

@@ -7,7 +7,6 @@ use proto::v1::inference_client::InferenceClient;
 use proto::v1::operator_client::OperatorClient;
 use proto::v1::{ListWorkersRequest, SetDrainingRequest};
 use serde_json::json;
-use tonic::transport::Channel;
 
 use crate::args::DrainArgs;
 use crate::dial;
@@ -34,7 +33,7 @@ pub async fn run(args: DrainArgs, draining: bool) -> anyhow::Result<()> {
 }
 
 /// Waits until nothing runs on the worker, or the patience is over; what is left.
-async fn empty(channel: Channel, worker: &str, patience: Duration) -> anyhow::Result<u32> {
+async fn empty(channel: dial::Channel, worker: &str, patience: Duration) -> anyhow::Result<u32> {
     let mut client = InferenceClient::new(channel);
     let started = Instant::now();
     loop {

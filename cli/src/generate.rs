@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use futures::{StreamExt, stream};
 use proto::v1::{self, generate_response::Event, inference_client::InferenceClient};
-use tonic::transport::Channel;
 
 use crate::args::{DialArgs, GenerateArgs, SamplingArgs};
 use crate::dial;
@@ -76,7 +75,7 @@ async fn ask(args: &GenerateArgs, address: &str) -> anyhow::Result<()> {
 
 /// Every prompt, several at once, in the file's order; one that fails does not end the others.
 async fn many(
-    client: InferenceClient<Channel>,
+    client: InferenceClient<dial::Channel>,
     args: &GenerateArgs,
     prompts: Vec<Prompt>,
 ) -> anyhow::Result<()> {
@@ -111,7 +110,7 @@ async fn many(
 
 /// One prompt; with `show`, its first choice goes to the terminal as it comes.
 async fn one(
-    mut client: InferenceClient<Channel>,
+    mut client: InferenceClient<dial::Channel>,
     args: &GenerateArgs,
     prompt: &Prompt,
     show: bool,

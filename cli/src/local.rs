@@ -67,6 +67,7 @@ impl LocalCluster {
             tls: None,
             cluster_tls: None,
             expiry: tls::Expiry::default(),
+            keys: None,
         };
         let config = serve::router_config(spec.placement, DRAIN);
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));

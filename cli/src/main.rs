@@ -11,6 +11,7 @@ mod drain;
 mod engines;
 mod exit;
 mod generate;
+mod key;
 mod kv;
 mod local;
 mod model;
@@ -62,6 +63,7 @@ fn main() -> std::process::ExitCode {
             Command::Status(args) => status::run(args).await,
             Command::Top(args) => top::run(args).await,
             Command::Model(args) => model::run(args).await,
+            Command::Key(args) => key::run(args),
             Command::Bench(args) => bench::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,
             Command::Plan(args) => plan::run(args).await,

@@ -59,6 +59,7 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
         routers: args.routers,
         tls,
         cluster_tls,
+        api_key: args.dial.api_key.key()?,
         policy,
         profile,
         interval: Duration::from_secs(args.look_seconds),

@@ -12,7 +12,6 @@ use proto::v1::{ListWorkersRequest, SetRoleRequest};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tonic::transport::Channel;
 
 use crate::args::{RoleArgs, RoleChoice, RoleWorkerArgs};
 use crate::{dial, serve, signal};
@@ -85,7 +84,12 @@ pub async fn run(args: RoleArgs) -> anyhow::Result<()> {
 }
 
 /// Waits until the worker takes requests in that role, or the patience is over.
-async fn ready_as(channel: Channel, worker: &str, role: &str, patience: Duration) -> anyhow::Result<bool> {
+async fn ready_as(
+    channel: dial::Channel,
+    worker: &str,
+    role: &str,
+    patience: Duration,
+) -> anyhow::Result<bool> {
     let mut client = InferenceClient::new(channel);
     let started = Instant::now();
     loop {

@@ -9,6 +9,7 @@ use anyhow::Context;
 use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry, Role};
 use decode_worker::DecodeConfig;
 use prefill_worker::PrefillConfig;
+use router::keys::Keys;
 use router::placement::Policy;
 use router::status::Slo;
 use router::text::model::TextModel;
@@ -50,6 +51,10 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
             Registry::Watched(Arc::new(etcd(&args.etcd, &args.etcd_access, &args.cluster, lease)?))
         }
     };
+    let keys = args.api_keys.as_deref().map(Keys::read).transpose().map_err(anyhow::Error::msg)?;
+    if keys.is_some() && tls.is_none() {
+        tracing::warn!("--api-keys without --tls-cert: keys cross the network in plain text");
+    }
     let expiry = Expiry::default().with("clients", args.tls_cert.as_deref(), args.tls_client_ca.as_deref());
     let expiry = args.cluster_tls.expiry(args.etcd_access.expiry(expiry));
     let text = load_text(&args.model).await?;
@@ -57,7 +62,7 @@ pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
     announce("router", &text.name, listener.local_addr()?);
     let config = router_config(&args.placement, Duration::from_secs(args.drain_seconds));
     let tracer = args.trace.tracer("tandem-router", &listener.local_addr()?.to_string())?;
-    let deps = router::Deps { text, registry, tracer: tracer.clone(), tls, cluster_tls, expiry };
+    let deps = router::Deps { text, registry, tracer: tracer.clone(), tls, cluster_tls, expiry, keys };
     let ended = router::run(config, deps, listener, stop).await;
     trace::shutdown(tracer).await;
     Ok(ended?)

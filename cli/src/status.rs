@@ -2,7 +2,6 @@
 
 use proto::v1::operator_client::OperatorClient;
 use proto::v1::{self, GetStatusRequest};
-use tonic::transport::Channel;
 
 use crate::args::StatusArgs;
 use crate::dial;
@@ -18,7 +17,7 @@ pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
 }
 
 /// Asks the router.
-pub async fn fetch(client: &mut OperatorClient<Channel>) -> anyhow::Result<v1::ClusterStatus> {
+pub async fn fetch(client: &mut OperatorClient<dial::Channel>) -> anyhow::Result<v1::ClusterStatus> {
     Ok(client.get_status(GetStatusRequest {}).await?.into_inner())
 }
 

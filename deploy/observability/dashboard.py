@@ -80,6 +80,9 @@ SECTIONS = [
     ("Security", [
         ("Certificates", "s", "Until the first one of a plane ends; 0 when it cannot be read.",
          [("min by (plane, pod) (tandem_certificate_expiry_seconds{" + SCOPE + "} < 1e12)", "{{plane}} {{pod}}")]),
+        ("Tokens by API key", "short", "Prompt and output tokens per second.", [(rate("tandem_key_tokens_total", by="key"), "{{key}}")]),
+        ("Calls by API key, and refused ones", "reqps", "Generate calls by whose key they show; refused for a key that is missing or unknown, or a limit.",
+         [(rate("tandem_key_calls_total", by="key"), "{{key}}"), (rate("tandem_key_refused_total", by="reason"), "refused: {{reason}}")]),
         ("Refused KV connections and tickets", "ops", "misused: in another worker's hands; identity: no TLS or another's certificate; forged: a wrong secret.",
          [(rate("tandem_kv_refused_total", by="reason, pod"), "{{reason}} {{pod}}")]),
     ]),

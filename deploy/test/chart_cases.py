@@ -182,6 +182,51 @@ def router_tls(o):
     assert endpoint["scheme"] == "https" and endpoint["tlsConfig"]["keySecret"] == {"name": "front", "key": "tls.key"}
 
 
+CLUSTER_FLAGS = {f"--cluster-{flag}=/etc/tandem/cluster-tls/{file}" for flag, file in (("cert", "tls.crt"), ("key", "tls.key"), ("ca", "ca.crt"))}
+
+
+def cluster_tls(secrets):
+    """Secrets by part: every part has its own and nobody has another's."""
+    def assertion(o):
+        for part in ("router", "prefill", "decode", "planner"):
+            assert CLUSTER_FLAGS <= set(container(o, part)["args"]), container(o, part)["args"]
+            mounts = {m["name"]: m for m in container(o, part)["volumeMounts"]}
+            volumes = {v["name"]: v for v in pod(o, part)["volumes"]}
+            assert mounts["cluster-tls"]["readOnly"] and volumes["cluster-tls"]["secret"]["secretName"] == secrets[part]
+        for role in ("prefill", "decode"):
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert container(o, role)[probe]["httpGet"]["scheme"] == "HTTPS"
+            endpoint = o["PodMonitor", f"llm-tandem-{role}"]["spec"]["podMetricsEndpoints"][0]
+            assert endpoint["scheme"] == "https" and endpoint["tlsConfig"]["serverName"] == f"llm-tandem-{role}"
+            assert endpoint["tlsConfig"]["keySecret"] == {"name": secrets["planner"], "key": "tls.key"}
+        assert "scheme" not in o["PodMonitor", "llm-tandem-planner"]["spec"]["podMetricsEndpoints"][0]
+        made = {name for kind, name in o if kind == "Certificate"}
+        if secrets["prefill"] != "llm-tandem-prefill-cluster":
+            assert not made, made
+            return
+        assert made == {f"llm-tandem-{part}-cluster" for part in ("router", "prefill", "decode", "reader")}, made
+        spec = o["Certificate", "llm-tandem-prefill-cluster"]["spec"]
+        assert spec["uris"] == ["tandem://worker/llm-tandem-prefill-*"] and spec["dnsNames"] == ["llm-tandem-prefill"]
+        assert spec["issuerRef"] == {"group": "cert-manager.io", "kind": "ClusterIssuer", "name": "inside"}
+        assert o["Certificate", "llm-tandem-router-cluster"]["spec"]["uris"] == ["tandem://router"]
+    return assertion
+
+
+def plain_rdma(o):
+    assert {"--transport=rdma", "--allow-plain-rdma"} | CLUSTER_FLAGS <= set(container(o, "prefill")["args"])
+    assert "--allow-plain-rdma" not in container(o, "decode")["args"]
+
+
+def api_keys(o):
+    assert "--api-keys=/etc/tandem/api-keys/keys" in container(o, "router")["args"]
+    assert "--api-key-file=/etc/tandem/api-key/key" in container(o, "planner")["args"]
+    for part, name, secret in (("router", "api-keys", "keys"), ("planner", "api-key", "planner-key")):
+        volumes = {v["name"]: v for v in pod(o, part)["volumes"]}
+        assert volumes[name]["secret"]["secretName"] == secret
+    for part in ("prefill", "decode"):
+        assert not {"api-keys", "api-key"} & {v["name"] for v in pod(o, part)["volumes"]}
+
+
 def images(o):
     assert container(o, "prefill")["image"] == "tandem:2.0.0"
     assert container(o, "decode")["image"] == "tandem:1.9.0"
@@ -236,6 +281,19 @@ FEATURES = [
                                      "etcd.auth.user=tandem", "etcd.auth.secretName=users"), secured_etcd),
     ("router with TLS and clients' certificates", sets("router.tls.secretName=front", "router.tls.clients=true", "planner.enabled=true",
                                                        "monitoring.enabled=true"), router_tls),
+    ("cluster TLS by cert-manager", sets("clusterTls.enabled=true", "clusterTls.certManager.enabled=true", "planner.enabled=true",
+                                         "clusterTls.certManager.issuerRef.name=inside", "monitoring.enabled=true",
+                                         "clusterTls.certManager.issuerRef.kind=ClusterIssuer"),
+     cluster_tls({"router": "llm-tandem-router-cluster", "prefill": "llm-tandem-prefill-cluster",
+                  "decode": "llm-tandem-decode-cluster", "planner": "llm-tandem-reader-cluster"})),
+    ("cluster TLS from Secrets", sets("clusterTls.enabled=true", "clusterTls.secrets.router=r", "clusterTls.secrets.prefill=p",
+                                      "clusterTls.secrets.decode=d", "clusterTls.secrets.reader=x", "planner.enabled=true",
+                                      "monitoring.enabled=true"),
+     cluster_tls({"router": "r", "prefill": "p", "decode": "d", "planner": "x"})),
+    ("cluster TLS beside RDMA", sets("clusterTls.enabled=true", "clusterTls.certManager.enabled=true",
+                                     "clusterTls.certManager.issuerRef.name=inside", "prefill.rdma.enabled=true",
+                                     "prefill.rdma.allowPlain=true"), plain_rdma),
+    ("API keys", sets("apiKeys.secretName=keys", "apiKeys.plannerSecretName=planner-key", "planner.enabled=true"), api_keys),
     ("an image for each part", sets("image.tag=2.0.0", "decode.image.tag=1.9.0", "router.image.repository=reg/tandem",
                                     "router.image.digest=sha256:" + "a" * 64), images),
     ("placed on nodes", sets("decode.nodeSelector.gpu=h100", "decode.tolerations[0].key=nvidia.com/gpu", "decode.zone=b",
@@ -249,6 +307,8 @@ FEATURES = [
 # One misspelt value at each level and part of the tree.
 MISSPELT = [
     "prefill.switchRole=true", "planner.switchRole=true",
+    "clusterTls.enable=true", "clusterTls.secrets.workers=x", "clusterTls.certManager.issuer=x", "clusterTls.certManager.issuerRef.names=x",
+    "apiKeys.secret=x", "prefill.rdma.allow=true",
     "replica=2", "Prefill.replicas=2", "prefill.replica=2", "prefill.autoscaling.minReplica=1", "prefill.pdb.minAvailble=1",
     "prefill.resources.limit.cpu=1", "prefill.image.tags=x", "decode.kvMiB=1", "decode.tolerations[0].keys=x",
     "decode.topologySpread[0].topologyKeys=x", "decode.affinity.nodeAfinity.x=y", "router.service.ports=1", "router.rdma=true", "prefill.rdma.device=x",
@@ -259,6 +319,7 @@ MISSPELT = [
 ]
 OUT_OF_RANGE = [
     "decode.roleSwitch=auto", "planner.cooldownSeconds=-1",
+    "clusterTls.certManager.duration=90d", "clusterTls.certManager.issuerRef.kind=Vault",
     "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",
     "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
     "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
@@ -275,6 +336,15 @@ CONFLICTS = [
     (["etcd.bundled.enabled=false", "etcd.endpoints={https://a:2379}"], "needs etcd.tls.secretName"),
     (["etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379}", "etcd.tls.secretName=x"], "is not https://"),
     (["router.tls.clients=true"], "needs router.tls.secretName"),
+    (["clusterTls.enabled=true"], "clusterTls.secrets.router: name a Secret"),
+    (["clusterTls.certManager.enabled=true"], "needs clusterTls.enabled"),
+    (["clusterTls.enabled=true", "clusterTls.certManager.enabled=true"], "needs issuerRef.name"),
+    (["clusterTls.enabled=true", "clusterTls.secrets.router=a", "clusterTls.secrets.prefill=b", "clusterTls.secrets.decode=c",
+      "planner.enabled=true"], "clusterTls.secrets.reader"),
+    (["clusterTls.enabled=true", "clusterTls.certManager.enabled=true", "clusterTls.certManager.issuerRef.name=x",
+      "decode.rdma.enabled=true"], "what RDMA writes is not encrypted"),
+    (["apiKeys.secretName=x", "planner.enabled=true"], "apiKeys.plannerSecretName"),
+    (["apiKeys.plannerSecretName=x"], "needs apiKeys.secretName"),
     (["etcd.tls.secretName=x"], "are for an etcd of yours"),
     (["etcd.bundled.enabled=false", "etcd.endpoints={http://a:2379}", "etcd.auth.user=x"], "belong together"),
     (["model.source=pvc"], "model.pvc.claimName"),

@@ -70,8 +70,9 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Of the client that names itself so; prompt and output tokens together, at most.
-    pub fn new(client_key: &str, tokens: usize) -> Self {
+    /// Of the client that names itself so; prompt and output tokens together, at most. A weight of two is worth two turns.
+    pub fn new(client_key: &str, tokens: usize, weight: u32) -> Self {
+        let tokens = tokens / weight.max(1) as usize;
         let mut hasher = DefaultHasher::new();
         client_key.hash(&mut hasher);
         Self { key: hasher.finish(), tokens }
@@ -228,7 +229,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     fn claim(key: &str) -> Claim {
-        Claim::new(key, 100)
+        Claim::new(key, 100, 1)
     }
 
     fn wait(door: &Admission, key: &'static str) -> tokio::task::JoinHandle<Result<Place, Turned>> {

@@ -51,7 +51,7 @@ pub async fn require(State(wants): State<Wants>, request: Request, next: Next) -
 }
 
 /// The refusal in the words of whoever asks: gRPC, an OpenAI client, a person.
-fn refuse(request: &Request, status: Status) -> Response {
+pub(crate) fn refuse(request: &Request, status: Status) -> Response {
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     if kind.is_some_and(|kind| kind.starts_with("application/grpc")) {
         return status.into_http();

@@ -11,8 +11,9 @@ use tonic::{Code, Status};
 use crate::admission::{Admission, Claim, Turned};
 use crate::attempt::{Lost, is_dead};
 use crate::fleet::{Chains, Fleet};
+use crate::keys::Permit;
 use crate::losses::{self, Losses};
-use crate::metrics::Metrics;
+use crate::metrics::{KeyMetrics, Metrics};
 use crate::placement::{Model, Policy};
 use crate::relay::{self, Relay};
 use crate::request::Prepared;
@@ -41,6 +42,8 @@ pub struct Shared {
     pub model: Mutex<Model>,
     /// What is counted.
     pub metrics: Metrics,
+    /// What is counted for API keys.
+    pub keys: Arc<KeyMetrics>,
     /// Where spans go.
     pub tracer: Tracer,
     /// What operators see.
@@ -60,11 +63,20 @@ pub struct Traced {
     pub span: Span,
 }
 
+/// Whose request it is.
+pub struct Whose<'a> {
+    /// Whose turn it takes.
+    pub key: &'a str,
+    /// Its right to run, where API keys are wanted.
+    pub permit: Option<Permit>,
+}
+
 /// One request on its way.
 pub struct Journey {
     pub(crate) shared: Arc<Shared>,
     pub(crate) prepared: Prepared,
     claim: Claim,
+    permit: Option<Permit>,
     deadline: Option<Instant>,
     pub(crate) out: Out,
     pub(crate) relay: Relay,
@@ -81,7 +93,7 @@ impl Journey {
     pub fn new(
         shared: Arc<Shared>,
         prepared: Prepared,
-        client_key: &str,
+        whose: Whose<'_>,
         deadline: Option<Instant>,
         Traced { timeline, span }: Traced,
         out: Out,
@@ -89,11 +101,12 @@ impl Journey {
         let relay = Relay::new(&prepared);
         let sequence = &prepared.sequence;
         let tokens = sequence.prompt.len() + sequence.max_tokens as usize * sequence.n as usize;
-        let claim = Claim::new(client_key, tokens);
+        let claim = Claim::new(whose.key, tokens, whose.permit.as_ref().map_or(1, Permit::weight));
         Self {
             shared,
             prepared,
             claim,
+            permit: whose.permit,
             deadline,
             out,
             relay,
@@ -122,6 +135,11 @@ impl Journey {
             () = late => Err(Status::deadline_exceeded("the request's deadline passed")),
             () = out.closed() => Err(Status::cancelled("the client has gone")),
         };
+        let used = self.prepared.sequence.prompt.len() + self.relay.sent();
+        shared.keys.tokens(self.permit.as_ref().map(Permit::name), used);
+        if let Some(permit) = &self.permit {
+            permit.spend(used);
+        }
         let last = match ended {
             Ok(()) => Ok(relay::complete(self.complete())),
             Err(status) => {

@@ -12,6 +12,7 @@ mod form;
 mod http;
 mod incoming;
 pub mod journey;
+pub mod keys;
 mod legs;
 mod losses;
 pub mod metrics;
@@ -99,6 +100,8 @@ pub struct Deps {
     pub cluster_tls: Option<tls::ClusterFiles>,
     /// How long this process's certificates last.
     pub expiry: tls::Expiry,
+    /// Who may call, and how much; anybody without.
+    pub keys: Option<keys::Keys>,
 }
 
 /// Why a router's process ends badly.
@@ -153,7 +156,9 @@ pub async fn run(
     let board = Board::new(deps.text.name.clone(), config.slo, fleet.clone(), admission.clone());
     let (ready, is_ready) = watch::channel(true);
     let following = tokio::spawn(fleet.clone().follow(picture));
+    let key_metrics = Arc::new(metrics::KeyMetrics::new(&registry));
     let shared = Arc::new(Shared {
+        keys: Arc::clone(&key_metrics),
         text: deps.text,
         fleet,
         admission,
@@ -179,6 +184,12 @@ pub async fn run(
     let pages = telemetry::http::routes(registry.page(collect), is_ready);
     let mut routes =
         routes.into_axum_router().merge(pages).merge(http::routes(inference)).merge(status::routes(board));
+    let mut watching = Vec::new();
+    if let Some(keys) = deps.keys {
+        watching.push(AbortOnDrop(tokio::spawn(keys.clone().follow())));
+        let guard = keys::Guard { keys, metrics: key_metrics };
+        routes = routes.layer(axum::middleware::from_fn_with_state(guard, keys::require));
+    }
     if let Some(files) = &deps.tls {
         let wants = certified::Wants { certificate: files.client_ca.is_some() };
         routes = routes.layer(axum::middleware::from_fn_with_state(wants, certified::require));
@@ -207,9 +218,19 @@ pub async fn run(
         ended = &mut server => Some(ended),
     };
     following.abort();
+    drop(watching);
     match ended {
         Some(Ok(Err(error))) => Err(RunError::Serve(error.to_string())),
         _ => Ok(()),
+    }
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

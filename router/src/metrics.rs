@@ -1,7 +1,7 @@
 //! What a router counts. The table for operators is docs/METRICS.md, kept true by a test.
 
 use proto::v1;
-use telemetry::{Counter, Family, Gauge, Histogram};
+use telemetry::{Counter, Family, Gauge, Histogram, NamedCounters};
 use tonic::{Code, Status};
 
 use crate::admission::Admission;
@@ -40,6 +40,44 @@ const PLACEMENTS: [&str; 9] = [
 /// Why a request was shed here.
 const SHEDS: [&str; 3] = ["queue_full", "queue_timeout", "workers_full"];
 const WORKER_STATES: [&str; 4] = ["ready", "suspect", "draining", "stuck"];
+
+/// Why a call was refused for its API key.
+const KEY_REFUSALS: [&str; 6] =
+    ["missing", "unknown", "not_operator", "requests_per_minute", "tokens_per_minute", "concurrent"];
+/// Stands for all calls where no keys are wanted.
+const NO_KEY: &str = "none";
+
+/// What is counted for API keys, by the name of who has them.
+pub struct KeyMetrics {
+    /// Calls refused, by why.
+    pub refused: Family<Counter>,
+    calls: NamedCounters,
+    tokens: NamedCounters,
+}
+
+impl KeyMetrics {
+    /// Registers them.
+    pub fn new(m: &telemetry::Metrics) -> Self {
+        let refused = "Calls refused for their API key: none was shown (missing), it is not known, it is no operator's, or one of its limits is reached.";
+        let calls = "Calls by whose API key they show; none: no key is wanted.";
+        let tokens = "Prompt and output tokens by whose API key asked for them.";
+        Self {
+            refused: m.counters("tandem_key_refused_total", refused, "reason", &KEY_REFUSALS),
+            calls: m.named_counters("tandem_key_calls_total", calls, "key", NO_KEY),
+            tokens: m.named_counters("tandem_key_tokens_total", tokens, "key", NO_KEY),
+        }
+    }
+
+    /// A call with that client's key, or without any.
+    pub fn call(&self, name: Option<&str>) {
+        self.calls.add(name.unwrap_or(NO_KEY), 1);
+    }
+
+    /// Tokens that were used.
+    pub fn tokens(&self, name: Option<&str>, tokens: usize) {
+        self.tokens.add(name.unwrap_or(NO_KEY), tokens as u64);
+    }
+}
 
 /// The router's counters and histograms.
 pub struct Metrics {

@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::journey::{Journey, Shared, Traced};
+use crate::journey::{Journey, Shared, Traced, Whose};
+use crate::keys::Client;
 use crate::metrics::outcome;
 use crate::request;
 use crate::timeline::{Timeline, millis};
@@ -64,6 +65,9 @@ impl InferenceService {
         let received = Instant::now();
         failpoints::at("received", 0, || call.request_id.clone());
         let deadline = caller.time.map(|left| received + left);
+        self.shared.keys.call(caller.client.as_deref().map(Client::name));
+        // Counted in before any work is done, out when the journey ends or is refused.
+        let permit = caller.client.as_ref().map(|client| client.begin(&self.shared.keys)).transpose()?;
         let span = self.span(&call, caller.traceparent);
         let mut timeline = Timeline::new(received);
         let refuse = |refused: &Status| span.fail(outcome(refused.code()), refused.message());
@@ -74,7 +78,8 @@ impl InferenceService {
         let claim = self.claim(&prepared.sequence.request_id).inspect_err(refuse)?;
         let (out, stream) = mpsc::channel(CLIENT_BUFFER);
         let traced = Traced { timeline, span };
-        let journey = Journey::new(Arc::clone(&self.shared), prepared, caller.key, deadline, traced, out);
+        let whose = Whose { key: caller.key(), permit };
+        let journey = Journey::new(Arc::clone(&self.shared), prepared, whose, deadline, traced, out);
         tokio::spawn(async move {
             journey.run().await;
             drop(claim);
@@ -128,9 +133,10 @@ impl v1::inference_server::Inference for InferenceService {
         call: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let time = deadline(&call).inspect_err(|refused| self.shared.metrics.ended_badly(refused))?;
-        let (metadata, _, call) = call.into_parts();
+        let (metadata, extensions, call) = call.into_parts();
         let headers = metadata.into_headers();
-        self.start(call, Caller { time, ..Caller::of(&headers) }).await.map(Response::new)
+        let client = extensions.get::<Arc<Client>>().cloned();
+        self.start(call, Caller { time, ..Caller::of(&headers, client) }).await.map(Response::new)
     }
 
     async fn tokenize(
@@ -179,8 +185,9 @@ impl v1::inference_server::Inference for InferenceService {
 
 /// What a call says of itself besides the request.
 pub struct Caller<'a> {
-    /// Whose turn it takes.
-    pub key: &'a str,
+    named: &'a str,
+    /// Whose API key it shows, where keys are wanted.
+    pub client: Option<Arc<Client>>,
     /// How long the client waits.
     pub time: Option<Duration>,
     /// The client's own span.
@@ -189,9 +196,14 @@ pub struct Caller<'a> {
 
 impl<'a> Caller<'a> {
     /// From a call's headers.
-    pub fn of(headers: &'a HeaderMap) -> Self {
+    pub fn of(headers: &'a HeaderMap, client: Option<Arc<Client>>) -> Self {
         let traceparent = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
-        Self { key: client_key(headers), time: None, traceparent }
+        Self { named: client_key(headers), client, time: None, traceparent }
+    }
+
+    /// Whose turn it takes: who has the key, since a name alone would buy more turns.
+    fn key(&self) -> &str {
+        self.client.as_deref().map_or(self.named, Client::name)
     }
 }
 

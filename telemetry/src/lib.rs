@@ -7,6 +7,8 @@
 pub mod http;
 pub mod trace;
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use metrics::{Key, KeyName, Label, Level, Metadata, Recorder};
@@ -23,7 +25,7 @@ const METADATA: Metadata<'static> = Metadata::new("tandem", Level::INFO, None);
 
 /// One process's metrics.
 pub struct Metrics {
-    recorder: PrometheusRecorder,
+    recorder: Arc<PrometheusRecorder>,
     handle: PrometheusHandle,
 }
 
@@ -36,7 +38,7 @@ impl Default for Metrics {
             Err(_) => PrometheusBuilder::new().build_recorder(),
         };
         let handle = recorder.handle();
-        Self { recorder, handle }
+        Self { recorder: Arc::new(recorder), handle }
     }
 }
 
@@ -60,6 +62,21 @@ impl Metrics {
             let key = Key::from_parts(name, vec![Label::from_static_parts(label, value)]);
             self.recorder.register_counter(&key, &METADATA)
         })
+    }
+
+    /// A counter for each value of a label, where the values are learned while the process runs: the caller bounds them.
+    pub fn named_counters(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        label: &'static str,
+        first: &str,
+    ) -> NamedCounters {
+        self.recorder.describe_counter(KeyName::from_const_str(name), None, help.into());
+        let counters =
+            NamedCounters { recorder: Arc::clone(&self.recorder), name, label, known: Mutex::default() };
+        counters.add(first, 0);
+        counters
     }
 
     /// A gauge without labels.
@@ -117,6 +134,28 @@ impl Metrics {
             }
         });
         http::Page::new(self.handle, Box::new(collect), upkeep)
+    }
+}
+
+/// Counters by a label's values, made when first used.
+pub struct NamedCounters {
+    recorder: Arc<PrometheusRecorder>,
+    name: &'static str,
+    label: &'static str,
+    known: Mutex<HashMap<String, Counter>>,
+}
+
+impl NamedCounters {
+    /// Adds to the counter of that value.
+    pub fn add(&self, value: &str, much: u64) {
+        let Ok(mut known) = self.known.lock() else { return };
+        if let Some(counter) = known.get(value) {
+            return counter.increment(much);
+        }
+        let key = Key::from_parts(self.name, vec![Label::new(self.label, value.to_owned())]);
+        let counter = self.recorder.register_counter(&key, &METADATA);
+        counter.increment(much);
+        known.insert(value.to_owned(), counter);
     }
 }
 

@@ -171,6 +171,7 @@ impl Cluster {
             tls: None,
             cluster_tls: None,
             expiry: tls::Expiry::default(),
+            keys: None,
         };
         let router = tokio::spawn(router::run(config, deps, listener, stop.clone()));
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
@@ -313,10 +314,16 @@ impl Cluster {
 }
 
 /// Runs a request to its end.
-pub async fn collect(
-    mut client: InferenceClient<Channel>,
+pub async fn collect<S>(
+    mut client: InferenceClient<S>,
     request: v1::GenerateRequest,
-) -> Result<Output, Status> {
+) -> Result<Output, Status>
+where
+    S: tonic::client::GrpcService<tonic::body::Body>,
+    S::Error: Into<tonic::codegen::StdError>,
+    S::ResponseBody: tonic::codegen::Body<Data = tonic::codegen::Bytes> + Send + 'static,
+    <S::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
+{
     let n = request.sampling.as_ref().and_then(|s| s.n).unwrap_or(1) as usize;
     let mut stream = client.generate(request).await?.into_inner();
     let mut output = Output {

@@ -15,3 +15,4 @@ pub mod process;
 pub mod secured;
 
 pub use cluster::{Cluster, Spec};
+pub mod wire;

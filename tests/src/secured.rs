@@ -5,7 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use proto::v1;
+use proto::v1::inference_client::InferenceClient;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+
 use crate::certs::{Ca, Pair};
+use crate::cluster::{Output, collect};
 use crate::etcd::Etcd;
 use crate::model;
 use crate::process::{Process, free_port};
@@ -20,6 +28,10 @@ pub struct Secured {
     pub client: Pair,
     /// The router's address.
     pub address: String,
+    /// File with the key that [`Secured::call`] shows.
+    pub api_key: Option<PathBuf>,
+    /// What its processes log (default info).
+    pub log_level: &'static str,
     /// Members meet here, when workers do not join the router.
     pub etcd: Option<Etcd>,
     binary: PathBuf,
@@ -52,18 +64,24 @@ impl Secured {
         };
         let address = format!("127.0.0.1:{}", free_port());
         let binary = PathBuf::from(binary);
-        Self { dir, ca, client, address, etcd, binary, tls, processes: Vec::new() }
+        let (api_key, processes, log_level) = (None, Vec::new(), "info");
+        Self { dir, ca, client, address, api_key, log_level, etcd, binary, tls, processes }
     }
 
     /// The same with a router, a prefill and a decode worker that are ready.
     pub async fn start(binary: &str, tls: bool, with_etcd: bool, router: &[&str]) -> Self {
         let mut cluster = Self::prepare(binary, tls, with_etcd).await;
-        cluster.spawn("router", "router", router);
-        cluster.answers().await;
-        cluster.spawn("prefill", "prefill", &[]);
-        cluster.spawn("decode", "decode", &[]);
-        cluster.wait_for(2).await;
+        cluster.up(router).await;
         cluster
+    }
+
+    /// Starts a router, with these flags too, a prefill and a decode worker.
+    pub async fn up(&mut self, router: &[&str]) {
+        self.spawn("router", "router", router);
+        self.answers().await;
+        self.spawn("prefill", "prefill", &[]);
+        self.spawn("decode", "decode", &[]);
+        self.wait_for(2).await;
     }
 
     /// A file in the folder.
@@ -74,7 +92,9 @@ impl Secured {
     /// The command line of a part, with the certificate of that name; listening anywhere, or at the router's address.
     pub fn command(&self, role: &str, name: &str) -> Command {
         let mut command = Command::new(&self.binary);
-        command.args(["--log", "info", role, "--model-name", "tiny", "--model"]).arg(self.file("model"));
+        command
+            .args(["--log", self.log_level, role, "--model-name", "tiny", "--model"])
+            .arg(self.file("model"));
         match role {
             "router" => command.args(["--listen", &self.address]),
             _ => {
@@ -147,7 +167,41 @@ impl Secured {
         if self.tls {
             command.arg("--ca").arg(&self.ca.cert);
         }
+        if let Some(file) = &self.api_key {
+            command.arg("--api-key-file").arg(file);
+        }
         run(&mut command)
+    }
+
+    /// A client of the router, which the load can take along.
+    pub fn client(&self) -> Client {
+        Client {
+            address: self.address.clone(),
+            ca: self.tls.then(|| self.ca.cert.clone()),
+            api_key: self.api_key.clone(),
+        }
+    }
+
+    /// The whole answer to a request, over a connection of its own.
+    pub async fn generate(&self, request: v1::GenerateRequest) -> Result<Output, String> {
+        self.client().generate(request).await
+    }
+
+    /// curl with an API key, which no command line shows: the answer with its head.
+    pub fn curl(&self, path: &str, key: &str) -> String {
+        let scheme = if self.tls { "https" } else { "http" };
+        let mut command = Command::new("curl");
+        command.args(["-sS", "-i", "--http1.1", "--max-time", "20", "-H", "@-"]);
+        if self.tls {
+            command.arg("--cacert").arg(&self.ca.cert);
+        }
+        command.arg(format!("{scheme}://{}{path}", self.address));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let header = format!("Authorization: Bearer {key}\n");
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), header.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
     }
 
     /// Waits until the router answers.
@@ -189,6 +243,49 @@ impl Secured {
         let at = log.find("address=").unwrap_or_else(|| panic!("{worker}: {log}"));
         let rest = &log[at + "address=".len()..];
         rest.split_whitespace().next().unwrap().to_owned()
+    }
+}
+
+/// How the router is reached; files are read at every connection.
+#[derive(Debug, Clone)]
+pub struct Client {
+    address: String,
+    ca: Option<PathBuf>,
+    api_key: Option<PathBuf>,
+}
+
+impl Client {
+    async fn connect(&self) -> Result<Channel, String> {
+        let said = |e: &dyn std::error::Error| format!("{e}: {:?}", e.source());
+        let scheme = if self.ca.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", self.address)).unwrap();
+        if let Some(ca) = &self.ca {
+            let ca = Certificate::from_pem(std::fs::read(ca).unwrap());
+            endpoint = endpoint.tls_config(ClientTlsConfig::new().ca_certificate(ca)).unwrap();
+        }
+        endpoint.connect().await.map_err(|e| said(&e))
+    }
+
+    /// The whole answer to a request, over a connection of its own.
+    pub async fn generate(&self, request: v1::GenerateRequest) -> Result<Output, String> {
+        let key = self.api_key.as_ref().map(|file| std::fs::read_to_string(file).unwrap());
+        let bearer = key.map(|key| format!("Bearer {}", key.trim()).parse().unwrap());
+        let channel = self.connect().await?;
+        let client = InferenceClient::new(InterceptedService::new(channel, Bearer(bearer)));
+        collect(client, request).await.map_err(|status| format!("{status:?}"))
+    }
+}
+
+/// Shows an API key.
+#[derive(Clone)]
+struct Bearer(Option<AsciiMetadataValue>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
+        if let Some(bearer) = &self.0 {
+            request.metadata_mut().insert("authorization", bearer.clone());
+        }
+        Ok(request)
     }
 }
 

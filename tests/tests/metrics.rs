@@ -48,7 +48,7 @@ async fn the_pages_are_the_documented_ones() {
             .map(|(name, kind)| {
                 let mut labels = shown.labels.get(name).cloned().unwrap_or_default();
                 // What this test happens to serve.
-                for label in ["model", "version"] {
+                for label in ["model", "version", "key"] {
                     labels.entry(label.to_owned()).and_modify(|values| *values = ["any".to_owned()].into());
                 }
                 (name.clone(), (kind.clone(), labels))

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use cluster::Role;
 
-use super::{EngineArgs, ModelChoice, PlacementArgs, TransportArgs};
+use super::{ApiKeyArgs, EngineArgs, ModelChoice, PlacementArgs, TransportArgs};
 
 /// How a router with TLS is reached.
 #[derive(Debug, Clone, Default, Args)]
@@ -20,6 +20,8 @@ pub struct DialArgs {
     /// Its key (PEM)
     #[arg(long, env = "TANDEM_KEY", requires = "cert")]
     pub key: Option<PathBuf>,
+    #[command(flatten)]
+    pub api_key: ApiKeyArgs,
 }
 
 impl DialArgs {

@@ -18,7 +18,7 @@ pub use processes::{
     EtcdArgs, PlacementArgs, PrefillOn, RoleChoice, RoleWorkerArgs, RouterArgs, TransportArgs, TransportKind,
     UpArgs, WorkerArgs,
 };
-pub use security::ClusterTlsArgs;
+pub use security::{ApiKeyArgs, ClusterTlsArgs, KeyArgs, KeyCommand};
 
 /// The model that is used when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
@@ -87,6 +87,8 @@ pub enum Command {
     Top(TopArgs),
     /// Fetch, import and inspect models
     Model(ModelArgs),
+    /// Make API keys for a router with --api-keys
+    Key(KeyArgs),
     /// Measure the parts on the machine at hand
     Bench(BenchArgs),
     /// Look at what fast KV needs of this machine: RDMA devices, limits, members; with a fix for each problem

@@ -161,6 +161,9 @@ pub struct RouterArgs {
     /// Only clients with a certificate of these authorities (PEM) may call; /health and /live stay open for probes
     #[arg(long, env = "TANDEM_TLS_CLIENT_CA", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
+    /// Only who shows a key of this file may call, within the key's limits; read again when it changes (`tandem key new`)
+    #[arg(long, env = "TANDEM_API_KEYS")]
+    pub api_keys: Option<PathBuf>,
     #[command(flatten)]
     pub cluster_tls: ClusterTlsArgs,
     /// Seconds that running requests may take when stopping

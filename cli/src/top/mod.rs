@@ -10,7 +10,6 @@ use proto::v1;
 use proto::v1::operator_client::OperatorClient;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use tokio::sync::mpsc;
-use tonic::transport::Channel;
 
 use crate::args::{StatusArgs, TopArgs};
 use crate::{dial, status};
@@ -49,7 +48,7 @@ pub async fn run(args: TopArgs) -> anyhow::Result<()> {
 
 async fn show(
     terminal: &mut ratatui::DefaultTerminal,
-    mut client: OperatorClient<Channel>,
+    mut client: OperatorClient<dial::Channel>,
     args: TopArgs,
 ) -> anyhow::Result<()> {
     let mut keys = keys();

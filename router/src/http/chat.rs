@@ -1,5 +1,8 @@
 //! `POST /v1/chat/completions`.
 
+use std::sync::Arc;
+
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
@@ -12,6 +15,7 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::request::{self, Common};
 use super::run::{Kind, Run};
+use crate::keys::Client;
 use crate::service::InferenceService;
 
 /// The fields that only this API has.
@@ -90,11 +94,12 @@ struct NamedFunction {
 /// Answers a conversation.
 pub async fn serve(
     State(service): State<InferenceService>,
+    client: Option<Extension<Arc<Client>>>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let (common, call) = read(body)?;
-    Run::start(service, &headers, Kind::Chat, &common, vec![call]).await?.respond().await
+    Run::start(service, (&headers, client), Kind::Chat, &common, vec![call]).await?.respond().await
 }
 
 /// What a body asks for.

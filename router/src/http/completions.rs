@@ -1,5 +1,8 @@
 //! `POST /v1/completions`.
 
+use std::sync::Arc;
+
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
@@ -11,6 +14,7 @@ use serde::Deserialize;
 use super::error::ApiError;
 use super::request::{self, Common};
 use super::run::{Kind, Run};
+use crate::keys::Client;
 use crate::service::InferenceService;
 
 /// Prompts in one request.
@@ -38,11 +42,12 @@ enum Prompt {
 /// Goes on from one prompt or several.
 pub async fn serve(
     State(service): State<InferenceService>,
+    client: Option<Extension<Arc<Client>>>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let (common, calls) = read(body)?;
-    Run::start(service, &headers, Kind::Text, &common, calls).await?.respond().await
+    Run::start(service, (&headers, client), Kind::Text, &common, calls).await?.respond().await
 }
 
 /// What a body asks for: a call for each prompt.

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::Extension;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
 use futures::stream::{Stream, StreamExt, select_all};
@@ -14,6 +15,7 @@ use super::error::ApiError;
 use super::request::Common;
 use super::{answer, stream};
 use crate::journey::Shared;
+use crate::keys::Client;
 use crate::service::{Caller, InferenceService};
 
 /// Which API is answered.
@@ -57,11 +59,12 @@ impl Run {
     /// Sends the calls off and waits for the first event, so that what fails before it is an HTTP error.
     pub async fn start(
         service: InferenceService,
-        headers: &HeaderMap,
+        (headers, client): (&HeaderMap, Option<Extension<Arc<Client>>>),
         kind: Kind,
         common: &Common,
         calls: Vec<v1::GenerateRequest>,
     ) -> Result<Self, ApiError> {
+        let client = client.map(|Extension(client)| client);
         let named = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         let request_id = match named(&REQUEST_ID).filter(|id| !id.is_empty()) {
             Some(id) => id.to_owned(),
@@ -74,7 +77,7 @@ impl Run {
         for (number, mut call) in (0..).zip(calls) {
             call.request_id = if is_one { request_id.clone() } else { format!("{request_id}-{number}") };
             let first = n * number;
-            let stream = service.start(call, Caller::of(headers)).await?;
+            let stream = service.start(call, Caller::of(headers, client.clone())).await?;
             streams.push(stream.filter_map(move |message| async move {
                 let event = message.map(|message| message.event).transpose()?;
                 Some((first, event))

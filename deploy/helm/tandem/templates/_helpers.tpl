@@ -201,6 +201,35 @@ livenessProbe:
 {{- end }}
 {{- end -}}
 
+{{/* The Secret of a part's cluster certificate. Call with (list . "prefill"). */}}
+{{- define "tandem.clusterSecret" -}}
+{{- $top := index . 0 -}}
+{{- $part := index . 1 -}}
+{{- index $top.Values.clusterTls.secrets $part | default (printf "%s-%s-cluster" (include "tandem.fullname" $top) $part) -}}
+{{- end -}}
+
+{{/* Flags, mounts and volumes of mutual TLS in the cluster. Mounts and volumes: call with (list . "prefill"). */}}
+{{- define "tandem.clusterArgs" -}}
+{{- if .Values.clusterTls.enabled }}
+- --cluster-cert=/etc/tandem/cluster-tls/tls.crt
+- --cluster-key=/etc/tandem/cluster-tls/tls.key
+- --cluster-ca=/etc/tandem/cluster-tls/ca.crt
+{{- end }}
+{{- end -}}
+
+{{- define "tandem.clusterMounts" -}}
+{{- if .Values.clusterTls.enabled }}
+- {name: cluster-tls, mountPath: /etc/tandem/cluster-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "tandem.clusterVolumes" -}}
+{{- $top := index . 0 -}}
+{{- if $top.Values.clusterTls.enabled }}
+- {name: cluster-tls, secret: {secretName: {{ include "tandem.clusterSecret" . | quote }}, defaultMode: 0440}}
+{{- end }}
+{{- end -}}
+
 {{- define "tandem.traceArgs" -}}
 {{- with .Values.tracing.endpoint }}
 - --otlp-endpoint={{ . }}

@@ -65,7 +65,7 @@ spec:
             {{- end }}
           ports:
             - {name: tandem, containerPort: {{ $pool.port }}, protocol: TCP}
-          {{- include "tandem.probes" (dict "startupSeconds" $pool.startupSeconds) | nindent 10 }}
+          {{- include "tandem.probes" (dict "startupSeconds" $pool.startupSeconds "scheme" ($top.Values.clusterTls.enabled | ternary "HTTPS" "HTTP")) | nindent 10 }}
           securityContext:
             {{- include "tandem.containerSecurity" $top | nindent 12 }}
               {{- if $pool.rdma.enabled }}
@@ -77,11 +77,13 @@ spec:
             - {name: cache, mountPath: /cache}
             {{- include "tandem.modelMount" $top | nindent 12 }}
             {{- include "tandem.etcdMounts" $top | nindent 12 }}
+            {{- include "tandem.clusterMounts" $top | nindent 12 }}
       volumes:
         - {name: tmp, emptyDir: {}}
         - {name: cache, emptyDir: {}}
         {{- include "tandem.modelVolume" $top | nindent 8 }}
         {{- include "tandem.etcdVolumes" $top | nindent 8 }}
+        {{- include "tandem.clusterVolumes" (list $top $role) | nindent 8 }}
 {{- include "tandem.pdb" (list $top $pool $role) }}
 {{- include "tandem.autoscaler" (list $top $role) }}
 {{- end -}}
@@ -103,6 +105,7 @@ spec:
 {{- end }}
 {{ include "tandem.modelArgs" $top }}
 {{ include "tandem.etcdArgs" $top }}
+{{- include "tandem.clusterArgs" $top }}
 - --cluster={{ include "tandem.cluster" $top }}
 - --listen=0.0.0.0:{{ $pool.port }}
 - --advertise=$(POD_IP):{{ $pool.port }}
@@ -130,6 +133,9 @@ spec:
 {{- end }}
 {{- if $pool.rdma.require }}
 - --require-rdma
+{{- end }}
+{{- if $top.Values.clusterTls.enabled }}
+- --allow-plain-rdma
 {{- end }}
 {{- end }}
 - --max-sequences={{ $pool.maxSequences }}

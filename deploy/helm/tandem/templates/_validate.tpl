@@ -20,6 +20,29 @@
 {{- if and .Values.router.tls.clients (not .Values.router.tls.secretName) -}}
 {{- fail "router.tls.clients needs router.tls.secretName" -}}
 {{- end -}}
+{{- $tls := .Values.clusterTls -}}
+{{- if and $tls.certManager.enabled (not $tls.enabled) -}}
+{{- fail "clusterTls.certManager.enabled needs clusterTls.enabled=true" -}}
+{{- end -}}
+{{- if and $tls.certManager.enabled (not $tls.certManager.issuerRef.name) -}}
+{{- fail "clusterTls.certManager needs issuerRef.name, an Issuer or ClusterIssuer of the cluster's own authority" -}}
+{{- end -}}
+{{- if and $tls.enabled (not $tls.certManager.enabled) -}}
+{{- range $part := list "router" "prefill" "decode" -}}
+{{- if not (index $tls.secrets $part) -}}
+{{- fail (printf "clusterTls.secrets.%s: name a Secret with tls.crt, tls.key and ca.crt, or set clusterTls.certManager.enabled=true" $part) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (or .Values.planner.enabled .Values.monitoring.enabled) (not $tls.secrets.reader) -}}
+{{- fail "clusterTls.secrets.reader: the planner and Prometheus read workers' metrics with it" -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.apiKeys.secretName .Values.planner.enabled (not .Values.apiKeys.plannerSecretName) -}}
+{{- fail "apiKeys.plannerSecretName: the planner needs an API key too; name a Secret whose key `key` is one" -}}
+{{- end -}}
+{{- if and .Values.apiKeys.plannerSecretName (not .Values.apiKeys.secretName) -}}
+{{- fail "apiKeys.plannerSecretName needs apiKeys.secretName" -}}
+{{- end -}}
 {{- if ne (empty .Values.etcd.auth.user) (empty .Values.etcd.auth.secretName) -}}
 {{- fail "etcd.auth: user and secretName belong together" -}}
 {{- end -}}
@@ -66,6 +89,9 @@
 {{- end -}}
 {{- if and (not $pool.rdma.enabled) (or $pool.rdma.require $pool.rdma.devices) -}}
 {{- fail (printf "%s.rdma.require and .devices: rdma.require needs %s.rdma.enabled=true" $role $role) -}}
+{{- end -}}
+{{- if and $.Values.clusterTls.enabled $pool.rdma.enabled (not $pool.rdma.allowPlain) -}}
+{{- fail (printf "%s.rdma: what RDMA writes is not encrypted; with clusterTls set %s.rdma.allowPlain=true to accept that, or rdma.enabled=false" $role $role) -}}
 {{- end -}}
 {{- if and (eq $pool.device "cuda") (gt (int $pool.threads) 0) -}}
 {{- fail (printf "%s.threads is for device cpu" $role) -}}
