@@ -5,7 +5,7 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test faults test-rdma clients chart observability images soak sabotage setup build model lint fmt
+.PHONY: demo test faults test-rdma clients chart observability images soak sabotage deny setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
@@ -53,6 +53,9 @@ build: setup
 
 model: build
 	@$(TANDEM) model fetch --cache-dir $(CACHE) $(MODEL)
+
+deny: ## licences, sources and banned crates of the dependencies, and known weaknesses where their database can be fetched
+	@tools/deny.sh
 
 lint: setup ## formatting and lints, warnings denied
 	cargo fmt --all --check

@@ -16,7 +16,10 @@ pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
         BenchCommand::Engine(args) => tokio::task::spawn_blocking(move || engine(&args)).await?,
         BenchCommand::Serve(args) => bench_serve::run(args).await,
         BenchCommand::Kv(args) => match args.serve {
-            Some(address) => kv::serve(address, args.rdma_device, args.with_parent).await,
+            Some(address) => {
+                let tls = args.cluster_tls.files();
+                kv::serve(address, args.rdma_device, tls, args.with_parent).await
+            }
             None => {
                 let json = args.json;
                 kv::run(&measured(args), json).await
@@ -33,6 +36,7 @@ fn measured(args: BenchKvArgs) -> kv::KvBench {
         mib: args.mib,
         runs: args.runs.into(),
         rdma: args.rdma,
+        tls: args.cluster_tls.files(),
         devices: args.rdma_device,
     }
 }

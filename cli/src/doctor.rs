@@ -10,7 +10,8 @@ use proto::v1::ListWorkersRequest;
 use proto::v1::inference_client::InferenceClient;
 use serde::Serialize;
 
-use crate::args::DoctorArgs;
+use crate::args::{DialArgs, DoctorArgs};
+use crate::dial;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -59,7 +60,7 @@ pub async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     })
     .await?;
     if let Some(addr) = &args.addr {
-        findings.extend(members(addr).await);
+        findings.extend(members(addr, &args.dial).await);
     }
     if args.json {
         println!("{}", serde_json::to_string(&findings)?);
@@ -201,16 +202,16 @@ fn port(port: &PortInfo) -> Finding {
 }
 
 /// How the members of a cluster are reached from here.
-async fn members(addr: &str) -> Vec<Finding> {
+async fn members(addr: &str, dial: &DialArgs) -> Vec<Finding> {
     let workers = async {
-        let mut client = InferenceClient::connect(format!("http://{addr}")).await?;
+        let mut client = InferenceClient::new(dial::router(addr, dial).await?);
         anyhow::Ok(client.list_workers(ListWorkersRequest {}).await?.into_inner().workers)
     };
     let workers = match workers.await {
         Ok(workers) => workers,
         Err(error) => {
             let fix = "--addr is the router's host:port; is it running?";
-            return vec![finding("router", Verdict::Broken, format!("{addr}: {error}"), fix)];
+            return vec![finding("router", Verdict::Broken, format!("{addr}: {error:#}"), fix)];
         }
     };
     let mut all = Vec::new();

@@ -242,6 +242,7 @@ pub fn step_tokens(args: &EngineArgs, role: Role) -> usize {
 pub async fn check_router(args: &RouterArgs) -> anyhow::Result<()> {
     server_files(args)?;
     args.cluster_tls.files().map(|files| files.check(&Part::Router)).transpose()?;
+    args.api_keys.as_deref().map(Keys::read).transpose().map_err(anyhow::Error::msg)?;
     if !args.etcd.is_empty() {
         args.etcd_access.access().check(&args.etcd)?;
     }

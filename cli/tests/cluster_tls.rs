@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use kv_transport::Secure;
 use proto::v1;
 use proto::v1::decode_worker_client::DecodeWorkerClient;
 use tandem_tests::certs::{Ca, Pair};
@@ -12,6 +13,7 @@ use tandem_tests::secured::{Secured, curl, run, uri};
 use tls::{ClusterFiles, Part};
 use tonic::Code;
 use tonic::transport::Endpoint;
+use worker::secure::KvSecure;
 
 const TANDEM: &str = env!("CARGO_BIN_EXE_tandem");
 
@@ -233,4 +235,37 @@ fn a_router_that_keeps_the_registry_needs_both_certificates() {
         code == Some(1) && said.contains("speaks for tandem://worker/*, not for tandem://router"),
         "{said}"
     );
+}
+
+/// The KV plane of a running worker: who cannot be known is told so before a byte of KV moves.
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_connections_need_the_right_certificates_on_both_sides() {
+    let cluster = Secured::start(TANDEM, true, false, &[]).await;
+    let (dir, ca, address) = (cluster.dir.path(), cluster.ca.cert.as_path(), cluster.address_of("decode"));
+    let connect = async |pair: &Pair, ca: &Path, worker: &str| {
+        let stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+        KvSecure(files(pair, ca)).secure(stream, worker).await.map(drop).map_err(|error| error.to_string())
+    };
+    let own = cluster.ca.issue_for(dir, "spare", 1, &[&uri("spare")]);
+    assert_eq!(connect(&own, ca, "decode").await, Ok(()));
+    let refused = async |pair: &Pair, ca: &Path, worker: &str, words: &str| {
+        let said = connect(pair, ca, worker).await.unwrap_err();
+        assert!(said.contains(words), "{said}");
+    };
+    let stranger = Ca::new(dir, "stranger");
+    let strangers = stranger.issue_for(dir, "strangers", 1, &[&uri("spare")]);
+    refused(&strangers, ca, "decode", "does not accept our --cluster-cert").await;
+    refused(&own, &stranger.cert, "decode", "is not signed by our --cluster-ca").await;
+    let old = cluster.ca.issue_for(dir, "old", -1, &[&uri("spare")]);
+    refused(&old, ca, "decode", "expired on").await;
+    let gone = Pair { cert: "/nowhere.pem".into(), key: own.key.clone() };
+    refused(&gone, ca, "decode", "--cluster-cert /nowhere.pem: cannot be read").await;
+    // Somebody else answers where a worker is expected, though with a good certificate.
+    refused(&own, ca, "decode-9", "speaks for tandem://worker/decode, not for tandem://worker/decode-9")
+        .await;
+    let etcd = tandem_tests::etcd::Etcd::start().await;
+    let plain = etcd.url.trim_start_matches("http://").to_owned();
+    let stream = tokio::net::TcpStream::connect(&plain).await.unwrap();
+    let said = KvSecure(files(&own, ca)).secure(stream, "decode").await.map(drop).unwrap_err().to_string();
+    assert!(said.contains("TLS: "), "{said}");
 }

@@ -106,6 +106,13 @@ async fn who_shows_no_key_gets_nothing_and_limits_hold() {
     by_variable.args(["status", "--addr", &keyed.cluster.address]).env("TANDEM_API_KEY", keyed.key(carol));
     assert_eq!(run(&mut by_variable).0, Some(0));
 
+    let (_, said) = keyed.cluster.call(&["doctor"]);
+    assert!(said.contains("decode") && said.contains("to connect"), "{said}");
+    for arguments in [&["status"][..], &["top", "--json"]] {
+        let (code, said) = keyed.cluster.call(arguments);
+        assert!(code == Some(0) && said.contains("tiny"), "{arguments:?}: {said}");
+    }
+
     // Requests per minute, over HTTP and gRPC.
     assert!(keyed.complete(bob, 2).contains(" 200"));
     assert!(keyed.complete(bob, 2).contains(" 200"));

@@ -246,3 +246,25 @@ async fn a_ticket_is_for_one_worker_without_encryption_too() {
     soon(pair.push_all(landing.ticket().clone(), &[5])).await.unwrap();
     soon(landing.committed()).await.unwrap();
 }
+
+/// The queue pair is offered, answered and keyed over the encrypted connection; the cells go beside it, unencrypted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs an RDMA device: make test-rdma"]
+async fn a_queue_pair_is_set_up_over_tls() {
+    let ca = Ca::new();
+    let secure = Setup { rdma: (true, true), ..setup(Some(ca.client(Some("any"))), 16 << 10) };
+    let pair = start(&ca, secure, "prefill").await;
+    let slots: Vec<u32> = (0..32).collect();
+    let mut landing = pair.reserve(&slots);
+    let push = pair.push_all(landing.ticket().clone(), &slots);
+    let (report, landed) = soon(async { tokio::join!(push, landing.committed()) }).await;
+    assert_eq!((report.unwrap().transport, landed.unwrap().transport), ("rdma", "rdma"));
+    pair.assert_landed(&slots, &slots);
+    // A stranger gets no queue pair.
+    let secure = Setup { rdma: (true, true), ..setup(Some(ca.client(Some("x"))), 16 << 10) };
+    let pair = start(&ca, secure, "another").await;
+    let landing = pair.reserve(&[1]);
+    let error = soon(pair.push_all(landing.ticket().clone(), &[1])).await.unwrap_err();
+    assert_eq!(error, PushError::Refused(Refusal::Identity));
+    assert_eq!((pair.receiver.stats().queue_pairs_total, pair.receiver.stats().bytes_total), (0, 0));
+}

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tonic::Status;
 
 /// What a worker's port speaks.
-pub(crate) const PROTOCOLS: &[&[u8]] = &[KV, tls::cluster::H2, b"http/1.1"];
+pub const PROTOCOLS: &[&[u8]] = &[KV, tls::cluster::H2, b"http/1.1"];
 
 /// The way to other workers' KV.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ fn speaks_for(names: Names) -> SpeaksFor {
 }
 
 /// A KV connection that came in.
-pub(crate) fn kv_socket(secured: Secured) -> Socket {
+pub fn kv_socket(secured: Secured) -> Socket {
     let (stream, session, certified) = secured.into_parts();
     let speaks_for = certified.has_certificate.then(|| speaks_for(certified.names));
     Socket::encrypted(stream, session.into(), speaks_for)

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use kv_transport::verbs::DeviceSelector;
 
-use super::{Device, DialArgs, Quantize};
+use super::{ClusterTlsArgs, Device, DialArgs, Quantize};
 
 /// Settings of `bench`.
 #[derive(Debug, Args)]
@@ -54,6 +54,8 @@ pub struct BenchKvArgs {
     /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
     #[arg(long, value_delimiter = ',')]
     pub rdma_device: Vec<DeviceSelector>,
+    #[command(flatten)]
+    pub cluster_tls: ClusterTlsArgs,
     /// One JSON object instead of a table
     #[arg(long)]
     pub json: bool,

@@ -131,6 +131,8 @@ pub struct DoctorArgs {
     /// Also look at the members of the cluster behind this router, host:port
     #[arg(long)]
     pub addr: Option<String>,
+    #[command(flatten)]
+    pub dial: DialArgs,
     /// The pool that is tried to be registered, MiB
     #[arg(long, default_value_t = 1024)]
     pub kv_mib: usize,

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use kv_transport::{Cell, Grid, Identity, Region, Sender, SenderConfig};
+use kv_transport::{Cell, Grid, Identity, Region, Secure, Sender, SenderConfig};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
+use worker::secure::KvSecure;
 
 use super::{CHILD_ADDRESS, KvBench, MAX_BYTES, Row, cpu_seconds, fabric};
 
@@ -65,6 +66,10 @@ pub(super) async fn run(bench: &KvBench) -> anyhow::Result<Vec<Row>> {
 async fn child(bench: &KvBench) -> anyhow::Result<(Child, String)> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench", "kv", "--with-parent", "--serve", &CHILD_ADDRESS.to_string()]);
+    if let Some(files) = &bench.tls {
+        command.arg("--cluster-cert").arg(&files.cert).arg("--cluster-key").arg(&files.key);
+        command.arg("--cluster-ca").arg(&files.ca);
+    }
     for device in &bench.devices {
         command.args(["--rdma-device", &device.to_string()]);
     }
@@ -100,6 +105,7 @@ async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result
         streams: bench.streams,
         fabric: fabric(bench.rdma, &bench.devices, &region)?,
         require_rdma: bench.rdma,
+        secure: bench.tls.clone().map(|files| Arc::new(KvSecure(files)) as Arc<dyn Secure>),
         ..SenderConfig::default()
     };
     let identity = Identity { worker: "near".into(), incarnation: 1 };

@@ -11,30 +11,47 @@ use futures::StreamExt;
 use kv_transport::mux::{self, MuxConfig};
 use kv_transport::verbs::DeviceSelector;
 use kv_transport::{Grid, Identity, Receiver, ReceiverConfig, Region, Reserve};
+use tls::ClusterFiles;
+use tls::server::{Faces, Secured};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use worker::secure::{PROTOCOLS, kv_socket};
 
 use super::{MAX_BYTES, cpu_seconds, fabric};
 
+/// The first byte of a TLS connection.
+const TLS: u8 = 0x16;
 const TIME: Duration = Duration::from_secs(300);
 
 struct Far {
     now: Mutex<Option<(Receiver, u32)>>,
     endpoint: SocketAddr,
     devices: Vec<DeviceSelector>,
+    is_secure: bool,
 }
 
 /// Serves until killed, or until standard input ends when `with_parent`.
 pub async fn serve(
     address: SocketAddr,
     devices: Vec<DeviceSelector>,
+    tls: Option<ClusterFiles>,
     with_parent: bool,
 ) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address).await?;
     let endpoint = listener.local_addr()?;
     println!("listening {endpoint}");
-    let far = Arc::new(Far { now: Mutex::default(), endpoint, devices });
+    let is_secure = tls.is_some();
+    let far = Arc::new(Far { now: Mutex::default(), endpoint, devices, is_secure });
+    let (to_shake, shaking) = mpsc::channel(16);
+    let mut shaken = match tls {
+        Some(files) => {
+            let faces = Faces { clients: None, cluster: Some((files, PROTOCOLS)) };
+            Some(tls::server::accept(ReceiverStream::new(shaking), faces)?)
+        }
+        None => None,
+    };
     let (mut kv, mut lines) = mux::split(listener, MuxConfig::default());
     let (ended, mut parent_ended) = tokio::sync::oneshot::channel::<()>();
     std::thread::spawn(move || {
@@ -50,12 +67,33 @@ pub async fn serve(
                     tokio::spawn(async move { receiver.serve(stream).await });
                 }
             }
+            Some(Ok(secured)) = next(shaken.as_mut()) => {
+                let receiver = far.now.lock().await.as_ref().map(|(receiver, _)| receiver.clone());
+                if let Some(receiver) = receiver {
+                    tokio::spawn(async move { receiver.serve(kv_socket(secured)).await });
+                }
+            }
             Some(Ok(stream)) = lines.next() => {
+                let mut first = [0];
+                if is_secure && stream.peek(&mut first).await.is_ok() && first == [TLS] {
+                    let _ = to_shake.send(Ok(stream)).await;
+                    continue;
+                }
                 let far = far.clone();
                 tokio::spawn(async move { far.answer(stream).await });
             }
             _ = &mut parent_ended, if with_parent => return Ok(()),
         }
+    }
+}
+
+/// The next connection that has shaken hands, if any do.
+async fn next(
+    shaken: Option<&mut ReceiverStream<std::io::Result<Secured>>>,
+) -> Option<std::io::Result<Secured>> {
+    match shaken {
+        Some(shaken) => shaken.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -96,6 +134,7 @@ impl Far {
                     endpoints: vec![local.to_string()],
                     fabric: fabric(rdma, &self.devices, &region)?,
                     require_rdma: rdma,
+                    secure: self.is_secure,
                     ..ReceiverConfig::default()
                 };
                 let grid = Grid { planes: 1, plane_stride: bytes, cell_bytes };

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use kv_transport::verbs::DeviceSelector;
 use kv_transport::{Fabric, FabricConfig, Region};
 use serde::Serialize;
+use tls::ClusterFiles;
 
 pub use far::serve;
 
@@ -32,6 +33,8 @@ pub struct KvBench {
     pub rdma: bool,
     /// RDMA devices.
     pub devices: Vec<DeviceSelector>,
+    /// Certificates, for encrypted connections; those of both sides speak for any worker.
+    pub tls: Option<ClusterFiles>,
 }
 
 /// One block size.
