@@ -18,9 +18,15 @@ use crate::dial;
 pub async fn run(args: BenchServeArgs) -> anyhow::Result<()> {
     let settings = settings(&args)?;
     let target = match args.api {
-        Api::Grpc => Target::Grpc(dial::router(&args.addr, &args.dial).await?),
+        Api::Grpc => {
+            let (channel, dial::ApiKey(key)) = dial::parts(&args.addr, &args.dial).await?;
+            Target::Grpc { channel, key }
+        }
         Api::Openai => {
-            let key = std::env::var("OPENAI_API_KEY").ok();
+            let key = match args.dial.api_key.key()? {
+                Some(key) => Some(key.to_string()),
+                None => std::env::var("OPENAI_API_KEY").ok(),
+            };
             Target::openai(&args.addr, &args.model, key).map_err(|why| anyhow!("--addr {why}"))?
         }
     };

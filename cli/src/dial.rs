@@ -19,7 +19,7 @@ pub type Channel = InterceptedService<tonic::transport::Channel, ApiKey>;
 
 /// Shows our API key with every call, if we have one.
 #[derive(Clone)]
-pub struct ApiKey(Option<AsciiMetadataValue>);
+pub struct ApiKey(pub Option<AsciiMetadataValue>);
 
 impl Interceptor for ApiKey {
     fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
@@ -44,6 +44,12 @@ impl ApiKey {
 
 /// Connects to `address`, host:port or a URI; encrypted if there is an authority to trust.
 pub async fn router(address: &str, dial: &DialArgs) -> anyhow::Result<Channel> {
+    let (channel, key) = parts(address, dial).await?;
+    Ok(InterceptedService::new(channel, key))
+}
+
+/// The same, for a caller that shows the key itself.
+pub async fn parts(address: &str, dial: &DialArgs) -> anyhow::Result<(tonic::transport::Channel, ApiKey)> {
     let key = ApiKey::of(dial)?;
     let files = dial.files();
     let uri = match (address.split_once("://"), &files) {
@@ -63,7 +69,7 @@ pub async fn router(address: &str, dial: &DialArgs) -> anyhow::Result<Channel> {
         endpoint = endpoint.tls_config(files.read()?)?;
     }
     let channel = endpoint.connect().await.with_context(|| format!("no router answers at {address}"))?;
-    Ok(InterceptedService::new(channel, key))
+    Ok((channel, key))
 }
 
 /// Whether a call failed before it left this process, so that it may be made again whatever it does. A router that

@@ -14,6 +14,7 @@ use proto::v1::inference_client::InferenceClient;
 use proto::v1::{GenerateRequest, SamplingParams, TokenIds};
 use serde_json::{Value, json};
 use tonic::Code;
+use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
 
 use super::load::Planned;
@@ -25,7 +26,12 @@ const MOST_LINE: usize = 1 << 20;
 #[derive(Clone)]
 pub enum Target {
     /// Tandem's own API.
-    Grpc(Channel),
+    Grpc {
+        /// Connected.
+        channel: Channel,
+        /// Shown with every call.
+        key: Option<AsciiMetadataValue>,
+    },
     /// `/v1/completions`, streamed.
     OpenAi {
         /// http://host:port.
@@ -35,7 +41,7 @@ pub enum Target {
         /// Sent as a bearer token.
         key: Option<String>,
         /// Connections are kept.
-        client: Client<HttpConnector, Full<Bytes>>,
+        client: Box<Client<HttpConnector, Full<Bytes>>>,
     },
 }
 
@@ -61,14 +67,14 @@ impl Target {
         }
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
-        let client = Client::builder(TokioExecutor::new()).build(connector);
+        let client = Box::new(Client::builder(TokioExecutor::new()).build(connector));
         Ok(Self::OpenAi { base, model: model.to_owned(), key, client })
     }
 
     /// Sends one request and reads its answer to the end.
     pub async fn ask(&self, request: &Planned) -> Result<Times, Failure> {
         match self {
-            Self::Grpc(channel) => grpc(channel.clone(), request).await,
+            Self::Grpc { channel, key } => grpc(channel.clone(), key.clone(), request).await,
             Self::OpenAi { base, model, key, client } => {
                 let body = json!({
                     "model": model, "prompt": request.prompt, "max_tokens": request.output, "min_tokens": request.output,
@@ -87,7 +93,11 @@ impl Target {
     }
 }
 
-async fn grpc(channel: Channel, request: &Planned) -> Result<Times, Failure> {
+async fn grpc(
+    channel: Channel,
+    key: Option<AsciiMetadataValue>,
+    request: &Planned,
+) -> Result<Times, Failure> {
     let sampling = SamplingParams {
         temperature: Some(0.0),
         max_tokens: Some(request.output),
@@ -103,6 +113,10 @@ async fn grpc(channel: Channel, request: &Planned) -> Result<Times, Failure> {
         Code::ResourceExhausted => Failure::Shed,
         code => Failure::Failed(format!("{code:?}: {}", status.message())),
     };
+    let mut message = tonic::Request::new(message);
+    if let Some(key) = key {
+        message.metadata_mut().insert("authorization", key);
+    }
     let mut stream = InferenceClient::new(channel).generate(message).await.map_err(failed)?.into_inner();
     let mut times = Times::new();
     while let Some(message) = stream.message().await.map_err(failed)? {
