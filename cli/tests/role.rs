@@ -22,6 +22,17 @@ fn start(arguments: &[&str], dir: &Path) -> Process {
     Process(command.spawn().unwrap())
 }
 
+/// A router that keeps the registry, and these workers: the model's folder, the router's address, the processes.
+fn fleet(workers: &[&[&str]]) -> (tempfile::TempDir, String, Vec<Process>) {
+    let dir = tempfile::tempdir().unwrap();
+    model::write(dir.path(), 1);
+    let router = format!("127.0.0.1:{}", free_port());
+    let common = ["--listen", "127.0.0.1:0", "--registry", &router, "--kv-mib", "32", "--threads", "1"];
+    let mut processes = vec![start(&["router", "--listen", &router, "--prefill-on", "remote"], dir.path())];
+    processes.extend(workers.iter().map(|worker| start(&[worker, &common[..]].concat(), dir.path())));
+    (dir, router, processes)
+}
+
 /// `tandem role`, or another command of an operator: exit code, standard output, standard error.
 fn tell(router: &str, arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
@@ -42,14 +53,11 @@ async fn computed(address: &str) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_changes_its_pool_under_load_and_no_token_changes() {
-    let dir = tempfile::tempdir().unwrap();
-    model::write(dir.path(), 1);
-    let router = format!("127.0.0.1:{}", free_port());
-    let _router = start(&["router", "--listen", &router, "--prefill-on", "remote"], dir.path());
-    let common = ["--listen", "127.0.0.1:0", "--registry", &router, "--kv-mib", "32", "--threads", "1"];
-    let join = |role: &[&str]| start(&[role, &common].concat(), dir.path());
-    let _fixed = [join(&["prefill", "--name", "p0"]), join(&["worker", "--role", "decode", "--name", "d0"])];
-    let _auto = join(&["worker", "--role", "auto", "--start-as", "decode", "--name", "w"]);
+    let (dir, router, _processes) = fleet(&[
+        &["prefill", "--name", "p0"],
+        &["worker", "--role", "decode", "--name", "d0"],
+        &["worker", "--role", "auto", "--start-as", "decode", "--name", "w"],
+    ]);
     let mut client = client(&router).await;
     wait_for(&mut client, &["d0", "p0", "w"]).await;
     let first = worker(&mut client, "w").await;
@@ -101,15 +109,12 @@ async fn a_worker_changes_its_pool_under_load_and_no_token_changes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_planner_moves_workers_to_where_they_are_needed() {
-    let dir = tempfile::tempdir().unwrap();
-    model::write(dir.path(), 1);
-    let router = format!("127.0.0.1:{}", free_port());
-    let _router = start(&["router", "--listen", &router, "--prefill-on", "remote"], dir.path());
-    let common = ["--listen", "127.0.0.1:0", "--registry", &router, "--kv-mib", "32", "--threads", "1"];
-    let join = |role: &[&str]| start(&[role, &common].concat(), dir.path());
-    let auto = ["worker", "--role", "auto", "--name"];
-    let _fixed = join(&["prefill", "--name", "p0"]);
-    let _auto = ["w0", "w1", "w2"].map(|name| join(&[&auto[..], &[name]].concat()));
+    let (dir, router, _processes) = fleet(&[
+        &["prefill", "--name", "p0"],
+        &["worker", "--role", "auto", "--name", "w0"],
+        &["worker", "--role", "auto", "--name", "w1"],
+        &["worker", "--role", "auto", "--name", "w2"],
+    ]);
     let mut client = client(&router).await;
     wait_for(&mut client, &["p0", "w0", "w1", "w2"]).await;
 

@@ -318,6 +318,7 @@ MISSPELT = [
     "monitoring.enable=true", "tracing.endpiont=http://a:1", "planner.sloTtft=1", "planner.profile.kvTokens=1", "prefill.extraEnv[0].nam=x",
 ]
 OUT_OF_RANGE = [
+    "router.maxConnections=0",
     "decode.roleSwitch=auto", "planner.cooldownSeconds=-1",
     "clusterTls.certManager.duration=90d", "clusterTls.certManager.issuerRef.kind=Vault",
     "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",

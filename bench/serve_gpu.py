@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Ways to serve both phases, on one GPU with a Llama-3.1-8B shape and random weights: open-loop load and saturation.
+
+    python3 bench/serve_gpu.py --tandem target/release/tandem --tokenizer DIR --out serve.json
+
+DIR holds a tokenizer.json and a tokenizer_config.json. Wants torch and safetensors, 16 GB of disk and 60 GB of memory. Prompts are random
+tokens without a common prefix, answers have exactly the wanted length; weights are drawn from N(0, 0.02), norms are 1.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+SHAPE = dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
+# name → flags of the router, of the decode worker, whether there is a prefill worker
+WAYS = {
+    "shared: whole prompts on the decode worker": ("local", ["--step-tokens", "8192"], False),
+    "chunked: 512 tokens a step": ("local", ["--step-tokens", "512"], False),
+    "chunked: 2048 tokens a step": ("local", ["--step-tokens", "2048"], False),
+    "disaggregated: two processes share the one GPU": ("remote", [], True),
+}
+
+
+def make_model(folder, tokenizer):
+    import torch
+    from safetensors.torch import save_file
+
+    s = argparse.Namespace(**SHAPE)
+    generator = torch.Generator(device="cuda").manual_seed(1)
+
+    def draw(*shape):
+        return (torch.randn(*shape, device="cuda", generator=generator) * 0.02).to(torch.bfloat16).cpu()
+
+    one = torch.ones(s.hidden, dtype=torch.bfloat16)
+    tensors = {"model.embed_tokens.weight": draw(s.vocab, s.hidden), "lm_head.weight": draw(s.vocab, s.hidden), "model.norm.weight": one}
+    for layer in range(s.layers):
+        at = f"model.layers.{layer}."
+        tensors[at + "self_attn.q_proj.weight"] = draw(s.heads * s.head_dim, s.hidden)
+        tensors[at + "self_attn.k_proj.weight"] = draw(s.kv_heads * s.head_dim, s.hidden)
+        tensors[at + "self_attn.v_proj.weight"] = draw(s.kv_heads * s.head_dim, s.hidden)
+        tensors[at + "self_attn.o_proj.weight"] = draw(s.hidden, s.heads * s.head_dim)
+        tensors[at + "mlp.gate_proj.weight"] = draw(s.ffn, s.hidden)
+        tensors[at + "mlp.up_proj.weight"] = draw(s.ffn, s.hidden)
+        tensors[at + "mlp.down_proj.weight"] = draw(s.hidden, s.ffn)
+        tensors[at + "input_layernorm.weight"] = one.clone()
+        tensors[at + "post_attention_layernorm.weight"] = one.clone()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", torch_dtype="bfloat16", hidden_act="silu", attention_bias=False,
+        hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim,
+        intermediate_size=s.ffn, vocab_size=s.vocab, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=500000.0,
+        rope_scaling=None, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)))
+    del tensors
+    torch.cuda.empty_cache()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def one_way(options, model, way, loads):
+    """Starts a cluster, puts the loads on it, stops it."""
+    prefill_on, flags, has_prefill = WAYS[way]
+    router, *ports = free_port(), free_port(), free_port()
+    common = ["--model", model, "--registry", f"127.0.0.1:{router}", "--device", "cuda", "--log", "warn"]
+    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--prefill-on", prefill_on],
+                [options.tandem, "decode", *common, "--listen", f"127.0.0.1:{ports[0]}", "--kv-mib", "20480", *flags]]
+    if has_prefill:
+        commands.append([options.tandem, "prefill", *common, "--listen", f"127.0.0.1:{ports[1]}", "--kv-mib", "8192"])
+    running = [subprocess.Popen(list(map(str, command))) for command in commands]
+    try:
+        began = time.monotonic()
+        while not all(healthy(port) for port in ports[: len(commands) - 1]):
+            if any(process.poll() is not None for process in running) or time.monotonic() - began > 200:
+                sys.exit(f"{way}: a process ended or never became ready")
+            time.sleep(0.2)
+        print(f"{way}: ready after {time.monotonic() - began:.1f} s", flush=True)
+        rows = []
+        for load in loads:
+            command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--prompt-tokens", "1024", "--spread", "0.1",
+                       "--output-tokens", "128", "--seconds", str(options.seconds), "--warm-up", str(options.warm_up), "--seed", "7", *load]
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                print(f"{way} {load}: {done.stderr}", flush=True)
+                continue
+            row = json.loads(done.stdout)["loads"][0]
+            rows.append(row)
+            t, i, e = row["ttft_ms"], row["itl_ms"], row["e2e_ms"]
+            print(f"| {way} | {row['load']} | {row['requests_per_second']:.1f} | {t['p50']:.0f} / {t['p99']:.0f} | {i['p50']:.1f} / {i['p99']:.1f} "
+                  f"| {e['p50']:.0f} | {row['output_tokens_per_second']:.0f} | {row['shed'] + row['failed']} |", flush=True)
+        return {"way": way, "loads": rows}
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait(timeout=60)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tandem", required=True)
+    parser.add_argument("--tokenizer", required=True, type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--rates", default="17,20.8")
+    parser.add_argument("--concurrency", default="256")
+    parser.add_argument("--seconds", default=24.0, type=float)
+    parser.add_argument("--warm-up", default=6.0, type=float)
+    parser.add_argument("--only", default="", help="ways whose name contains this")
+    options = parser.parse_args()
+    loads = [["--rate", rate] for rate in options.rates.split(",")] + [["--concurrency", options.concurrency]]
+    with tempfile.TemporaryDirectory() as folder:
+        model = pathlib.Path(folder) / "llama-8b"
+        make_model(model, options.tokenizer)
+        print("model written", flush=True)
+        seen = []
+        for way in (w for w in WAYS if options.only in w):
+            seen.append(one_way(options, model, way, loads))
+            if options.out:
+                options.out.write_text(json.dumps(seen, indent=1))
+
+
+main()
