@@ -73,6 +73,7 @@ SECTIONS = [
         ("Steps per worker", "ops", "Engine steps per second.", [(rate("tandem_steps_total", by="pod"), "{{pod}}")]),
         ("Stuck or draining", "short", "1 while a worker has work and makes no steps, or takes nothing new.",
          [(gauge("tandem_stuck", by="pod"), "stuck {{pod}}"), (gauge("tandem_draining", by="pod"), "draining {{pod}}")]),
+        ("Refused connections", "ops", "One address has too many.", [(rate("tandem_connections_refused_total"), "refused")]),
         ("Refused calls", "ops", "Calls of a router that a worker refused.", [(rate("tandem_calls_refused_total", by="reason"), "{{reason}}")]),
         ("Preemptions and local prefills", "ops", "Work that the decode pool does again, or for the prefill pool.",
          [(rate("tandem_preemptions_total"), "preemptions"), (rate("tandem_local_prefills_total"), "local prefills")]),

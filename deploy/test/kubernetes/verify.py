@@ -15,6 +15,7 @@ import threading
 import time
 
 import hpa
+import tls
 
 HOME, TOOLS, TANDEM, REPORT = (pathlib.Path(a).resolve() for a in sys.argv[1:5])
 CHART = pathlib.Path(__file__).parents[2] / "helm" / "tandem"
@@ -252,7 +253,8 @@ def main():
     say("Written by `deploy/test/kubernetes/verify.py` on Kubernetes 1.20.2 (API server, controllers, scheduler, kubelet, kube-proxy,")
     say("containerd, runc) built from Debian's source package, one node, images made of local files; how to repeat it is at the end.")
     say("This node enforces no NetworkPolicies, has no GPUs, no RDMA and no KEDA: those are only rendered and checked against schemas.")
-    steps = {"answer": answer, "scale": scale, "upgrade": upgrade, "delete": delete, "hpa": lambda: hpa.verify(sys.modules[__name__])}
+    steps = {"answer": answer, "scale": scale, "upgrade": upgrade, "delete": delete, "hpa": lambda: hpa.verify(sys.modules[__name__]),
+             "tls": lambda: tls.verify(sys.modules[__name__])}
     install()
     for name in sys.argv[5:] or steps:
         steps[name]()
