@@ -39,6 +39,10 @@ pub fn describe(error: &anyhow::Error) -> String {
     use tonic_types::StatusExt;
     let retry = status.get_details_retry_info().and_then(|r| r.retry_delay);
     let hint = retry.map(|d| format!(" (try again in {} ms)", d.as_millis())).unwrap_or_default();
+    // What a port with TLS answers to plain text is no HTTP/2.
+    let is_no_http2 = status.message().contains("h2 protocol error");
+    let hint =
+        if is_no_http2 { " (if the router has TLS: --addr https://HOST:PORT --ca FILE)" } else { &hint };
     format!("{}: {}{hint}", status.code().description(), status.message())
 }
 

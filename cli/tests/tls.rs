@@ -149,6 +149,9 @@ async fn certificates_open_the_router_and_their_renewal_disturbs_nobody() {
     let (code, said) = secure.call(&["generate", "hello"], ca, None);
     assert!(code == Some(1) && said.contains("wants a client certificate"), "{code:?} {said}");
 
+    let (code, said) = run(tandem().args(["generate", "hello", "--addr", &secure.address]));
+    assert!(code != Some(0) && said.contains("https://HOST:PORT --ca FILE"), "{code:?} {said}");
+
     // The planner looks at both pools through it.
     let listen = format!("127.0.0.1:{}", free_port());
     let mut planner = tandem();
