@@ -50,7 +50,7 @@ async fn loads_are_put_on_a_cluster_and_counted() {
         let html = std::fs::read_to_string(&page).unwrap();
         assert!(html.matches("<svg").count() == 4 && html.contains("20 req/s"));
     }
-    let closed = report(&["--concurrency", "3", "--requests", "30"]);
+    let closed = report(&["--concurrency", "3"]);
     assert!(closed["loads"][0]["ok"].as_u64().unwrap() >= 10, "{closed}");
 
     let trace = dir.path().join("trace.jsonl");
