@@ -39,11 +39,26 @@ pub fn describe(error: &anyhow::Error) -> String {
     use tonic_types::StatusExt;
     let retry = status.get_details_retry_info().and_then(|r| r.retry_delay);
     let hint = retry.map(|d| format!(" (try again in {} ms)", d.as_millis())).unwrap_or_default();
-    // What a port with TLS answers to plain text is no HTTP/2.
-    let is_no_http2 = status.message().contains("h2 protocol error");
-    let hint =
-        if is_no_http2 { " (if the router has TLS: --addr https://HOST:PORT --ca FILE)" } else { &hint };
+    let hint = if died_at_once(status) {
+        " (if the router has TLS: --addr https://HOST:PORT --ca FILE)"
+    } else {
+        &hint
+    };
     format!("{}: {}{hint}", status.code().description(), status.message())
+}
+
+/// A port with TLS that is spoken to in plain text closes the connection: seen as any of these, whichever comes first.
+fn died_at_once(status: &Status) -> bool {
+    use std::error::Error;
+    let signs = [
+        "h2 protocol error",
+        "operation was canceled",
+        "broken pipe",
+        "connection reset",
+        "connection closed",
+    ];
+    let said = status.message().to_lowercase();
+    status.source().is_some() && signs.iter().any(|sign| said.contains(sign))
 }
 
 fn code(error: &anyhow::Error) -> u8 {
