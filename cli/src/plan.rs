@@ -45,8 +45,18 @@ fn plan(args: &PlanArgs) -> anyhow::Result<()> {
 /// Runs the planner until it is told to stop.
 pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
     let stop = signal::stop_token();
-    let (policy, profile) = planning(&args.planning)?;
+    let config = config(&args)?;
     let listener = serve::bind(args.listen).await?;
+    Ok(autoscaler::run(config, listener, stop).await?)
+}
+
+/// What the planner would refuse at its start.
+pub fn check(args: &PlannerArgs) -> anyhow::Result<()> {
+    config(args).map(drop)
+}
+
+fn config(args: &PlannerArgs) -> anyhow::Result<autoscaler::Config> {
+    let (policy, profile) = planning(&args.planning)?;
     let tls = args.dial.files();
     if let Some(files) = &tls {
         files.read()?;
@@ -55,8 +65,8 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
     if let Some(files) = &cluster_tls {
         files.names()?;
     }
-    let config = autoscaler::Config {
-        routers: args.routers,
+    Ok(autoscaler::Config {
+        routers: args.routers.clone(),
         tls,
         cluster_tls,
         api_key: args.dial.api_key.key()?,
@@ -64,17 +74,7 @@ pub async fn serve(args: PlannerArgs) -> anyhow::Result<()> {
         profile,
         interval: Duration::from_secs(args.look_seconds),
         switch_roles: args.switch_roles,
-    };
-    Ok(autoscaler::run(config, listener, stop).await?)
-}
-
-/// What the planner would refuse at its start.
-pub fn check(args: &PlannerArgs) -> anyhow::Result<()> {
-    planning(&args.planning)?;
-    if let Some(files) = args.dial.files() {
-        files.read()?;
-    }
-    Ok(())
+    })
 }
 
 fn planning(args: &PlanningArgs) -> anyhow::Result<(Policy, Profile)> {
