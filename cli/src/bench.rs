@@ -82,7 +82,8 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn shape(name: &str) -> anyhow::Result<ModelConfig> {
+/// A network's shape by its name, or of a model folder.
+pub fn shape(name: &str) -> anyhow::Result<ModelConfig> {
     if let Some(config) = shapes::named(name) {
         return Ok(config);
     }

@@ -19,6 +19,7 @@ mod plan;
 mod prompts;
 mod report;
 mod role;
+mod roofline;
 mod serve;
 mod settings;
 mod signal;
@@ -65,6 +66,7 @@ fn main() -> std::process::ExitCode {
             Command::Model(args) => model::run(args).await,
             Command::Key(args) => key::run(args),
             Command::Bench(args) => bench::run(args).await,
+            Command::Roofline(args) => roofline::run(&args),
             Command::Doctor(args) => doctor::run(args).await,
             Command::Plan(args) => plan::run(args).await,
             Command::Planner(args) => plan::serve(args).await,

@@ -12,6 +12,7 @@ pub mod import;
 pub mod kv;
 mod mapped;
 pub mod model;
+pub mod roofline;
 pub mod sampling;
 
 pub use batch::{Batch, Constraint, SampleRequest, Sampled, SamplingParams, Segment};

@@ -3,18 +3,16 @@
 mod measure;
 mod profile;
 mod report;
-mod roofline;
-pub mod shapes;
 mod tables;
 
 pub use profile::{PartRow, Profile, trace};
 pub use report::{Report, Row, Table};
-pub use roofline::{Ceilings, Work};
 
 use anyhow::{Result, bail};
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::model::ModelConfig;
+pub use engine::roofline::{Ceilings, shapes};
 use engine::{Engine, EngineError};
 
 /// Tokens per block of the measured pool.

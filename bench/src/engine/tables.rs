@@ -1,10 +1,11 @@
 //! The tables: what each row runs.
 
 use anyhow::Result;
+use engine::roofline::{self, Numbers, Work};
 
 use super::measure::{Chunk, Times, decodes, fill, prompts, times};
 use super::report::{Row, Table};
-use super::{BLOCK_TOKENS, Ceilings, Kind, Measured, STEP_TOKENS, Settings, Work};
+use super::{BLOCK_TOKENS, Ceilings, Kind, Measured, STEP_TOKENS, Settings};
 
 /// Batches of the decode table.
 const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
@@ -29,6 +30,10 @@ pub(super) fn measure(
     Ok(Table { title: title.into(), rows })
 }
 
+fn chunk_of(chunk: &Chunk) -> roofline::Chunk {
+    roofline::Chunk { position: chunk.position, tokens: chunk.tokens.len(), draws: chunk.draws }
+}
+
 struct Bench<'a> {
     settings: &'a Settings,
     measured: &'a mut Measured,
@@ -47,12 +52,14 @@ impl Bench<'_> {
         let took = self.time(&name, steps)?;
         let (config, weights) = (&self.settings.config, self.measured.streamed_bytes());
         let floors = steps.iter().map(|chunks| {
-            let chunks = chunks.iter().map(|chunk| (chunk.position, chunk.tokens.len()));
-            Work::of(config, weights, chunks).floor_ms(self.ceilings)
+            let chunks: Vec<_> = chunks.iter().map(chunk_of).collect();
+            // What the engine says it reads: it knows which of its weights are rounded.
+            let work = Work::of(config, Numbers::BF16, &chunks);
+            Work { weight_bytes: weights as f64, ..work }.floor_ms(self.ceilings)
         });
         let floors: Option<Vec<_>> = floors.collect();
         let floor_ms = floors.as_ref().map(|all| all.iter().map(|floor| floor.0).sum::<f64>());
-        let bound = floors.and_then(|all| all.first().map(|floor| floor.1.to_owned()));
+        let bound = floors.and_then(|all| all.first().map(|floor| floor.1.name().to_owned()));
         Ok(Row {
             tokens_per_second: counted_tokens as f64 / took.median_ms * 1e3,
             fraction: floor_ms.map(|floor| floor / took.median_ms),

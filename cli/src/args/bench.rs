@@ -152,7 +152,7 @@ pub enum Api {
 /// Settings of `bench engine`.
 #[derive(Debug, Args)]
 pub struct BenchEngineArgs {
-    /// The network: smollm2, llama-1b, llama-8b, llama-70b-layer, qwen3-8b, or a model folder (its shape only)
+    /// The network: smollm2, llama-1b, llama-8b, llama-70b, llama-70b-layer, qwen3-8b, or a model folder (its shape only)
     #[arg(long, default_value = "smollm2")]
     pub shape: String,
     /// Which measurements

@@ -2,6 +2,7 @@
 
 mod bench;
 mod clients;
+mod modelling;
 mod planning;
 mod processes;
 mod security;
@@ -13,6 +14,7 @@ use kv_transport::verbs::DeviceSelector;
 
 pub use bench::{Api, BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchServeArgs, BenchTable};
 pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, StatusArgs, TopArgs};
+pub use modelling::{NumberType, RooflineArgs};
 pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
 pub use processes::{
     EtcdArgs, PlacementArgs, PrefillOn, RoleChoice, RoleWorkerArgs, RouterArgs, TransportArgs, TransportKind,
@@ -91,6 +93,8 @@ pub enum Command {
     Key(KeyArgs),
     /// Measure the parts on the machine at hand
     Bench(BenchArgs),
+    /// Work out what a network asks of a device: intensity, floors, rounding, KV over links
+    Roofline(RooflineArgs),
     /// Look at what fast KV needs of this machine: RDMA devices, limits, members; with a fix for each problem
     Doctor(DoctorArgs),
     /// Replay a trace: how many workers each pool should have had, when and why, and what it would have cost

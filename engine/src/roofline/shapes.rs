@@ -1,9 +1,9 @@
-//! Networks to measure, by name: their shapes only, the weights are random.
+//! Networks by name: their shapes only.
 
-use engine::model::{Architecture, ModelConfig, Rope, RopeScaling};
+use crate::model::{Architecture, ModelConfig, Rope, RopeScaling};
 
 /// Names that [`named`] knows.
-pub const NAMES: [&str; 5] = ["smollm2", "llama-1b", "llama-8b", "llama-70b-layer", "qwen3-8b"];
+pub const NAMES: [&str; 6] = ["smollm2", "llama-1b", "llama-8b", "llama-70b", "llama-70b-layer", "qwen3-8b"];
 
 /// A shape by its name.
 pub fn named(name: &str) -> Option<ModelConfig> {
@@ -31,6 +31,7 @@ pub fn named(name: &str) -> Option<ModelConfig> {
         "smollm2" => ModelConfig { tie_embeddings: true, ..llama(30, 576, 1536, 9, 3, 64, 49_152) },
         "llama-1b" => llama(22, 2048, 5632, 32, 4, 64, 32_000),
         "llama-8b" => llama(32, 4096, 14_336, 32, 8, 128, 128_256),
+        "llama-70b" => llama(80, 8192, 28_672, 64, 8, 128, 128_256),
         // One of the 80 layers, with a vocabulary that does not count.
         "llama-70b-layer" => llama(1, 8192, 28_672, 64, 8, 128, 1024),
         "qwen3-8b" => ModelConfig {
