@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Ways to serve both phases, on one GPU with a Llama-3.1-8B shape and random weights: open-loop load and saturation.
+"""Ways to serve both phases, on one GPU or two, with a Llama-3.1-8B shape and random weights: open-loop load and saturation.
 
     python3 bench/serve_gpu.py --tandem target/release/tandem --tokenizer DIR --out serve.json
+    python3 bench/serve_gpu.py --gpus 2 --rates 10,20.8,34,41.6 --concurrency 512 --tandem …
 
 DIR holds a tokenizer.json and a tokenizer_config.json. Wants torch and safetensors, 16 GB of disk and 60 GB of memory. Prompts are random
 tokens without a common prefix, answers have exactly the wanted length; weights are drawn from N(0, 0.02), norms are 1.
@@ -19,13 +20,22 @@ import time
 import urllib.request
 
 SHAPE = dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
-# name → flags of the router, of the decode worker, whether there is a prefill worker
+# gpus → name → what `--prefill-on` says, and the workers: role, which GPU, flags
+CHUNKS = {f"chunked: {n} tokens a step": n for n in (512, 2048)}
 WAYS = {
-    "shared: whole prompts on the decode worker": ("local", ["--step-tokens", "8192"], False),
-    "chunked: 512 tokens a step": ("local", ["--step-tokens", "512"], False),
-    "chunked: 2048 tokens a step": ("local", ["--step-tokens", "2048"], False),
-    "disaggregated: two processes share the one GPU": ("remote", [], True),
+    1: {
+        "shared: whole prompts on the decode worker": ("local", [("decode", 0, ["--step-tokens", "8192"])]),
+        **{name: ("local", [("decode", 0, ["--step-tokens", str(n)])]) for name, n in CHUNKS.items()},
+        "disaggregated: two processes share the one GPU": ("remote", [("decode", 0, []), ("prefill", 0, [])]),
+    },
+    2: {
+        "shared: whole prompts, a worker on each": ("local", [("decode", gpu, ["--step-tokens", "8192"]) for gpu in (0, 1)]),
+        **{f"{name}, a worker on each": ("local", [("decode", gpu, ["--step-tokens", str(n)]) for gpu in (0, 1)]) for name, n in CHUNKS.items()},
+        "disaggregated: prefill on one, decode on the other": ("remote", [("decode", 0, []), ("prefill", 1, [])]),
+        "adaptive: prefill on one, decode on the other": ("adaptive", [("decode", 0, ["--step-tokens", "512"]), ("prefill", 1, [])]),
+    },
 }
+KV_MIB = {"decode": 20480, "prefill": 8192}
 
 
 def make_model(folder, tokenizer):
@@ -80,17 +90,16 @@ def healthy(port):
 
 def one_way(options, model, way, loads):
     """Starts a cluster, puts the loads on it, stops it."""
-    prefill_on, flags, has_prefill = WAYS[way]
-    router, *ports = free_port(), free_port(), free_port()
-    common = ["--model", model, "--registry", f"127.0.0.1:{router}", "--device", "cuda", "--log", "warn"]
-    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--prefill-on", prefill_on],
-                [options.tandem, "decode", *common, "--listen", f"127.0.0.1:{ports[0]}", "--kv-mib", "20480", *flags]]
-    if has_prefill:
-        commands.append([options.tandem, "prefill", *common, "--listen", f"127.0.0.1:{ports[1]}", "--kv-mib", "8192"])
+    prefill_on, workers = WAYS[options.gpus][way]
+    router, *ports = (free_port() for _ in range(1 + len(workers)))
+    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--prefill-on", prefill_on]]
+    for port, (role, gpu, flags) in zip(ports, workers):
+        commands.append([options.tandem, role, "--model", model, "--registry", f"127.0.0.1:{router}", "--device", "cuda", "--gpu", gpu, "--log", "warn",
+                         "--listen", f"127.0.0.1:{port}", "--kv-mib", KV_MIB[role], *flags, *options.flags.split()])
     running = [subprocess.Popen(list(map(str, command))) for command in commands]
     try:
         began = time.monotonic()
-        while not all(healthy(port) for port in ports[: len(commands) - 1]):
+        while not all(healthy(port) for port in ports):
             if any(process.poll() is not None for process in running) or time.monotonic() - began > 200:
                 sys.exit(f"{way}: a process ended or never became ready")
             time.sleep(0.2)
@@ -121,11 +130,13 @@ def main():
     parser.add_argument("--tandem", required=True)
     parser.add_argument("--tokenizer", required=True, type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--gpus", type=int, choices=WAYS, default=1)
+    parser.add_argument("--flags", default="", help="further flags for every worker, in one string")
     parser.add_argument("--rates", default="17,20.8")
     parser.add_argument("--concurrency", default="256")
     parser.add_argument("--seconds", default=24.0, type=float)
     parser.add_argument("--warm-up", default=6.0, type=float)
-    parser.add_argument("--only", default="", help="ways whose name contains this")
+    parser.add_argument("--only", default="", help="ways whose name contains one of these, comma-separated")
     options = parser.parse_args()
     loads = [["--rate", rate] for rate in options.rates.split(",")] + [["--concurrency", options.concurrency]]
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +144,7 @@ def main():
         make_model(model, options.tokenizer)
         print("model written", flush=True)
         seen = []
-        for way in (w for w in WAYS if options.only in w):
+        for way in (w for w in WAYS[options.gpus] if any(name in w for name in options.only.split(","))):
             seen.append(one_way(options, model, way, loads))
             if options.out:
                 options.out.write_text(json.dumps(seen, indent=1))
