@@ -45,7 +45,7 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
     if args.runs == 0 || args.max_batch == 0 {
         bail!("--runs and --max-batch: at least 1");
     }
-    if args.quantize.is_some() && args.device == Device::Cpu {
+    if args.quantize.is_some() && args.device != Device::Cuda {
         bail!("--quantize: the CPU engine has no quantised products; use --device cuda");
     }
     let wants_profile = |table| matches!(table, &BenchTable::All | &BenchTable::Profile);
@@ -60,6 +60,7 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
         context: args.context,
         device: match args.device {
             Device::Cpu => measurement::Device::Cpu { threads: args.threads.unwrap_or(0) },
+            Device::Sim => bail!("--device: there is nothing to measure in sim; cpu or cuda"),
             Device::Cuda => measurement::Device::Cuda { ordinal: args.gpu, fp8: args.quantize.is_some() },
         },
     };

@@ -10,6 +10,7 @@ use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::kv::pool::BlockPool;
 use engine::model::ModelConfig;
+use engine::sim::{self, Profile, SimEngine, SimOptions};
 use engine::{Engine, KvDtype, KvLayout};
 use telemetry::trace::Tracer;
 
@@ -39,6 +40,8 @@ pub struct Plan {
     max_batch_tokens: usize,
     threads: usize,
     compat_hash: String,
+    /// The network whose time is taken, and how long it takes.
+    simulated: Option<(ModelConfig, Profile)>,
 }
 
 /// Checks the settings against the model of `dir`, for steps of up to `step_tokens` tokens.
@@ -59,33 +62,58 @@ pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result
         head_dim: config.head_dim,
         dtype: kv_dtype,
     };
-    let kv_blocks = args.kv_blocks.unwrap_or((args.kv_mib << 20) / one.total_bytes());
+    let simulated = simulated(args, &config)?;
+    let block_bytes = match &simulated {
+        Some((shape, profile)) => sim::block_bytes(shape, profile, args.block_tokens, kv_dtype),
+        None => one.total_bytes(),
+    };
+    let kv_blocks = args.kv_blocks.unwrap_or((args.kv_mib << 20) / block_bytes);
     if kv_blocks < 2 {
         bail!(
             "the KV pool has room for {kv_blocks} blocks of {} tokens ({} bytes each); raise --kv-mib",
             args.block_tokens,
-            one.total_bytes()
+            block_bytes
         );
     }
-    if args.quantize.is_some() && args.device == Device::Cpu {
-        bail!("--quantize: the CPU engine computes in bf16 and f32 only; leave it away or use --device cuda");
+    if args.quantize.is_some() && args.device != Device::Cuda {
+        bail!(
+            "--quantize: only the CUDA engine rounds; leave it away or use --device cuda (simulated: --sim-profile h100-fp8)"
+        );
     }
     let quantised = if args.quantize.is_some() { ",fp8" } else { "" };
-    let suffix = format!("kv={},block={}{quantised}", kv_dtype.name(), args.block_tokens);
+    // What only pretends must never be paired with what computes.
+    let pretends = simulated.as_ref().map_or_else(String::new, |(shape, profile)| {
+        format!(",sim={}x{}x{}", shape.layers, shape.kv_heads, shape.head_dim / profile.cell_divisor)
+    });
+    let suffix = format!("kv={},block={}{quantised}{pretends}", kv_dtype.name(), args.block_tokens);
     let compat_hash = config.compat_hash(dir, &suffix)?;
     let max_batch_tokens = step_tokens.max(args.max_sequences);
-    Ok(Plan { config, kv_dtype, kv_blocks, max_batch_tokens, threads: threads(args)?, compat_hash })
+    Ok(Plan {
+        config,
+        kv_dtype,
+        kv_blocks,
+        max_batch_tokens,
+        threads: threads(args)?,
+        compat_hash,
+        simulated,
+    })
 }
 
 /// Loads the model of `dir` for steps of up to `step_tokens` tokens.
 pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> anyhow::Result<Built> {
-    let Plan { config, kv_dtype, kv_blocks, max_batch_tokens, threads, compat_hash } =
+    let Plan { config, kv_dtype, kv_blocks, max_batch_tokens, threads, compat_hash, simulated } =
         plan(dir, args, step_tokens)?;
     let engine: Box<dyn Engine> = match args.device {
         Device::Cpu => Box::new(CpuEngine::load(
             dir,
             CpuOptions { kv_blocks, block_tokens: args.block_tokens, kv_dtype, threads, max_batch_tokens },
         )?),
+        Device::Sim => {
+            let (shape, profile) = simulated.context("--device sim: no profile")?;
+            let options =
+                SimOptions { kv_blocks, block_tokens: args.block_tokens, kv_dtype, max_batch_tokens };
+            Box::new(SimEngine::new(&config, &shape, &profile, options)?)
+        }
         Device::Cuda => Box::new(CudaEngine::load(
             dir,
             CudaOptions {
@@ -107,6 +135,17 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
     let blocks = u32::try_from(kv_blocks).context("--kv-blocks is too large")?;
     let vocabulary = Vocabulary::of(dir, config.vocab, &config.eos);
     Ok(Built { engine, pool: BlockPool::new(blocks), vocabulary, compat_hash })
+}
+
+fn simulated(args: &EngineArgs, own: &ModelConfig) -> anyhow::Result<Option<(ModelConfig, Profile)>> {
+    if args.device != Device::Sim {
+        return Ok(None);
+    }
+    let shape = match &args.sim_shape {
+        Some(name) => crate::bench::shape(name).context("--sim-shape")?,
+        None => own.clone(),
+    };
+    Ok(Some((shape, Profile::load(&args.sim_profile).context("--sim-profile")?)))
 }
 
 fn threads(args: &EngineArgs) -> anyhow::Result<usize> {

@@ -152,7 +152,8 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         .args(["--block-tokens", &engine.block_tokens.to_string()])
         .args(["--kv-mib", &engine.kv_mib.to_string()])
         .args(["--kv-dtype", if engine.kv_dtype == crate::args::KvType::F32 { "f32" } else { "bf16" }])
-        .args(["--device", if engine.device == crate::args::Device::Cuda { "cuda" } else { "cpu" }])
+        .args(["--device", engine.device.name()])
+        .args(["--sim-profile", &engine.sim_profile])
         .args(["--gpu", &engine.gpu.to_string()])
         .args(["--max-sequences", &engine.max_sequences.to_string()])
         .args(["--max-waiting", &engine.max_waiting.to_string()]);
@@ -177,6 +178,9 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         if let Some(value) = value {
             command.args([flag, &value.to_string()]);
         }
+    }
+    if let Some(shape) = &engine.sim_shape {
+        command.args(["--sim-shape", shape]);
     }
     if engine.quantize.is_some() {
         command.args(["--quantize", "fp8"]);

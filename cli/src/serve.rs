@@ -232,7 +232,7 @@ impl Start {
 pub fn step_tokens(args: &EngineArgs, role: Role) -> usize {
     let default = match (role, args.device) {
         (Role::Prefill, Device::Cpu) => PREFILL_STEP_TOKENS,
-        (Role::Prefill, Device::Cuda) => PREFILL_STEP_TOKENS_GPU,
+        (Role::Prefill, Device::Cuda | Device::Sim) => PREFILL_STEP_TOKENS_GPU,
         (Role::Decode, _) => DECODE_STEP_TOKENS,
     };
     args.step_tokens.unwrap_or(default).max(args.block_tokens)

@@ -14,6 +14,7 @@ mod mapped;
 pub mod model;
 pub mod roofline;
 pub mod sampling;
+pub mod sim;
 
 pub use batch::{Batch, Constraint, SampleRequest, Sampled, SamplingParams, Segment};
 pub use error::EngineError;

@@ -120,6 +120,19 @@ pub enum Device {
     Cpu,
     /// An NVIDIA GPU, compute capability 8.0 or later; needs CUDA 13's driver, NVRTC and cuBLASLt
     Cuda,
+    /// Nothing: steps take the time that --sim-profile says, tokens are made up. For trying out a cluster
+    Sim,
+}
+
+impl Device {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::Sim => "sim",
+        }
+    }
 }
 
 /// Rounding of weights and activations at load.
@@ -168,6 +181,12 @@ pub struct EngineArgs {
     /// What computes
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
+    /// With --device sim: a built-in profile (h100, h100-fp8, cpu) or a JSON file, as `tandem bench engine --write-profile` writes
+    #[arg(long, default_value = "h100")]
+    pub sim_profile: String,
+    /// With --device sim: the network whose time is taken, by name as in `tandem roofline` [default: the model's own shape]
+    #[arg(long)]
+    pub sim_shape: Option<String>,
     /// Which GPU, from 0
     #[arg(long, default_value_t = 0)]
     pub gpu: usize,
