@@ -23,6 +23,7 @@ mod roofline;
 mod serve;
 mod settings;
 mod signal;
+mod simulate;
 mod status;
 mod top;
 mod trace;
@@ -67,6 +68,7 @@ fn main() -> std::process::ExitCode {
             Command::Key(args) => key::run(args),
             Command::Bench(args) => bench::run(args).await,
             Command::Roofline(args) => roofline::run(&args),
+            Command::Sim(args) => simulate::run(args).await,
             Command::Doctor(args) => doctor::run(args).await,
             Command::Plan(args) => plan::run(args).await,
             Command::Planner(args) => plan::serve(args).await,

@@ -6,7 +6,7 @@
 pub mod admission;
 mod attempt;
 mod certified;
-mod fair_queue;
+pub mod fair_queue;
 pub mod fleet;
 mod form;
 mod http;

@@ -14,7 +14,7 @@ use kv_transport::verbs::DeviceSelector;
 
 pub use bench::{Api, BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchServeArgs, BenchTable};
 pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, StatusArgs, TopArgs};
-pub use modelling::{NumberType, RooflineArgs};
+pub use modelling::{NumberType, RooflineArgs, SimArgs, StrategyChoice};
 pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
 pub use processes::{
     EtcdArgs, PlacementArgs, PrefillOn, RoleChoice, RoleWorkerArgs, RouterArgs, TransportArgs, TransportKind,
@@ -95,6 +95,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Work out what a network asks of a device: intensity, floors, rounding, KV over links
     Roofline(RooflineArgs),
+    /// Run a load or a trace through a simulated cluster in virtual time, by several strategies
+    Sim(SimArgs),
     /// Look at what fast KV needs of this machine: RDMA devices, limits, members; with a fix for each problem
     Doctor(DoctorArgs),
     /// Replay a trace: how many workers each pool should have had, when and why, and what it would have cost
@@ -181,7 +183,7 @@ pub struct EngineArgs {
     /// What computes
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
-    /// With --device sim: a built-in profile (h100, h100-fp8, cpu) or a JSON file, as `tandem bench engine --write-profile` writes
+    /// With --device sim: a built-in profile (h100, h100-fp8, cpu; h100x4: four share a copy) or a JSON file, as `tandem bench engine --write-profile` writes
     #[arg(long, default_value = "h100")]
     pub sim_profile: String,
     /// With --device sim: the network whose time is taken, by name as in `tandem roofline` [default: the model's own shape]

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::roofline::Dtype;
+use crate::model::ModelConfig;
+use crate::roofline::{Dtype, Numbers, weight_bytes};
 
 /// One device with the kernels it was measured with. Times of a step: launches, then products (the floor of their operations
 /// and weights over the fraction that so many rows reach), attention of chunks, KV read for decoding, drawing.
@@ -19,6 +20,8 @@ pub struct Profile {
     pub flops_per_second: f64,
     /// Reading memory.
     pub bytes_per_second: f64,
+    /// Its memory.
+    pub memory_bytes: f64,
     /// Numbers of the layers' weights.
     pub weights: Dtype,
     /// Numbers of the KV.
@@ -106,10 +109,15 @@ impl Profile {
         }
     }
 
-    /// A built-in profile by its name, or a JSON file.
+    /// A built-in profile by its name, with `x4` behind it for four devices that share a copy, or a JSON file.
     pub fn load(name: &str) -> Result<Self, ProfileError> {
         if let Some(known) = Self::built_in(name) {
             return Ok(known);
+        }
+        if let Some((known, devices)) = name.split_once('x')
+            && let (Some(known), Ok(devices @ 1..=64)) = (Self::built_in(known), devices.parse::<usize>())
+        {
+            return Ok(known.shared_by(devices));
         }
         let unreadable = |why: String| ProfileError::Unreadable { name: name.to_owned(), why };
         let text = std::fs::read_to_string(Path::new(name)).map_err(|e| unreadable(e.to_string()))?;
@@ -126,6 +134,7 @@ impl Profile {
         let mut positive = vec![
             ("flops_per_second", self.flops_per_second),
             ("bytes_per_second", self.bytes_per_second),
+            ("memory_bytes", self.memory_bytes),
             ("kv_read", self.kv_read),
             ("link.bytes_per_second", self.link.bytes_per_second),
         ];
@@ -159,6 +168,13 @@ impl Profile {
         Ok(())
     }
 
+    /// Bytes that are left for KV when the weights lie in nine tenths of the memory; 0 when they do not fit.
+    pub fn kv_room_bytes(&self, shape: &ModelConfig) -> f64 {
+        let numbers = Numbers { weights: self.weights, kv: self.kv };
+        let all = 0.9 * self.memory_bytes * self.devices as f64;
+        (all - weight_bytes(shape, numbers)).max(0.0)
+    }
+
     /// The same with `devices` that share one copy, and what they exchange over NVLink 4.
     pub fn shared_by(self, devices: usize) -> Self {
         let nvlink = Exchange { latency_seconds: 8e-6, bytes_per_second: 360e9 };
@@ -173,6 +189,7 @@ fn h100() -> Profile {
         source: "bench/RESULTS-H100.md, 8B shape in bf16".into(),
         flops_per_second: 761e12,
         bytes_per_second: 3.09e12,
+        memory_bytes: 80e9,
         weights: Dtype::Bf16,
         kv: Dtype::Bf16,
         devices: 1,
