@@ -144,14 +144,13 @@ impl PrefillWorker {
     }
 
     /// Ends the step that runs.
-    pub(crate) fn end(&mut self, cost: &Cost, layers: usize) -> Brought {
+    pub(crate) fn end(&mut self, layers: usize) -> Brought {
         let Some((began, took)) = self.step.take() else { return Brought::default() };
         self.busy += took;
         let mut brought = Brought::default();
         let tokens = self.jobs.iter().map(|job| job.running).sum();
         self.rate.add(tokens, Duration::from_nanos(took));
         let (first_layer, last_layer) = (began + took / layers.max(1) as Ns, began + took);
-        let _ = cost;
         let mut left = Vec::with_capacity(self.jobs.len());
         for mut job in std::mem::take(&mut self.jobs) {
             if job.running == 0 {

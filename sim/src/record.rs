@@ -120,7 +120,7 @@ impl Record {
         self.span = (self.span.0.min(ended.arrived), self.span.1.max(ended.last));
         self.e2e.add(ended.last - ended.arrived);
         let gaps = (ended.output as u64).saturating_sub(1);
-        let tpot = if gaps > 0 { (ended.last - ended.first) / gaps } else { 0 };
+        let tpot = (ended.last - ended.first).checked_div(gaps).unwrap_or(0);
         if gaps > 0 {
             self.tpot.add(tpot);
         }

@@ -298,8 +298,7 @@ impl World {
     }
 
     fn prefill_step(&mut self, number: u32) {
-        let Brought { pushes, computed } =
-            self.prefill[number as usize].end(&self.cost, self.cluster.shape.layers);
+        let Brought { pushes, computed } = self.prefill[number as usize].end(self.cluster.shape.layers);
         let mut arrivals: HashMap<u32, Ns> = HashMap::new();
         for push in pushes {
             let at = self.push(number, push.request, push.from, push.to, push.first_layer, push.last_layer);
