@@ -5,7 +5,8 @@
     python3 bench/serve_gpu.py --gpus 2 --rates 10,20.8,34,41.6 --concurrency 512 --tandem …
 
 DIR holds a tokenizer.json and a tokenizer_config.json. Wants torch and safetensors, 16 GB of disk and 60 GB of memory. Prompts are random
-tokens without a common prefix, answers have exactly the wanted length; weights are drawn from N(0, 0.02), norms are 1.
+tokens without a common prefix, answers have exactly the wanted length; weights are drawn from N(0, 0.02), norms are 1. Below each row
+stands what the processes did meanwhile. In a closed loop believe the router's rate there: the driver's counts the time in which the last end.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+
+import serve_watch
 
 SHAPE = dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
 # gpus → name → what `--prefill-on` says, and the workers: role, which GPU, flags
@@ -35,7 +38,8 @@ WAYS = {
         "adaptive: prefill on one, decode on the other": ("adaptive", [("decode", 0, ["--step-tokens", "512"]), ("prefill", 1, [])]),
     },
 }
-KV_MIB = {"decode": 20480, "prefill": 8192}
+# By the number of GPUs; with two, a decode worker's pool holds its 256 sequences.
+KV_MIB = {1: {"decode": 20480, "prefill": 8192}, 2: {"decode": 40960, "prefill": 8192}}
 
 
 def make_model(folder, tokenizer):
@@ -95,8 +99,10 @@ def one_way(options, model, way, loads):
     commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--prefill-on", prefill_on]]
     for port, (role, gpu, flags) in zip(ports, workers):
         commands.append([options.tandem, role, "--model", model, "--registry", f"127.0.0.1:{router}", "--device", "cuda", "--gpu", gpu, "--log", "warn",
-                         "--listen", f"127.0.0.1:{port}", "--kv-mib", KV_MIB[role], *flags, *options.flags.split()])
+                         "--listen", f"127.0.0.1:{port}", "--kv-mib", KV_MIB[options.gpus][role], *flags, *options.flags.split()])
     running = [subprocess.Popen(list(map(str, command))) for command in commands]
+    names = ["router"] + [f"{role} on GPU {gpu}" for role, gpu, _ in workers]
+    processes = {name: (process.pid, port) for name, process, port in zip(names, running, (router, *ports))}
     try:
         began = time.monotonic()
         while not all(healthy(port) for port in ports):
@@ -105,18 +111,22 @@ def one_way(options, model, way, loads):
             time.sleep(0.2)
         print(f"{way}: ready after {time.monotonic() - began:.1f} s", flush=True)
         rows = []
-        for load in loads:
-            command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--prompt-tokens", "1024", "--spread", "0.1",
-                       "--output-tokens", "128", "--seconds", str(options.seconds), "--warm-up", str(options.warm_up), "--seed", "7", *load]
+        for number, load in enumerate(loads):
+            # A seed for each load, the same for all ways: an earlier load's prompts would be in the prefix caches.
+            command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--seconds", options.seconds,
+                       "--warm-up", options.warm_up, "--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens,
+                       "--spread", "0.1", "--seed", 7 + number, *load]
+            watch = serve_watch.Watch(processes, options.warm_up, options.seconds)
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 print(f"{way} {load}: {done.stderr}", flush=True)
                 continue
             row = json.loads(done.stdout)["loads"][0]
-            rows.append(row)
+            rows.append(row | {"processes": watch.told()})
             t, i, e = row["ttft_ms"], row["itl_ms"], row["e2e_ms"]
-            print(f"| {way} | {row['load']} | {row['requests_per_second']:.1f} | {t['p50']:.0f} / {t['p99']:.0f} | {i['p50']:.1f} / {i['p99']:.1f} "
-                  f"| {e['p50']:.0f} | {row['output_tokens_per_second']:.0f} | {row['shed'] + row['failed']} |", flush=True)
+            print(f"| {way} | {row['load']} | {row['requests_per_second']:.1f} | {t['p50']:.0f} / {t['p99']:.0f} | {i['p50']:.1f} / {i['p99']:.1f} / {i['p999']:.0f} "
+                  f"| {e['p50']:.0f} / {e['p99']:.0f} | {row['output_tokens_per_second']:.0f} | {row['shed'] + row['failed']} |", flush=True)
+            print("\n".join(serve_watch.words(watch.seen)), flush=True)
         return {"way": way, "loads": rows}
     finally:
         for process in running:
@@ -132,19 +142,24 @@ def main():
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--gpus", type=int, choices=WAYS, default=1)
     parser.add_argument("--flags", default="", help="further flags for every worker, in one string")
+    parser.add_argument("--prompt-tokens", default=1024, type=int)
+    parser.add_argument("--output-tokens", default=128, type=int)
+    parser.add_argument("--kv-heads", default=SHAPE["kv_heads"], type=int, help="fewer: the same model with less KV")
     parser.add_argument("--rates", default="17,20.8")
     parser.add_argument("--concurrency", default="256")
     parser.add_argument("--seconds", default=24.0, type=float)
     parser.add_argument("--warm-up", default=6.0, type=float)
-    parser.add_argument("--only", default="", help="ways whose name contains one of these, comma-separated")
+    parser.add_argument("--only", default="", help="ways whose name contains one of these, comma-separated, in this order")
     options = parser.parse_args()
+    SHAPE["kv_heads"] = options.kv_heads
+    wanted = [[w for w in WAYS[options.gpus] if part in w] for part in options.only.split(",")]
     loads = [["--rate", rate] for rate in options.rates.split(",")] + [["--concurrency", options.concurrency]]
     with tempfile.TemporaryDirectory() as folder:
         model = pathlib.Path(folder) / "llama-8b"
         make_model(model, options.tokenizer)
         print("model written", flush=True)
         seen = []
-        for way in (w for w in WAYS[options.gpus] if any(name in w for name in options.only.split(","))):
+        for way in dict.fromkeys(sum(wanted, [])):
             seen.append(one_way(options, model, way, loads))
             if options.out:
                 options.out.write_text(json.dumps(seen, indent=1))
