@@ -36,6 +36,7 @@ fn measured(args: BenchKvArgs) -> kv::KvBench {
         mib: args.mib,
         runs: args.runs.into(),
         rdma: args.rdma,
+        shm: args.shm,
         tls: args.cluster_tls.files(),
         devices: args.rdma_device,
     }

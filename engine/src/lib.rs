@@ -14,12 +14,14 @@ mod mapped;
 pub mod model;
 pub mod roofline;
 pub mod sampling;
+pub mod shared;
 pub mod sim;
 
 pub use batch::{Batch, Constraint, SampleRequest, Sampled, SamplingParams, Segment};
 pub use error::EngineError;
 pub use kv::layout::{KvDtype, KvLayout};
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// The memory that holds the KV pool, shared between the engine (writes it), the transport (moves it)
@@ -30,6 +32,11 @@ pub trait KvMemory: Send + Sync {
     /// Start address of the pool in host memory, if the pool lives there. The pool is
     /// `layout().total_bytes()` long and stays valid and unmoved for as long as this value lives.
     fn host_address(&self) -> Option<*mut u8>;
+    /// The file that the memory at `host_address` is a mapping of, from its beginning; other processes of this host may be
+    /// handed it to read. None where the memory is in no file.
+    fn shared_file(&self) -> Option<Arc<OwnedFd>> {
+        None
+    }
     /// CRC-32C of one block of one layer, as it stands in host memory now.
     fn checksum(&self, layer: usize, block: u32) -> u32;
     /// CRC-32C of one block of one layer, as close to where it was computed as the device can: what a push sends

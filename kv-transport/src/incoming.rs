@@ -20,11 +20,11 @@ const DISCARD_BYTES: usize = 64 << 10;
 const TAIL_BYTES: usize = HEADER_BYTES + MAX_FRAME_CELLS * CELL_BYTES;
 
 /// A cell of the frame being read.
-struct Arriving {
-    cell: usize,
-    place: Range<usize>,
-    checksum: u32,
-    take: bool,
+pub(crate) struct Arriving {
+    pub(crate) cell: usize,
+    pub(crate) place: Range<usize>,
+    pub(crate) checksum: u32,
+    pub(crate) take: bool,
 }
 
 /// How far a frame's payload was read.
@@ -39,12 +39,12 @@ struct Cursor {
 }
 
 /// What is done with a frame's payload.
-struct Plan {
-    landing: Arc<LandingShared>,
-    cells: Vec<Arriving>,
-    cell_bytes: usize,
+pub(crate) struct Plan {
+    pub(crate) landing: Arc<LandingShared>,
+    pub(crate) cells: Vec<Arriving>,
+    pub(crate) cell_bytes: usize,
     /// Cells to be sent again.
-    bad: u64,
+    pub(crate) bad: u64,
 }
 
 impl Connection {
@@ -71,9 +71,18 @@ impl Connection {
             return Ok(());
         }
         landing.check_time(Instant::now());
-        let mut plan = self.plan(landing, &descriptors, &header)?;
+        if header.payload_bytes as usize != descriptors.len() * landing.cell_bytes {
+            return Err(Close::Protocol("payload is not whole cells"));
+        }
+        let mut plan = self.plan(landing, &descriptors)?;
         let committed_before = plan.landing.phase() == LandingPhase::Committed;
         self.take_payload(&mut plan).await?;
+        self.answer_cells(&header, &plan, committed_before);
+        Ok(())
+    }
+
+    /// Answers a frame of cells that were taken.
+    pub(crate) fn answer_cells(&mut self, header: &Header, plan: &Plan, committed_before: bool) {
         match plan.landing.refusal() {
             Some(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
             None => self.reply(Kind::Ack, header.transfer, header.seq, plan.bad),
@@ -82,19 +91,15 @@ impl Connection {
             // The commit came before the last cell.
             self.reply(Kind::CommitAck, header.transfer, 0, 0);
         }
-        Ok(())
     }
 
-    fn plan(
+    /// Claims the cells of a frame.
+    pub(crate) fn plan(
         &self,
         landing: Arc<LandingShared>,
         descriptors: &[CellDescriptor],
-        header: &Header,
     ) -> Result<Plan, Close> {
         let cell_bytes = landing.cell_bytes;
-        if header.payload_bytes as usize != descriptors.len() * cell_bytes {
-            return Err(Close::Protocol("payload is not whole cells"));
-        }
         let placed: Option<Vec<_>> =
             descriptors.iter().map(|d| landing.place(&self.receiver, d.plane, d.index)).collect();
         let placed = placed.ok_or(Close::Protocol("a cell outside the ticket"))?;
@@ -263,6 +268,6 @@ impl Plan {
 }
 
 /// A mask of `count` cells.
-fn all(count: usize) -> u64 {
+pub(crate) fn all(count: usize) -> u64 {
     u64::MAX >> (64 - count.clamp(1, 64))
 }

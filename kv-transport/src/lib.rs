@@ -20,6 +20,7 @@
 compile_error!("a sabotaged transport is for showing that the checks catch it, never for a release build");
 
 mod bits;
+mod borrow;
 mod control;
 mod dial;
 pub mod error;
@@ -30,6 +31,7 @@ mod job;
 mod landing;
 mod landing_shared;
 pub mod landing_state;
+mod lend;
 mod link;
 pub mod mux;
 mod outgoing;

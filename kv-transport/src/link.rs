@@ -27,6 +27,8 @@ pub(crate) struct Link {
     lanes: watch::Sender<usize>,
     /// Why the peer is used over TCP although RDMA was wanted.
     why_tcp: Mutex<String>,
+    /// Whether the peer reads our memory.
+    pub(crate) is_lent: bool,
     inner: Mutex<Inner>,
 }
 
@@ -38,13 +40,14 @@ struct Inner {
 }
 
 impl Link {
-    pub(crate) fn new(counters: Arc<SenderCounters>, lanes: usize) -> Self {
+    pub(crate) fn new(counters: Arc<SenderCounters>, lanes: usize, is_lent: bool) -> Self {
         Self {
             counters,
             work: Notify::new(),
             stop: CancellationToken::new(),
             lanes: watch::Sender::new(lanes),
             why_tcp: Mutex::default(),
+            is_lent,
             inner: Mutex::default(),
         }
     }

@@ -4,11 +4,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::job::Job;
+use crate::job::{Job, QueuedCell};
 use crate::push::PushShared;
 use crate::socket::Socket;
 use crate::transport::Transport;
-use crate::wire::{ATTACH_BYTES, CELL_BYTES, CellDescriptor, Header, Kind};
+use crate::wire::{ATTACH_BYTES, CellDescriptor, Header, Kind, LENT_CELL_BYTES, LentCell};
 use bytes::BufMut;
 
 /// Bytes one system call sends at most.
@@ -26,16 +26,19 @@ pub(crate) struct Outgoing {
     places: Vec<Range<usize>>,
     sent: usize,
     total: usize,
+    /// Bytes of its cells.
+    pub(crate) bytes: u64,
+    way: Transport,
     /// Answers the receiver owes for it.
     pub(crate) answers: usize,
 }
 
 impl Outgoing {
     /// The frame of a job, behind an attach if this connection has not shown the ticket yet. Nothing when a cell
-    /// lies outside the source, which was checked when it was queued.
-    pub(crate) fn new(push: Arc<PushShared>, job: Job, attach: bool) -> Option<Self> {
+    /// lies outside the source, which was checked when it was queued. Cells are sent, or only named when the source is lent.
+    pub(crate) fn new(push: Arc<PushShared>, job: Job, attach: bool, is_lent: bool) -> Option<Self> {
         let transfer = push.ticket.transfer;
-        let (mut head, mut places, mut answers) = (Vec::new(), Vec::new(), 0);
+        let (mut head, mut places, mut answers, mut bytes) = (Vec::new(), Vec::new(), 0, 0);
         if attach {
             let mut body = Vec::with_capacity(ATTACH_BYTES);
             body.put_slice(&push.ticket.secret.0);
@@ -47,14 +50,21 @@ impl Outgoing {
         match job {
             Job::Attach => {}
             Job::Write { seq, cells } => {
-                let mut body = Vec::with_capacity(cells.len() * CELL_BYTES);
-                for cell in &cells {
-                    let place = push.place(cell.plane, cell.src_slot)?;
-                    CellDescriptor { plane: cell.plane, index: cell.index, checksum: cell.checksum }
-                        .put(&mut body);
-                    places.push(place);
+                let mut body = Vec::with_capacity(cells.len() * LENT_CELL_BYTES);
+                for queued in &cells {
+                    let place = push.place(queued.plane, queued.src_slot)?;
+                    bytes += place.len() as u64;
+                    let QueuedCell { plane, index, checksum, .. } = *queued;
+                    let cell = CellDescriptor { plane, index, checksum };
+                    if is_lent {
+                        LentCell { cell, offset: place.start as u64 }.put(&mut body);
+                    } else {
+                        cell.put(&mut body);
+                        places.push(place);
+                    }
                 }
-                let mut header = Header::bare(Kind::Write, transfer, seq, 0);
+                let kind = if is_lent { Kind::Lent } else { Kind::Write };
+                let mut header = Header::bare(kind, transfer, seq, 0);
                 header.count = u16::try_from(cells.len()).ok()?;
                 header.payload_bytes = u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
                 header.put_with_body(&body, &mut head);
@@ -69,17 +79,13 @@ impl Outgoing {
             }
         }
         let total = head.len() + places.iter().map(Range::len).sum::<usize>();
-        Some(Self { push, head, places, sent: 0, total, answers })
+        let way = if is_lent { Transport::Shm } else { Transport::Tcp };
+        Some(Self { push, head, places, sent: 0, total, bytes, way, answers })
     }
 
     /// Whether all of it is with the kernel.
     pub(crate) fn is_sent(&self) -> bool {
         self.sent == self.total
-    }
-
-    /// Bytes of its cells.
-    pub(crate) fn payload_bytes(&self) -> u64 {
-        self.places.iter().map(|place| place.len() as u64).sum()
     }
 
     /// Sends what the socket takes in one call; nothing when it takes none. Once the push is over the source is
@@ -96,8 +102,8 @@ impl Outgoing {
             }
         };
         self.sent += sent.unwrap_or(0);
-        if !self.places.is_empty() {
-            self.push.used.add(Transport::Tcp);
+        if self.bytes > 0 {
+            self.push.used.add(self.way);
         }
         Ok(sent)
     }

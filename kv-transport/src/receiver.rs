@@ -1,14 +1,15 @@
 //! The receiving side of a worker: reservations, the table of transfers, its connections' entry point.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use crate::borrow::Borrowed;
 use crate::error::{Refusal, ReserveError, TicketError};
 use crate::landing_shared::{LandingFacts, LandingShared};
 use crate::landing_state::{LandingEnd, LandingPhase};
@@ -46,6 +47,8 @@ pub struct ReceiverConfig {
     /// Only encrypted connections are taken, and only of peers whose certificate speaks for the worker that they say
     /// they are (default false).
     pub secure: bool,
+    /// Memory that a sender on this host lends is read instead of a connection (default true).
+    pub borrow: bool,
     /// Where this receiver can be reached, `host:port`, best first; goes into every ticket (default empty).
     pub endpoints: Vec<String>,
 }
@@ -63,6 +66,7 @@ impl Default for ReceiverConfig {
             fabric: None,
             require_rdma: false,
             secure: false,
+            borrow: true,
             endpoints: Vec::new(),
         }
     }
@@ -100,6 +104,8 @@ pub(crate) struct ReceiverShared {
     pub(crate) counters: ReceiverCounters,
     pub(crate) stop: CancellationToken,
     pub(crate) connections: AtomicUsize,
+    /// What senders lend now.
+    pub(crate) borrowed: Mutex<Vec<Weak<Borrowed>>>,
     generation: AtomicU64,
     table: Mutex<Table>,
 }
@@ -129,6 +135,7 @@ impl Receiver {
             counters: ReceiverCounters::default(),
             stop: CancellationToken::new(),
             connections: AtomicUsize::new(0),
+            borrowed: Mutex::default(),
             generation: AtomicU64::new(1),
             table: Mutex::default(),
         };
@@ -228,6 +235,7 @@ impl Receiver {
             discarded_bytes_total: counters.discarded_bytes.get(),
             duplicate_cells_total: counters.duplicate_cells.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),
+            shm_bytes_total: counters.shm_bytes.get(),
             queue_pairs_total: counters.queue_pairs.get(),
             queue_pairs_lost_total: counters.queue_pairs_lost.get(),
             checksum_failures_total: counters.checksum_failures.get(),

@@ -4,7 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -19,6 +19,7 @@ pub(crate) const MAX_PIECES: usize = 72;
 pub struct Region {
     base: NonNull<u8>,
     len: usize,
+    file: Option<Arc<OwnedFd>>,
     _keepalive: Arc<dyn Any + Send + Sync>,
 }
 
@@ -60,7 +61,23 @@ impl Region {
     /// to it; other bytes of the region are the owner's business.
     pub unsafe fn from_raw(base: *mut u8, len: usize, keepalive: Arc<dyn Any + Send + Sync>) -> Self {
         let (base, len) = NonNull::new(base).map_or((NonNull::dangling(), 0), |base| (base, len));
-        Self { base, len, _keepalive: keepalive }
+        Self { base, len, file: None, _keepalive: keepalive }
+    }
+
+    /// The file of which the memory is a mapping, from its beginning, sealed against shrinking: peers on this host may be
+    /// handed it to read.
+    #[must_use]
+    pub fn backed_by(self, file: Arc<OwnedFd>) -> Self {
+        Self { file: Some(file), ..self }
+    }
+
+    /// Whether peers on this host can be let read it.
+    pub fn is_shareable(&self) -> bool {
+        self.file.is_some()
+    }
+
+    pub(crate) fn file(&self) -> Option<Arc<OwnedFd>> {
+        self.file.clone()
     }
 
     /// Allocates page-aligned zeroed memory and registers it.
@@ -70,7 +87,7 @@ impl Region {
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(raw) else { handle_alloc_error(layout) };
         let len = len.min(layout.size());
-        Self { base, len, _keepalive: Arc::new(Pages { base, layout }) }
+        Self { base, len, file: None, _keepalive: Arc::new(Pages { base, layout }) }
     }
 
     /// Length in bytes.
@@ -117,6 +134,17 @@ impl Region {
         let at = self.at(&(offset..offset.saturating_add(bytes.len())))?;
         // SAFETY: in bounds and alive; `bytes` is an ordinary slice and nobody holds references into the region.
         unsafe { std::ptr::copy(bytes.as_ptr(), at, bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies `len` bytes at `from` to `offset`.
+    ///
+    /// # Safety
+    /// `from` must be valid for reads of `len` bytes, which may change meanwhile, and not overlap the region.
+    pub(crate) unsafe fn copy_from(&self, offset: usize, from: *const u8, len: usize) -> io::Result<()> {
+        let at = self.at(&(offset..offset.saturating_add(len)))?;
+        // SAFETY: in bounds and alive; the rest is the caller's word.
+        unsafe { std::ptr::copy_nonoverlapping(from, at, len) };
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::dial::{Unreached, dial};
 use crate::error::PushError;
+use crate::lend::Lender;
 use crate::link::Link;
 use crate::push::{Push, PushShared};
 use crate::push_state::{FrameBounds, PushPhase, PushState};
@@ -47,6 +48,8 @@ pub struct SenderConfig {
     pub require_rdma: bool,
     /// A peer that had to be used over TCP is offered a queue pair again after this long (default 5 s).
     pub rdma_retry: Duration,
+    /// Peers on this host are let read our region, if it is shareable, unless RDMA is required (default true).
+    pub lend: bool,
     /// Encrypts connections, and shows each side who the other one is (default: plain connections). Cells written by
     /// RDMA are not encrypted by it.
     pub secure: Option<Arc<dyn Secure>>,
@@ -66,6 +69,7 @@ impl Default for SenderConfig {
             fabric: None,
             require_rdma: false,
             rdma_retry: Duration::from_secs(5),
+            lend: true,
             secure: None,
         }
     }
@@ -85,6 +89,8 @@ struct Shared {
     config: SenderConfig,
     counters: Arc<SenderCounters>,
     peers: Mutex<HashMap<Identity, Arc<Peer>>>,
+    /// Hands out the region's file, from the first peer on this host on; nothing where that cannot be.
+    lender: OnceLock<Option<Lender>>,
 }
 
 /// One peer; the lock is held while connecting, so that others wait for the outcome.
@@ -104,7 +110,15 @@ impl Sender {
     pub fn new(identity: Identity, region: Region, grid: Grid, config: SenderConfig) -> Self {
         let counters = Arc::default();
         Self {
-            shared: Arc::new(Shared { identity, region, grid, config, counters, peers: Mutex::default() }),
+            shared: Arc::new(Shared {
+                identity,
+                region,
+                grid,
+                config,
+                counters,
+                peers: Mutex::default(),
+                lender: OnceLock::new(),
+            }),
         }
     }
 
@@ -169,6 +183,8 @@ impl Sender {
             refetched_cells_total: counters.refetched_cells.get(),
             connects_total: counters.connects.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),
+            shm_bytes_total: counters.shm_bytes.get(),
+            shm_peers: links.iter().filter(|link| link.is_lent).count(),
             rdma_peers: links.iter().filter(|link| link.has_lanes()).count(),
             queue_pairs_total: counters.queue_pairs.get(),
             fallbacks_total: std::array::from_fn(|at| {
@@ -246,7 +262,14 @@ impl Shared {
             let connects = (0..self.config.streams.max(self.lanes()).max(1))
                 .map(|_| dial(endpoint, &self.identity, &ticket.receiver, self.config.secure.as_deref()));
             match timeout_at(until, futures::future::try_join_all(connects)).await {
-                Ok(Ok(sockets)) => return Ok(self.start(sockets)),
+                Ok(Ok(mut sockets)) => {
+                    let lent = timeout_at(until, self.lend(&mut sockets)).await;
+                    match lent {
+                        Ok(Ok(is_lent)) => return Ok(self.start(sockets, is_lent)),
+                        Ok(Err(error)) => reason = format!("{endpoint}: lending it our memory: {error}"),
+                        Err(_) => reason = format!("{endpoint}: no answer about shared memory in time"),
+                    }
+                }
                 Ok(Err(Unreached::Refused(refusal))) => return Err(PushError::Refused(refusal)),
                 Ok(Err(Unreached::Io(error))) => reason = format!("{endpoint}: {error}"),
                 Err(_) => reason = format!("{endpoint}: no answer in time"),
@@ -255,12 +278,34 @@ impl Shared {
         Err(PushError::Connect { endpoints: ticket.endpoints.join(", "), reason })
     }
 
-    fn start(&self, sockets: Vec<Socket>) -> Arc<Link> {
-        let link = Arc::new(Link::new(self.counters.clone(), self.lanes()));
+    /// Lets a peer on this host read our memory; false where it is elsewhere or cannot.
+    async fn lend(&self, sockets: &mut [Socket]) -> std::io::Result<bool> {
+        let wanted = self.config.lend && !self.config.require_rdma && sockets.iter().all(Socket::is_local);
+        let Some(file) = self.region.file().filter(|_| wanted) else { return Ok(false) };
+        let start = || match Lender::start(file, self.region.len()) {
+            Ok(lender) => Some(lender),
+            Err(error) => {
+                tracing::info!(%error, "no shared memory with peers on this host");
+                None
+            }
+        };
+        let Some(lender) = self.lender.get_or_init(start) else { return Ok(false) };
+        for socket in sockets {
+            if !lender.offer(socket).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn start(&self, sockets: Vec<Socket>, is_lent: bool) -> Arc<Link> {
+        // Reading our memory beats every other way.
+        let lanes = if is_lent { 0 } else { self.lanes() };
+        let link = Arc::new(Link::new(self.counters.clone(), lanes, is_lent));
         let limits = Limits { progress: self.config.progress_timeout, idle: self.config.idle_timeout };
         for (rail, socket) in sockets.into_iter().enumerate() {
             self.counters.connects.add(1);
-            let lane = self.config.fabric.clone().filter(|_| rail < self.lanes()).map(|fabric| {
+            let lane = self.config.fabric.clone().filter(|_| rail < lanes).map(|fabric| {
                 let SenderConfig { require_rdma: required, rdma_retry: retry, .. } = self.config;
                 let patience = self.config.connect_timeout;
                 Lane::new(LaneConfig { fabric, rail, required, retry, patience }, link.clone())

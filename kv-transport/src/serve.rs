@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::Identity;
+use crate::borrow::Borrowed;
 use crate::error::Refusal;
 use crate::landing_shared::{LandingShared, Notice};
 use crate::landing_state::LandingEnd;
@@ -62,6 +63,8 @@ pub(crate) struct Connection {
     pub(crate) attached: Attached,
     /// A queue pair beside the connection.
     pub(crate) lane: Option<Lane>,
+    /// The sender's memory, when it is lent.
+    pub(crate) borrowed: Option<Arc<Borrowed>>,
     /// Commits, by transfer and frame, that are not answered yet.
     pub(crate) commits: Vec<(u128, u32)>,
     pub(crate) fairness: Fairness,
@@ -93,6 +96,7 @@ pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: Socket) {
         outbox: Outbox::default(),
         attached: Attached::new(),
         lane: None,
+        borrowed: None,
         commits: Vec::new(),
         fairness: Fairness::default(),
         discard: Box::default(),
@@ -140,6 +144,8 @@ impl Connection {
                 Kind::Commit => self.commit_frame(header).await?,
                 Kind::Abort => self.abort_frame(header).await?,
                 Kind::Offer => self.offer_frame(header).await?,
+                Kind::Lend => self.lend_frame(header).await?,
+                Kind::Lent => self.lent_frame(header).await?,
                 Kind::Fallen => self.fallen_frame(header),
                 Kind::Quiet => self.quiet_frame(header),
                 _ => return Err(Close::Protocol("a reply from a sender")),

@@ -78,6 +78,12 @@ impl Socket {
         self.session.is_some()
     }
 
+    /// Whether both ends have the same address, so that the peer runs on this host.
+    pub(crate) fn is_local(&self) -> bool {
+        let ends = (self.stream.local_addr(), self.stream.peer_addr());
+        matches!(ends, (Ok(ours), Ok(theirs)) if ours.ip() == theirs.ip())
+    }
+
     /// Whether the peer showed a certificate.
     pub(crate) fn has_certificate(&self) -> bool {
         self.speaks_for.is_some()

@@ -25,6 +25,7 @@ pub(crate) struct ReceiverCounters {
     pub(crate) voided: [Counter; LandingEnd::ALL.len()],
     pub(crate) bytes: Counter,
     pub(crate) rdma_bytes: Counter,
+    pub(crate) shm_bytes: Counter,
     pub(crate) queue_pairs: Counter,
     pub(crate) queue_pairs_lost: Counter,
     /// Times that queue pairs were to be broken on purpose.
@@ -68,6 +69,8 @@ pub struct ReceiverStats {
     pub bytes_total: u64,
     /// Of these, bytes written by RDMA.
     pub rdma_bytes_total: u64,
+    /// Of these, bytes copied from memory that a sender on this host lent.
+    pub shm_bytes_total: u64,
     /// Queue pairs connected.
     pub queue_pairs_total: u64,
     /// Queue pairs that broke.
@@ -106,6 +109,7 @@ pub(crate) struct SenderCounters {
     pub(crate) refetched_cells: Counter,
     pub(crate) connects: Counter,
     pub(crate) rdma_bytes: Counter,
+    pub(crate) shm_bytes: Counter,
     pub(crate) queue_pairs: Counter,
     /// Times that queue pairs were to be broken on purpose.
     pub(crate) breaks: Counter,
@@ -131,8 +135,12 @@ pub struct SenderStats {
     pub connects_total: u64,
     /// Of the bytes, those written by RDMA.
     pub rdma_bytes_total: u64,
-    /// Peers reached now over RDMA; the others of `peers` over TCP.
+    /// Of the bytes, those that lay in lent memory.
+    pub shm_bytes_total: u64,
+    /// Peers reached now over RDMA; those in neither count, of `peers`, over TCP.
     pub rdma_peers: usize,
+    /// Peers on this host that read our memory.
+    pub shm_peers: usize,
     /// Queue pairs connected.
     pub queue_pairs_total: u64,
     /// Times that a peer was used over TCP although RDMA was wanted, by reason.

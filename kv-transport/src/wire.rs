@@ -8,6 +8,9 @@
 //! A connection may carry a queue pair beside it ([`Kind::Offer`], [`Kind::Answer`]). Then a transfer that is
 //! attached gets a key ([`Kind::Granted`]), its cells are written by RDMA, and [`Kind::Placed`], sent behind them on
 //! the same queue pair, stands in for the write; everything else stays on the connection.
+//!
+//! A sender whose memory the receiver can map, being on the same host, says so once ([`Kind::Lend`], [`Kind::Borrowed`]); then
+//! [`Kind::Lent`] says where cells lie, and the receiver copies them.
 
 use bytes::{Buf, BufMut};
 
@@ -17,11 +20,13 @@ use crate::error::Refusal;
 /// First bytes of every connection. No HTTP or TLS client begins with the first one.
 pub const MAGIC: [u8; 8] = *b"\xF7TDMKV\r\n";
 /// Version of everything in this file.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 48;
 /// Bytes of one cell descriptor in the body of a write.
 pub const CELL_BYTES: usize = 12;
+/// Bytes of one cell of lent memory in the body of a [`Kind::Lent`].
+pub const LENT_CELL_BYTES: usize = CELL_BYTES + 8;
 /// Most cells in one write.
 pub const MAX_FRAME_CELLS: usize = 64;
 /// Most payload bytes in one write of more than one cell.
@@ -59,6 +64,10 @@ pub enum Kind {
     Fallen = 7,
     /// Sender, on the queue pair: the cells the body describes were written before this.
     Placed = 8,
+    /// Sender: its memory may be read; the body says how to get at it. Answered by [`Kind::Borrowed`].
+    Lend = 9,
+    /// Sender: cells that lie in the memory it lent, which must not be read once the transfer is over.
+    Lent = 10,
     /// Receiver: the attach was accepted.
     Attached = 17,
     /// Receiver: write `seq` was taken; bit `i` of `arg` set means its cell `i` must be sent again.
@@ -74,6 +83,8 @@ pub enum Kind {
     /// Receiver: its queue pair is gone, and everything that arrived before was answered; nothing of it can be
     /// written any more.
     Down = 23,
+    /// Receiver: lent memory will be read when `arg` is 0, else it cannot be.
+    Borrowed = 24,
 }
 
 impl Kind {
@@ -87,6 +98,8 @@ impl Kind {
             6 => Self::Quiet,
             7 => Self::Fallen,
             8 => Self::Placed,
+            9 => Self::Lend,
+            10 => Self::Lent,
             17 => Self::Attached,
             18 => Self::Ack,
             19 => Self::CommitAck,
@@ -94,6 +107,7 @@ impl Kind {
             21 => Self::Answer,
             22 => Self::Granted,
             23 => Self::Down,
+            24 => Self::Borrowed,
             _ => return None,
         })
     }
@@ -188,7 +202,11 @@ impl Header {
             }
             Kind::Commit => body <= MAX_COMMIT_BYTES && payload == 0,
             Kind::Abort => body <= MAX_REASON_BYTES && payload == 0,
-            Kind::Offer => body <= MAX_OFFER_BYTES && payload == 0,
+            Kind::Offer | Kind::Lend => body <= MAX_OFFER_BYTES && payload == 0,
+            Kind::Lent => {
+                let count = usize::from(self.count);
+                (1..=MAX_FRAME_CELLS).contains(&count) && body == count * LENT_CELL_BYTES && payload == 0
+            }
             Kind::Placed => {
                 let count = usize::from(self.count);
                 (1..=MAX_FRAME_CELLS).contains(&count) && body == count * CELL_BYTES && payload == 0
@@ -201,6 +219,7 @@ impl Header {
             | Kind::CommitAck
             | Kind::Refused
             | Kind::Granted
+            | Kind::Borrowed
             | Kind::Down => body == 0 && payload == 0,
         }
     }
@@ -234,6 +253,62 @@ impl CellDescriptor {
                 checksum: body.get_u32_le(),
             })
         })
+    }
+}
+
+/// A cell and where it lies in lent memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LentCell {
+    /// The cell.
+    pub cell: CellDescriptor,
+    /// Byte of the lent memory at which it begins.
+    pub offset: u64,
+}
+
+impl LentCell {
+    /// Appends it.
+    pub fn put(&self, out: &mut Vec<u8>) {
+        self.cell.put(out);
+        out.put_u64_le(self.offset);
+    }
+
+    /// Reads all of a body.
+    pub fn parse_all(body: &[u8]) -> impl Iterator<Item = Self> {
+        body.chunks_exact(LENT_CELL_BYTES).filter_map(|mut bytes| {
+            let cell = CellDescriptor::parse_all(bytes.get(..CELL_BYTES)?).next()?;
+            bytes.advance(CELL_BYTES);
+            Some(Self { cell, offset: bytes.get_u64_le() })
+        })
+    }
+}
+
+/// How to get at memory that is lent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lend {
+    /// To be shown when fetching it.
+    pub key: [u8; 16],
+    /// Its size.
+    pub bytes: u64,
+    /// Of the socket, in the abstract namespace, where it is fetched.
+    pub name: String,
+}
+
+impl Lend {
+    /// Its body; nothing when the name is too long.
+    pub fn encode(&self) -> Option<Vec<u8>> {
+        let mut out = self.key.to_vec();
+        out.put_u64_le(self.bytes);
+        put_name(&self.name, &mut out)?;
+        Some(out)
+    }
+
+    /// Reads a body.
+    pub fn parse(mut body: &[u8]) -> Option<Self> {
+        let (key, rest) = body.split_first_chunk::<16>()?;
+        body = rest;
+        let bytes = body.try_get_u64_le().ok()?;
+        let name = take_name(&mut body)?;
+        body.is_empty().then_some(Self { key: *key, bytes, name })
     }
 }
 

@@ -118,8 +118,10 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         m.counter("tandem_kv_refetched_cells_total", "Cells sent again because of a bad checksum.");
     let connects = m.counter("tandem_kv_connects_total", "KV connections made.");
     let rdma = m.counter("tandem_kv_rdma_sent_bytes_total", "Of the KV bytes sent, those written by RDMA.");
+    let help = "Of the KV bytes sent, those that a peer on this host copied from our memory.";
+    let shm = m.counter("tandem_kv_shm_sent_bytes_total", help);
     let help = "Peers with warm connections, by the way that KV takes to them.";
-    let peers_by = m.gauges("tandem_kv_peers", help, "transport", &["rdma", "tcp"]);
+    let peers_by = m.gauges("tandem_kv_peers", help, "transport", &["rdma", "shm", "tcp"]);
     let help = "Times that a peer was used over TCP although RDMA was wanted.";
     let fallbacks =
         m.counters("tandem_kv_fallbacks_total", help, "reason", &Fallback::ALL.map(Fallback::name));
@@ -132,6 +134,8 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
             connects_total,
             rdma_bytes_total,
             rdma_peers,
+            shm_bytes_total,
+            shm_peers,
             peers,
             fallbacks_total,
             ..
@@ -143,7 +147,10 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         connects.absolute(connects_total);
         rdma.absolute(rdma_bytes_total);
         peers_by.of("rdma").set(rdma_peers as f64);
-        peers_by.of("tcp").set((peers - rdma_peers) as f64);
+        shm.absolute(shm_bytes_total);
+        peers_by.of("shm").set(shm_peers as f64);
+        // The counts are taken one after the other: links come and go meanwhile.
+        peers_by.of("tcp").set(peers.saturating_sub(rdma_peers + shm_peers) as f64);
         for (why, total) in fallbacks_total {
             fallbacks.of(why.name()).absolute(total);
         }

@@ -21,5 +21,9 @@ pub fn region(kv: &Arc<dyn KvMemory>) -> Option<Region> {
     let keepalive: Arc<dyn std::any::Any + Send + Sync> = Arc::new(Arc::clone(kv));
     // SAFETY: `host_address` promises `total_bytes` valid, unmoved bytes while the `KvMemory` lives, and
     // the region holds a reference to it.
-    Some(unsafe { Region::from_raw(start, kv.layout().total_bytes(), keepalive) })
+    let region = unsafe { Region::from_raw(start, kv.layout().total_bytes(), keepalive) };
+    Some(match kv.shared_file() {
+        Some(file) => region.backed_by(file),
+        None => region,
+    })
 }

@@ -13,7 +13,7 @@ use crate::secure::KvSecure;
 /// What an operator wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TransportChoice {
-    /// RDMA where this machine has it, else TCP.
+    /// Shared memory with peers on this host, RDMA where this machine has it, else TCP.
     #[default]
     Auto,
     /// Only TCP.
@@ -40,6 +40,10 @@ pub struct TransportConfig {
 pub struct Ways {
     fabric: Option<Arc<Fabric>>,
     require_rdma: bool,
+    /// Memory is shared with peers on this host.
+    shares: bool,
+    /// The pool can be shared.
+    is_shareable: bool,
     tls: Option<ClusterFiles>,
 }
 
@@ -48,13 +52,16 @@ impl TransportConfig {
     /// With certificates KV over TCP is encrypted, and RDMA, which is not, is used only where that was allowed.
     pub fn open(&self, region: &Region, tls: Option<&ClusterFiles>) -> Result<Ways, FabricError> {
         let required = self.require_rdma || self.choice == TransportChoice::Rdma;
-        let tls = tls.cloned();
+        let (is_secure, tls) = (tls.is_some(), tls.cloned());
+        let (shares, is_shareable) =
+            (self.choice == TransportChoice::Auto && !required, region.is_shareable());
+        let ways = |fabric, require_rdma| Ways { fabric, require_rdma, shares, is_shareable, tls };
         if self.choice == TransportChoice::Tcp {
-            return Ok(Ways { fabric: None, require_rdma: false, tls });
+            return Ok(ways(None, false));
         }
-        if tls.is_some() && !self.plain_rdma && !required {
+        if is_secure && !self.plain_rdma && !required {
             tracing::info!("KV goes over TCP, encrypted; RDMA is not, and --allow-plain-rdma was not given");
-            return Ok(Ways { fabric: None, require_rdma: false, tls });
+            return Ok(ways(None, false));
         }
         let fabric = match Fabric::open(&FabricConfig { devices: self.devices.clone() }, region) {
             Ok(fabric) => {
@@ -72,10 +79,10 @@ impl TransportConfig {
                 None
             }
         };
-        if tls.is_some() && fabric.is_some() {
+        if is_secure && fabric.is_some() {
             tracing::warn!("KV over RDMA is not encrypted; only its set-up is authenticated");
         }
-        Ok(Ways { fabric, require_rdma: self.require_rdma, tls })
+        Ok(ways(fabric, self.require_rdma))
     }
 }
 
@@ -85,7 +92,7 @@ impl Ways {
         let usable = |way: &Transport| match way {
             Transport::Rdma => self.fabric.is_some(),
             Transport::Tcp => !self.require_rdma,
-            Transport::Shm => false,
+            Transport::Shm => self.shares && self.is_shareable,
         };
         Transport::ALL.iter().filter(|way| usable(way)).map(|way| way.name().to_owned()).collect()
     }
@@ -93,12 +100,13 @@ impl Ways {
     /// Makes a sender use them.
     pub fn sender(&self, config: SenderConfig) -> SenderConfig {
         let secure = self.tls.clone().map(|files| Arc::new(KvSecure(files)) as Arc<dyn Secure>);
-        SenderConfig { fabric: self.fabric.clone(), require_rdma: self.require_rdma, secure, ..config }
+        let (fabric, require_rdma) = (self.fabric.clone(), self.require_rdma);
+        SenderConfig { fabric, require_rdma, lend: self.shares, secure, ..config }
     }
 
     /// Makes a receiver use them.
     pub fn receiver(&self, config: ReceiverConfig) -> ReceiverConfig {
         let (require_rdma, secure) = (self.require_rdma, self.tls.is_some());
-        ReceiverConfig { fabric: self.fabric.clone(), require_rdma, secure, ..config }
+        ReceiverConfig { fabric: self.fabric.clone(), require_rdma, secure, borrow: self.shares, ..config }
     }
 }

@@ -51,6 +51,9 @@ pub struct BenchKvArgs {
     /// Over RDMA, and nothing else
     #[arg(long)]
     pub rdma: bool,
+    /// Through shared memory; both sides on this host
+    #[arg(long, conflicts_with = "rdma")]
+    pub shm: bool,
     /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
     #[arg(long, value_delimiter = ',')]
     pub rdma_device: Vec<DeviceSelector>,

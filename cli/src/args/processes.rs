@@ -14,7 +14,7 @@ use crate::trace::TraceArgs;
 /// Which ways KV takes from worker to worker.
 #[derive(Debug, Clone, Args)]
 pub struct TransportArgs {
-    /// The best way that both sides have (auto), only TCP, or RDMA or not at all on this machine
+    /// The best way that both sides have (auto), only TCP, or only RDMA
     #[arg(long, value_enum, default_value_t = TransportKind::Auto)]
     pub transport: TransportKind,
     /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
@@ -31,7 +31,7 @@ pub struct TransportArgs {
 /// Ways for KV.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TransportKind {
-    /// RDMA where both sides have it, else TCP
+    /// Shared memory between workers on one host; else RDMA where both sides have it; else TCP
     Auto,
     /// Only TCP
     Tcp,

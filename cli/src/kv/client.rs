@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
+use engine::shared::SharedMemory;
 use kv_transport::{Cell, Grid, Identity, Region, Secure, Sender, SenderConfig};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpStream;
@@ -63,6 +64,17 @@ pub(super) async fn run(bench: &KvBench) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// The pushed memory.
+fn memory(bytes: usize, shared: bool) -> anyhow::Result<Region> {
+    if !shared {
+        return Ok(Region::zeroed(bytes));
+    }
+    let memory = SharedMemory::new(bytes).context("--shm")?;
+    let (start, file) = (memory.as_ptr(), memory.file());
+    // SAFETY: mapped for as long as the region keeps it; nobody else writes it.
+    Ok(unsafe { Region::from_raw(start, bytes, Arc::new(memory)) }.backed_by(file))
+}
+
 async fn child(bench: &KvBench) -> anyhow::Result<(Child, String)> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench", "kv", "--with-parent", "--serve", &CHILD_ADDRESS.to_string()]);
@@ -87,7 +99,7 @@ async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result
     }
     let slots = u32::try_from(total / u64::from(block))?;
     let bytes = u64::from(slots) * u64::from(block);
-    let region = Region::zeroed(usize::try_from(bytes)?);
+    let region = memory(usize::try_from(bytes)?, bench.shm)?;
     // Not all zeros: pages must be real ones.
     for at in (0..bytes).step_by(4096) {
         region.copy_in(usize::try_from(at)?, &at.to_le_bytes())?;
@@ -130,6 +142,9 @@ async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result
             rates.push(bytes as f64 / seconds / 1e9);
             cpu.push((after - before) / (bytes as f64 / 1e9));
         }
+    }
+    if bench.shm && transport != "shm" {
+        bail!("--shm: the far side did not map our memory; is it on this host, and of the same user?");
     }
     let mut times = Vec::new();
     for _ in 0..LATENCIES {

@@ -31,6 +31,8 @@ pub struct KvBench {
     pub runs: usize,
     /// Whether RDMA is used; then it is required.
     pub rdma: bool,
+    /// Whether memory is shared; then the far side must be on this host.
+    pub shm: bool,
     /// RDMA devices.
     pub devices: Vec<DeviceSelector>,
     /// Certificates, for encrypted connections; those of both sides speak for any worker.

@@ -1,29 +1,44 @@
-//! Page-aligned anonymous memory: the KV pool and the packed weights.
+//! Page-aligned memory: the KV pool and the packed weights.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
+use crate::shared::SharedMemory;
 use crate::{EngineError, KvLayout, KvMemory};
 
 /// Zeroed memory, page aligned, in huge pages where the kernel gives them. Physical pages come on first
 /// touch.
 pub(crate) struct Region {
     map: MmapMut,
+    file: Option<Arc<OwnedFd>>,
 }
 
 impl Region {
     pub(crate) fn new(bytes: usize, what: &str) -> Result<Self, EngineError> {
-        let available = available_bytes();
-        if available.is_some_and(|available| bytes > available) {
-            let available = available.unwrap_or_default();
-            return Err(EngineError::OutOfMemory(format!(
-                "{what} needs {bytes} bytes, {available} are available"
-            )));
-        }
+        check_available(bytes, what)?;
         let map = MmapOptions::new().len(bytes.max(1)).map_anon();
         let map = map.map_err(|e| EngineError::OutOfMemory(format!("{what}, {bytes} bytes: {e}")))?;
+        Ok(Self::of(map, None))
+    }
+
+    /// Memory that other processes of this host can be let read, where the kernel has such.
+    pub(crate) fn shareable(bytes: usize, what: &str) -> Result<Self, EngineError> {
+        check_available(bytes, what)?;
+        match SharedMemory::new(bytes) {
+            Ok(SharedMemory { map, file }) => Ok(Self::of(map, Some(file))),
+            Err(error) => {
+                tracing::info!(%error, "{what} cannot be shared with other processes");
+                Self::new(bytes, what)
+            }
+        }
+    }
+
+    fn of(map: MmapMut, file: Option<Arc<OwnedFd>>) -> Self {
         // Only speed depends on it.
         let _ = map.advise(Advice::HugePage);
-        Ok(Self { map })
+        Self { map, file }
     }
 
     pub(crate) fn as_ptr(&self) -> *mut u8 {
@@ -32,6 +47,15 @@ impl Region {
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.map
+    }
+}
+
+fn check_available(bytes: usize, what: &str) -> Result<(), EngineError> {
+    match available_bytes() {
+        Some(available) if bytes > available => {
+            Err(EngineError::OutOfMemory(format!("{what} needs {bytes} bytes, {available} are available")))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -60,7 +84,7 @@ impl KvRegion {
         let bytes = bytes.filter(|&n| n > 0 && n <= isize::MAX as usize).ok_or_else(|| {
             EngineError::OutOfMemory(format!("a KV pool of {layout:?} is empty or larger than memory"))
         })?;
-        Ok(Self { layout, region: Region::new(bytes, "the KV pool")? })
+        Ok(Self { layout, region: Region::shareable(bytes, "the KV pool")? })
     }
 
     /// Start of a block of a layer: `block_bytes()` valid bytes.
@@ -89,6 +113,10 @@ impl KvMemory for KvRegion {
 
     fn host_address(&self) -> Option<*mut u8> {
         Some(self.region.as_ptr())
+    }
+
+    fn shared_file(&self) -> Option<Arc<OwnedFd>> {
+        self.region.file.clone()
     }
 
     fn checksum(&self, layer: usize, block: u32) -> u32 {

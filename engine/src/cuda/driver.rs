@@ -4,11 +4,13 @@
 //! (`Device::enter`); memory may be dropped by any thread.
 
 use std::ffi::{CString, c_void};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use cudarc::driver::{DriverError, result, sys};
 
 use crate::EngineError;
+use crate::shared::SharedMemory;
 
 /// A failed call, in words.
 pub(super) fn failed(what: &str) -> impl Fn(DriverError) -> EngineError {
@@ -217,9 +219,37 @@ pub(super) struct Pinned {
     pub(super) at: *mut u8,
     pub(super) bytes: usize,
     device: Arc<Device>,
+    /// What it is a mapping of, when other processes may read it.
+    shared: Option<SharedMemory>,
 }
 
 impl Pinned {
+    /// Memory that other processes of this host can be let read, where the kernel has such.
+    pub(super) fn shareable(device: &Arc<Device>, bytes: usize, what: &str) -> Result<Self, EngineError> {
+        let bytes = bytes.max(16);
+        let registered = SharedMemory::new(bytes).map_err(|e| e.to_string()).and_then(|shared| {
+            shared.populate();
+            let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+            // SAFETY: `bytes` mapped bytes, unregistered on drop before they are unmapped.
+            let done = unsafe { sys::cuMemHostRegister_v2(shared.as_ptr().cast(), bytes, flags) };
+            done.result().map(|()| shared).map_err(|e| format!("{e:?}"))
+        });
+        match registered {
+            Ok(shared) => {
+                Ok(Self { at: shared.as_ptr(), bytes, device: Arc::clone(device), shared: Some(shared) })
+            }
+            Err(error) => {
+                tracing::info!(error, "{what} cannot be shared with other processes");
+                Self::new(device, bytes, what)
+            }
+        }
+    }
+
+    /// Its file, when other processes may read it.
+    pub(super) fn file(&self) -> Option<Arc<OwnedFd>> {
+        self.shared.as_ref().map(SharedMemory::file)
+    }
+
     pub(super) fn new(device: &Arc<Device>, bytes: usize, what: &str) -> Result<Self, EngineError> {
         let bytes = bytes.max(16);
         // Not write-combined: the transport and the checksums read it. Usable from every context.
@@ -230,7 +260,7 @@ impl Pinned {
         })?;
         // SAFETY: `bytes` bytes were allocated.
         unsafe { std::ptr::write_bytes(at.cast::<u8>(), 0, bytes) };
-        Ok(Self { at: at.cast(), bytes, device: Arc::clone(device) })
+        Ok(Self { at: at.cast(), bytes, device: Arc::clone(device), shared: None })
     }
 
     /// The same memory as the device addresses it (unified addressing: the same number).
@@ -256,6 +286,11 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let _ = self.device.enter();
+        if self.shared.is_some() {
+            // SAFETY: registered in `shareable`, still mapped.
+            let _ = unsafe { sys::cuMemHostUnregister(self.at.cast()) };
+            return;
+        }
         // SAFETY: allocated in `new`.
         let _ = unsafe { result::free_host(self.at.cast()) };
     }

@@ -1,5 +1,6 @@
 //! The KV pool on the device, and its host side that transports read and write.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -44,7 +45,7 @@ impl DevicePool {
         })?;
         let cells = layout.layers * layout.blocks;
         let host = || -> Result<HostSide, EngineError> {
-            let memory = Pinned::new(device, bytes, "the KV pool's host side")?;
+            let memory = Pinned::shareable(device, bytes, "the KV pool's host side")?;
             Ok(HostSide { memory, sums: Pinned::new(device, cells * 4, "the KV pool's checksums")? })
         };
         Ok(Arc::new(Self {
@@ -142,6 +143,10 @@ impl KvMemory for DevicePool {
 
     fn host_address(&self) -> Option<*mut u8> {
         self.host.as_ref().map(|host| host.memory.at)
+    }
+
+    fn shared_file(&self) -> Option<Arc<OwnedFd>> {
+        self.host.as_ref()?.memory.file()
     }
 
     fn checksum(&self, layer: usize, block: u32) -> u32 {

@@ -81,6 +81,23 @@ pub struct Setup {
     pub endpoint: Option<String>,
     /// Which sides have RDMA: sender, receiver.
     pub rdma: (bool, bool),
+    /// The sender's region can be lent.
+    pub shared: bool,
+}
+
+/// Memory in a sealed file, as an engine makes it.
+pub fn shared_region(bytes: usize) -> Region {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create(c"test", flags).unwrap();
+    rustix::fs::ftruncate(&file, bytes as u64).unwrap();
+    // SAFETY: nobody else has the file, and its seals forbid to shrink it.
+    let map = unsafe { memmap2::MmapMut::map_mut(&file) }.unwrap();
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE)
+        .unwrap();
+    let base = map.as_ptr().cast_mut();
+    // SAFETY: the mapping is kept by the region.
+    unsafe { Region::from_raw(base, bytes, Arc::new(map)) }.backed_by(Arc::new(file))
 }
 
 /// Every RDMA device here, with a region.
@@ -97,6 +114,7 @@ impl Setup {
             sender: SenderConfig::default(),
             endpoint: None,
             rdma: (false, false),
+            shared: false,
         }
     }
 
@@ -108,7 +126,8 @@ impl Setup {
     pub fn start_on(mut self, listener: TcpListener) -> Pair {
         let grid = self.grid;
         let bytes = (u64::from(grid.planes) * grid.plane_stride) as usize;
-        let (source, target) = (Region::zeroed(bytes), Region::zeroed(bytes));
+        let source = if self.shared { shared_region(bytes) } else { Region::zeroed(bytes) };
+        let target = Region::zeroed(bytes);
         let mut random = vec![0; bytes];
         StdRng::seed_from_u64(7).fill_bytes(&mut random);
         source.copy_in(0, &random).unwrap();
