@@ -70,7 +70,7 @@ fn real_model_equals_the_reference() {
             Some(at) => assert!(margins[at] < CLEAR_MARGIN, "{id} differs at {at}, margin {}", margins[at]),
             None => assert!(got.len() >= expected.len(), "{id} ended early"),
         }
-        assert_eq!(output["kv"]["transport"], "tcp", "{output}");
+        assert_eq!(output["kv"]["transport"], "shm", "{output}");
     }
     assert_eq!(outputs[0]["text"], "The capital of France is Paris.");
     assert_eq!(outputs[0]["finish_reason"], "stop");

@@ -64,9 +64,11 @@ class Cluster:
         common = ["--model", self.model, "--etcd", self.endpoints(), "--listen", self.at(name)]
         if name in self.routers:
             return self.spawn(name, [self.tandem, "router", *common, "--prefill-on", "remote"])
+        # The second of each pool uses the network, so that KV takes every mixture of ways.
+        transport = "tcp" if name.endswith("-1") else "auto"
         advertise = ["--advertise", self.advertise[name]] if name in self.advertise else []
         return self.spawn(name, [self.tandem, name.split("-")[0], *common, "--name", name, "--threads", "1", "--kv-mib",
-                                 str(self.kv_mib), "--lease-seconds", str(self.lease), *advertise])
+                                 str(self.kv_mib), "--lease-seconds", str(self.lease), "--transport", transport, *advertise])
 
     def start_etcd(self, name):
         client, peer = f"http://{self.at(name)}", self.peer(name)

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
 use worker::WorkerConfig;
-use worker::transport::TransportConfig;
+use worker::transport::{TransportChoice, TransportConfig};
 
 use crate::gate::Gate;
 
@@ -61,7 +61,7 @@ pub struct Spec {
     pub queue_patience: Duration,
     /// Longest time without a step or a byte.
     pub progress_timeout: Duration,
-    /// Which ways KV takes.
+    /// Which ways KV takes; through sockets unless a test says otherwise.
     pub transport: TransportConfig,
     /// Engines that can be held, by worker.
     pub gates: BTreeMap<String, Gate>,
@@ -85,7 +85,7 @@ impl Default for Spec {
             max_queued: 256,
             queue_patience: Duration::from_secs(60),
             progress_timeout: Duration::from_secs(30),
-            transport: TransportConfig::default(),
+            transport: TransportConfig { choice: TransportChoice::Tcp, ..TransportConfig::default() },
             gates: BTreeMap::new(),
             tracer: Tracer::default(),
         }

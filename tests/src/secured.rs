@@ -98,7 +98,10 @@ impl Secured {
         match role {
             "router" => command.args(["--listen", &self.address]),
             _ => {
-                command.args(["--listen", "127.0.0.1:0", "--name", name, "--kv-mib", "32", "--threads", "1"])
+                command
+                    .args(["--listen", "127.0.0.1:0", "--name", name, "--kv-mib", "32", "--threads", "1"])
+                    // What is tested is what goes over a network.
+                    .args(["--transport", "tcp"])
             }
         };
         match &self.etcd {

@@ -9,6 +9,7 @@ use router::placement::Policy;
 use tandem_tests::cluster::{greedy, request};
 use tandem_tests::oracle::Oracle;
 use tandem_tests::{Cluster, Spec, model};
+use worker::transport::TransportConfig;
 
 const OUTPUT: u32 = 12;
 
@@ -83,7 +84,7 @@ async fn equal_on(spec: Spec) {
             if spec.policy == Policy::Remote {
                 let kv = output.complete.kv.unwrap();
                 assert_eq!((kv.blocks + kv.cached_blocks) as usize, prompt.len().div_ceil(16), "{what:?}");
-                assert_eq!(kv.transport, "tcp");
+                assert_eq!(kv.transport, if spec.transport == shared() { "shm" } else { "tcp" });
             }
         }
     }
@@ -91,9 +92,19 @@ async fn equal_on(spec: Spec) {
     cluster.stop().await;
 }
 
+/// Shared memory where there is any: all processes of a test are on one host, even are one.
+fn shared() -> TransportConfig {
+    TransportConfig::default()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_by_one() {
     equal_on(Spec::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_by_two_through_shared_memory() {
+    equal_on(Spec { prefill: 2, decode: 2, prefill_step: 64, transport: shared(), ..Spec::default() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -23,7 +23,7 @@ pub enum TransportChoice {
 }
 
 /// Settings of the transport.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TransportConfig {
     /// What is wanted.
     pub choice: TransportChoice,
