@@ -67,6 +67,15 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
     };
     let bar = ProgressBar::new_spinner();
     bar.set_style(ProgressStyle::with_template("{spinner} {elapsed} {msg}")?);
+    if let Some(path) = &args.write_profile {
+        let profile = measurement::calibrate(&settings, &mut |doing| {
+            bar.set_message(doing.to_owned());
+            bar.tick();
+        })?;
+        let text = serde_json::to_string_pretty(&profile)?;
+        return std::fs::write(path, text)
+            .with_context(|| format!("--write-profile: cannot write {}", path.display()));
+    }
     let report = measurement::run(&settings, &mut |doing| {
         bar.set_message(doing.to_owned());
         bar.tick();

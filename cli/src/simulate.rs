@@ -37,6 +37,9 @@ fn simulate(args: &SimArgs) -> anyhow::Result<()> {
                 bar.set_position(ended as u64);
                 bar.set_message(format!("{what}, {}, {seconds:.0} s", cluster.strategy.name()));
             })?;
+            if report.ok + report.shed == 0 {
+                bail!("--warm-up: no request came after {} s, so none counts", args.warm_up);
+            }
             let (events, took) = (report.events, started.elapsed().as_secs_f64());
             tracing::info!(strategy = cluster.strategy.name(), load = what, events, took, "simulated");
             rows.push((report, took));
@@ -78,6 +81,12 @@ fn cluster(args: &SimArgs) -> anyhow::Result<Cluster> {
             latency_seconds: link.latency_seconds,
             bytes_per_second: link.bytes_per_second * GOOD_SHARE,
         };
+    }
+    if let Some(rate) = args.link_gb_per_second {
+        if !(rate.is_finite() && rate > 0.0) {
+            bail!("--link-gb-per-second: {rate} is not above 0");
+        }
+        profile.link.bytes_per_second = rate * 1e9;
     }
     let room = match args.kv_gib {
         Some(gib) if gib.is_finite() && gib > 0.0 => gib * f64::from(1 << 30),
@@ -124,6 +133,7 @@ fn cluster(args: &SimArgs) -> anyhow::Result<Cluster> {
         max_waiting: args.max_waiting,
         max_running: args.max_running.unwrap_or(args.max_sequences.saturating_mul(workers)).max(1),
         patience_seconds: args.queue_seconds,
+        seals: !args.without_seals,
         slo: Slo { ttft_ms: args.slo_ttft_ms, itl_ms: args.slo_itl_ms },
     })
 }
@@ -147,6 +157,7 @@ fn loads(args: &SimArgs) -> anyhow::Result<Vec<(String, Arrivals)>> {
         output: args.output_tokens,
         spread: args.spread,
         shared: args.shared_prefix,
+        vocab: args.vocab,
     };
     let load = |rate: &f64| match rate.is_finite() && *rate > 0.0 && rate * args.seconds <= 1e8 {
         true => {

@@ -15,6 +15,9 @@ use worker::rate::Rate;
 use crate::clock::{Ns, ns};
 use crate::load::name;
 
+/// Landed KV that is compared before a step, at most; as in the decode worker.
+const UNSEAL_BYTES: f64 = (32 << 20) as f64;
+
 /// A sequence.
 pub(crate) struct Choice {
     pub(crate) request: u32,
@@ -118,14 +121,19 @@ pub(crate) struct Drawn {
 
 pub(crate) struct DecodeWorker {
     pub(crate) pool: Arc<BlockPool>,
+    landing_bytes_per_second: f64,
     rules: Rules,
     budget: Budget,
     choices: Vec<Choice>,
     inbox: VecDeque<Choice>,
+    /// Landed, with the bytes that are not compared yet.
+    sealed: VecDeque<(Choice, f64)>,
     rate: Rate,
     step: Option<(Ns, Ns)>,
     views: Vec<View>,
     pub(crate) link_free: Ns,
+    /// It looks again for blocks then.
+    pub(crate) looks_at: Ns,
     pub(crate) busy: Ns,
     pub(crate) preemptions: u64,
     /// Reservations that wait for their KV.
@@ -134,17 +142,20 @@ pub(crate) struct DecodeWorker {
 }
 
 impl DecodeWorker {
-    pub(crate) fn new(blocks: u32, rules: Rules, budget: Budget) -> Self {
+    pub(crate) fn new(blocks: u32, rules: Rules, budget: Budget, landing_bytes_per_second: f64) -> Self {
         Self {
+            landing_bytes_per_second,
             pool: BlockPool::new(blocks),
             rules,
             budget,
             choices: Vec::new(),
             inbox: VecDeque::new(),
+            sealed: VecDeque::new(),
             rate: Rate::default(),
             step: None,
             views: Vec::new(),
             link_free: 0,
+            looks_at: 0,
             busy: 0,
             preemptions: 0,
             reserved: 0,
@@ -156,30 +167,57 @@ impl DecodeWorker {
         self.inbox.push_back(choice);
     }
 
+    /// Lets in what landed; it runs when its bytes are compared.
+    pub(crate) fn land(&mut self, choice: Choice, bytes: f64) {
+        self.sealed.push_back((choice, bytes));
+    }
+
+    /// Compares a bounded piece of what landed, oldest first; the bytes.
+    fn unseal(&mut self) -> f64 {
+        let most = if self.landing_bytes_per_second.is_finite() { UNSEAL_BYTES } else { f64::MAX };
+        let mut left = most;
+        while let Some((_, bytes)) = self.sealed.front_mut() {
+            let now = bytes.min(left);
+            *bytes -= now;
+            left -= now;
+            if *bytes > 0.0 {
+                break;
+            }
+            self.choices.extend(self.sealed.pop_front().map(|(choice, _)| choice));
+        }
+        most - left
+    }
+
     pub(crate) fn is_idle(&self) -> bool {
         self.step.is_none()
     }
 
+    /// Whether a step runs that is not over at this time: what woke the worker was meant for an idle one.
+    pub(crate) fn is_busy_at(&self, now: Ns) -> bool {
+        self.step.is_some_and(|(began, took)| began + took != now)
+    }
+
     pub(crate) fn has_work(&self) -> bool {
-        !self.choices.is_empty() || !self.inbox.is_empty()
+        !self.choices.is_empty() || !self.inbox.is_empty() || !self.sealed.is_empty()
     }
 
     /// Everything that was let in: reservations, waiting and running sequences.
     pub(crate) fn sequences(&self) -> usize {
-        self.choices.len() + self.inbox.len() + self.reserved
+        self.choices.len() + self.inbox.len() + self.sealed.len() + self.reserved
     }
 
     /// Prompt tokens to compute here, sequences, measured speed.
     pub(crate) fn load(&self) -> (usize, usize, f64) {
         let pending = |choice: &Choice| choice.tokens - choice.computed;
         let queued = self.choices.iter().chain(&self.inbox).map(pending).filter(|p| *p > 1).sum();
-        (queued, self.choices.len() + self.inbox.len(), self.rate.tokens_per_second())
+        (queued, self.choices.len() + self.inbox.len() + self.sealed.len(), self.rate.tokens_per_second())
     }
 
     /// Begins a step; how long it takes. `None` when nothing can run.
     pub(crate) fn begin(&mut self, cost: &Cost, now: Ns) -> Option<Ns> {
         self.choices.extend(self.inbox.drain(..));
-        if self.choices.is_empty() {
+        let unsealing = self.unseal() / self.landing_bytes_per_second;
+        if self.choices.is_empty() && unsealing == 0.0 {
             return None;
         }
         self.views.clear();
@@ -214,11 +252,11 @@ impl DecodeWorker {
             cost.add(&mut load, Chunk { position: choice.computed, tokens: count, draws });
             runs += 1;
         }
-        if runs == 0 {
+        if runs == 0 && unsealing == 0.0 {
             return None;
         }
         self.largest_batch = self.largest_batch.max(runs);
-        let took = ns(cost.seconds(&load)).max(1);
+        let took = ns(cost.seconds(&load) + unsealing).max(1);
         self.step = Some((now, took));
         Some(took)
     }
@@ -285,7 +323,9 @@ impl DecodeWorker {
             choice.last = now;
             has_ended |= choice.tokens - choice.prompt >= choice.output;
         }
-        self.rate.add(tokens, Duration::from_nanos(took));
+        if tokens > 0 {
+            self.rate.add(tokens, Duration::from_nanos(took));
+        }
         if has_ended {
             let is_over = |choice: &mut Choice| choice.tokens - choice.prompt >= choice.output;
             for ended in self.choices.extract_if(.., is_over) {

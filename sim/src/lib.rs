@@ -97,6 +97,8 @@ pub struct Cluster {
     pub max_running: usize,
     /// Longest wait for room, seconds.
     pub patience_seconds: f64,
+    /// Landed KV is compared on the engine's thread before its first step, as decode workers do it.
+    pub seals: bool,
     /// What good is.
     pub slo: Slo,
 }

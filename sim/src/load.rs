@@ -7,6 +7,7 @@ use planner::trace::{BLOCK_TOKENS, Request};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+const FIRST_ID: u32 = 100;
 /// Tokens of a block that a trace names.
 const TRACE_BLOCK: usize = BLOCK_TOKENS as usize;
 
@@ -44,6 +45,8 @@ pub struct Lengths {
     pub spread: f64,
     /// Tokens at the beginning that all prompts share.
     pub shared: usize,
+    /// Ids that a real prompt's tokens would be below, above 100; decides nothing but the order of draws.
+    pub vocab: u32,
 }
 
 /// One request to come.
@@ -100,6 +103,10 @@ impl Lengths {
             ((mean as f64 * factor).round() as usize).max(1)
         };
         let (prompt, output) = (length(self.prompt), length(self.output));
+        // The driver of real clusters draws a prompt's ids here: so the same seed means the same requests.
+        (self.shared.min(prompt)..prompt).for_each(|_| {
+            random.random_range(FIRST_ID..self.vocab);
+        });
         Planned { at: crate::clock::ns(at), prompt, output, names: Names::Shared(self.shared.min(prompt)) }
     }
 }
@@ -153,9 +160,25 @@ mod tests {
         assert_eq!(unnamed.chain(5, 64), unnamed.chain(5, 64));
     }
 
+    /// `tandem sim --rate` and `tandem bench serve --rate` with one seed mean the same requests.
+    #[test]
+    fn the_same_requests_as_the_driver_of_real_clusters() {
+        use bench::serve::load::{Arrivals as Real, Shape, plan as real_plan};
+        let shape = Shape { prompt: 100, output: 10, spread: 0.5, shared: 32, vocab: 32_000, longest: 1000 };
+        let lengths = Lengths { prompt: 100, output: 10, spread: 0.5, shared: 32, vocab: 32_000 };
+        let span = std::time::Duration::from_secs(20);
+        let real = real_plan(&Real::Poisson { rate: 5.0, burst: 1 }, &shape, span, usize::MAX, 4);
+        let ours = plan(&Arrivals::Poisson { rate: 5.0, seconds: 20.0, lengths }, 4);
+        let real: Vec<_> =
+            real.iter().map(|p| (p.at.as_micros() as u64, p.prompt.len(), p.output as usize)).collect();
+        let ours: Vec<_> = ours.iter().map(|p| (p.at / 1000, p.prompt, p.output)).collect();
+        assert!(real.len() > 50);
+        assert_eq!(real, ours);
+    }
+
     #[test]
     fn poisson_has_its_rate_and_its_seed() {
-        let lengths = Lengths { prompt: 100, output: 10, spread: 0.5, shared: 32 };
+        let lengths = Lengths { prompt: 100, output: 10, spread: 0.5, shared: 32, vocab: 32_000 };
         let arrivals = Arrivals::Poisson { rate: 50.0, seconds: 100.0, lengths };
         let plan_of =
             |seed| plan(&arrivals, seed).iter().map(|p| (p.at, p.prompt, p.output)).collect::<Vec<_>>();

@@ -63,6 +63,8 @@ pub(crate) struct PrefillWorker {
     step: Option<(Ns, Ns)>,
     /// Its link is busy until then.
     pub(crate) link_free: Ns,
+    /// It looks again for blocks then.
+    pub(crate) looks_at: Ns,
     pub(crate) busy: Ns,
 }
 
@@ -75,6 +77,7 @@ impl PrefillWorker {
             rate: Rate::default(),
             step: None,
             link_free: 0,
+            looks_at: 0,
             busy: 0,
         }
     }
@@ -97,6 +100,11 @@ impl PrefillWorker {
 
     pub(crate) fn is_idle(&self) -> bool {
         self.step.is_none()
+    }
+
+    /// Whether a step runs that is not over at this time: what woke the worker was meant for an idle one.
+    pub(crate) fn is_busy_at(&self, now: Ns) -> bool {
+        self.step.is_some_and(|(began, took)| began + took != now)
     }
 
     pub(crate) fn has_jobs(&self) -> bool {

@@ -73,13 +73,18 @@ impl World {
             Strategy::Priority => Budget::Time(ns(cluster.slo.itl_ms / 1e3), cluster.prefill_step_tokens),
             _ => Budget::Tokens(cluster.chunk_tokens),
         };
+        let profile = &cluster.profile;
+        let landing = match cluster.seals {
+            true => profile.landing_bytes_per_second * profile.devices as f64,
+            false => f64::INFINITY,
+        };
         let random = StdRng::seed_from_u64(seed ^ 0x7461_6e64_656d);
         Self {
             router: Router::new(cluster.strategy, workers, block_tokens, cluster.blocks, random),
             cost: Cost::new(&cluster.shape, &cluster.profile),
             prefill: (0..workers[0]).map(|_| PrefillWorker::new(cluster.blocks, prefill_rules)).collect(),
             decode: (0..workers[1])
-                .map(|_| DecodeWorker::new(cluster.blocks, decode_rules, budget))
+                .map(|_| DecodeWorker::new(cluster.blocks, decode_rules, budget, landing))
                 .collect(),
             record: Record::new(cluster.slo, ns(warm_up_seconds)),
             block_bytes: kv_bytes_per_token(&cluster.shape, cluster.profile.kv) * block_tokens as f64,
@@ -291,13 +296,19 @@ impl World {
         let now = self.clock.now();
         match worker.begin(&self.cost, now) {
             Some(took) => self.clock.after(took, Event::PrefillStep(number)),
-            None if worker.has_jobs() => self.clock.after(BLOCKED_WAIT, Event::PrefillStep(number)),
+            None if worker.has_jobs() && worker.looks_at <= now => {
+                worker.looks_at = now + BLOCKED_WAIT;
+                self.clock.at(worker.looks_at, Event::PrefillStep(number));
+            }
             None => {}
         }
         self.router.report(Pool::Prefill, number, worker.load(), worker.pool.available());
     }
 
     fn prefill_step(&mut self, number: u32) {
+        if self.prefill[number as usize].is_busy_at(self.clock.now()) {
+            return;
+        }
         let Brought { pushes, computed } = self.prefill[number as usize].end(self.cluster.shape.layers);
         let mut arrivals: HashMap<u32, Ns> = HashMap::new();
         for push in pushes {
@@ -347,6 +358,7 @@ impl World {
         let reserved = std::mem::take(&mut live.reserved);
         reserved.iter().for_each(|block| block.set_state(BlockState::Running));
         choice.blocks = std::mem::take(&mut live.cached);
+        let bytes = reserved.len() as f64 * self.block_bytes;
         choice.blocks.extend(reserved);
         choice.advance(live.prompt, &worker.pool, self.cluster.block_tokens);
         choice.is_local = false;
@@ -357,7 +369,7 @@ impl World {
         if live.output <= 1 {
             return self.end(&choice, now);
         }
-        worker.admit(choice);
+        worker.land(choice, bytes);
         self.wake_decode(request);
     }
 
@@ -387,7 +399,10 @@ impl World {
         let now = self.clock.now();
         match worker.begin(&self.cost, now) {
             Some(took) => self.clock.after(took, Event::DecodeStep(number)),
-            None if worker.has_work() => self.clock.after(BLOCKED_WAIT, Event::DecodeStep(number)),
+            None if worker.has_work() && worker.looks_at <= now => {
+                worker.looks_at = now + BLOCKED_WAIT;
+                self.clock.at(worker.looks_at, Event::DecodeStep(number));
+            }
             None => {}
         }
         self.router.report(Pool::Decode, number, worker.load(), worker.pool.available());
@@ -395,6 +410,9 @@ impl World {
 
     fn decode_step(&mut self, number: u32) {
         let now = self.clock.now();
+        if self.decode[number as usize].is_busy_at(now) {
+            return;
+        }
         let mut drawn = std::mem::take(&mut self.drawn);
         self.decode[number as usize].end(now, &mut drawn);
         for token in drawn.drain(..) {

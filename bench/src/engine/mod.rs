@@ -1,10 +1,12 @@
 //! `tandem bench engine`: how fast steps are, beside what the device allows.
 
+mod calibrate;
 mod measure;
 mod profile;
 mod report;
 mod tables;
 
+pub use calibrate::calibrate;
 pub use profile::{PartRow, Profile, trace};
 pub use report::{Report, Row, Table};
 

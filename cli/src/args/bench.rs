@@ -188,6 +188,9 @@ pub struct BenchEngineArgs {
     /// Write where the time of some steps goes, for chrome://tracing or Perfetto; GPU only
     #[arg(long)]
     pub trace: Option<PathBuf>,
+    /// Measure what the simulator needs, and write it as a profile for `tandem sim --profile` and --sim-profile; no tables then
+    #[arg(long, value_name = "FILE")]
+    pub write_profile: Option<PathBuf>,
     /// One JSON object instead of tables
     #[arg(long)]
     pub json: bool,

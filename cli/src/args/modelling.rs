@@ -78,6 +78,12 @@ pub struct SimArgs {
     /// Link between workers, as in `tandem roofline`, at 80 % of its rate [default: the profile's]
     #[arg(long)]
     pub link: Option<String>,
+    /// The link's rate as reached, GB/s, instead
+    #[arg(long, conflicts_with = "link")]
+    pub link_gb_per_second: Option<f64>,
+    /// Decode workers do not compare landed KV with its checksums on their engine's thread: what they would reach without
+    #[arg(long)]
+    pub without_seals: bool,
     /// Requests a second, arriving independently (Poisson); several are run one after the other
     #[arg(long, value_delimiter = ',', conflicts_with = "trace")]
     pub rate: Vec<f64>,
@@ -99,6 +105,9 @@ pub struct SimArgs {
     /// Tokens at the beginning that all prompts share
     #[arg(long, default_value_t = 0)]
     pub shared_prefix: usize,
+    /// As of `tandem bench serve`, which with the same seed sends the same requests
+    #[arg(long, default_value_t = 32_000, value_parser = clap::value_parser!(u32).range(200..))]
+    pub vocab: u32,
     /// Requests of a file: Mooncake's JSON lines (hash_ids become shared prefixes) or Azure's CSV
     #[arg(long)]
     pub trace: Option<PathBuf>,

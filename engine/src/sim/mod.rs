@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use self::memory::SimKv;
 use crate::model::ModelConfig;
 use crate::roofline::Chunk;
-use crate::sampling::sample;
+use crate::sampling::{GREEDY_BELOW, sample};
 use crate::{
     Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, SampleRequest, Sampled, Segment,
 };
@@ -79,7 +79,10 @@ impl SimEngine {
         bytes[8..12].copy_from_slice(&last.to_le_bytes());
         bytes[12..].copy_from_slice(&request.choice.to_le_bytes());
         let vocab = self.info.vocab_size as u64;
-        let first = xxh3_64_with_seed(&bytes, request.params.seed) % vocab;
+        // Greedy is the same whatever the seed, as with logits.
+        let is_greedy = request.params.temperature < GREEDY_BELOW;
+        let seed = if is_greedy { 0 } else { request.params.seed };
+        let first = xxh3_64_with_seed(&bytes, seed) % vocab;
         let is_free = |token: &u32| !self.eos.contains(token) && !request.banned.contains(token);
         (0..vocab).map(|step| ((first + step) % vocab) as u32).find(is_free).unwrap_or(0)
     }
