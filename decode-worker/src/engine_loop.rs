@@ -21,13 +21,16 @@ use worker::request::load_to_wire;
 
 use crate::choice::Choice;
 use crate::metrics::LoopMetrics;
-use crate::order::{Order, Submission};
+use crate::order::Order;
 use crate::scheduler::{self, Rules};
-use crate::seal::Seal;
+use begin::Sealed;
 use group::Group;
 
 /// How long to wait for blocks when every choice is blocked on ones that landings hold.
 const BLOCKED_WAIT: Duration = Duration::from_millis(5);
+
+/// How long to wait for the next thing while landed KV is compared or on its way to the device.
+const LOADING_WAIT: Duration = Duration::from_micros(100);
 
 /// The loop's whole state.
 pub(crate) struct EngineLoop {
@@ -38,7 +41,7 @@ pub(crate) struct EngineLoop {
     pub load: Arc<watch::Sender<Load>>,
     layout: KvLayout,
     /// Landed, and not yet compared with what was sent.
-    sealed: VecDeque<(Submission, Seal)>,
+    sealed: VecDeque<Sealed>,
     choices: Vec<Choice>,
     groups: HashMap<u64, Group>,
     next_group: u64,
@@ -102,8 +105,8 @@ impl EngineLoop {
     fn obey(&mut self, order: Order) -> Result<(), EngineError> {
         match order {
             Order::Run(mut submission) => match submission.seal.take() {
-                Some(seal) => self.sealed.push_back((submission, seal)),
-                None => self.admit(submission)?,
+                Some(seal) => self.sealed.push_back(Sealed::new(submission, seal)),
+                None => self.admit(submission),
             },
             Order::Portray { key, attempt, reply } => drop(reply.send(self.portray(&key, attempt)?)),
             Order::Stop { group, known, reply } => {
@@ -216,13 +219,16 @@ impl EngineLoop {
     }
 
     fn wait_for_blocks(&mut self) -> Result<(), EngineError> {
-        if self.choices.is_empty() {
-            return Ok(());
-        }
-        match self.inbox.recv_timeout(BLOCKED_WAIT) {
+        let wait = match (self.choices.is_empty(), self.sealed.is_empty()) {
+            (true, true) => return Ok(()),
+            // Only for what is on its way to the device.
+            (_, false) => LOADING_WAIT,
+            (false, true) => BLOCKED_WAIT,
+        };
+        match self.inbox.recv_timeout(wait) {
             Ok(order) => self.obey(order)?,
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(BLOCKED_WAIT),
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(wait),
         }
         Ok(())
     }

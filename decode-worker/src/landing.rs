@@ -105,7 +105,6 @@ impl DecodeService {
         hold.span.event("kv landed");
         let blocks = landed.hold.take(BlockState::Running);
         drop(reserved);
-        let arrived = blocks.iter().map(Block::id).collect();
         let seal = Some(Seal::new(&blocks, landed.checksums));
         let held = cached.len();
         let commit = v1::Commit::decode(landed.payload)
@@ -134,7 +133,7 @@ impl DecodeService {
             }
         };
         let cached = held;
-        self.submit(Submission { request, events, blocks, arrived, computed, cached, start, seal, hold })
+        self.submit(Submission { request, events, blocks, computed, cached, start, seal, hold })
     }
 
     fn check_first(&self, request: &Request, first: &[v1::SampledToken]) -> Result<(), Status> {

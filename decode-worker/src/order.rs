@@ -1,6 +1,5 @@
 //! What the engine's loop is told, and by whom: requests that begin, and what a move needs to know.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use engine::kv::pool::Block;
@@ -23,8 +22,6 @@ pub(crate) struct Submission {
     pub events: Events,
     /// Blocks that hold the first `computed` tokens of the stem.
     pub blocks: Vec<Block>,
-    /// Blocks that a transport wrote, into the pool's host side.
-    pub arrived: Vec<u32>,
     pub computed: usize,
     /// How many of the blocks were here before anything landed.
     pub cached: usize,
@@ -70,13 +67,6 @@ impl Submission {
                 }
             }
         }
-        let own = match &self.start {
-            Start::Moved(choices) => choices.as_slice(),
-            Start::Local | Start::Landed(_) => &[],
-        };
-        let kept = self.blocks.iter().chain(own.iter().flat_map(|(own, _)| own)).map(Block::id);
-        let kept: BTreeSet<u32> = kept.collect();
-        self.arrived.retain(|id| kept.contains(id));
     }
 }
 

@@ -1,5 +1,6 @@
 //! Landed KV stays sealed until its first step: the checksums that its producer made are compared once more with what
-//! lies in the pool, a bounded piece at a time so that running sequences are not held up.
+//! lies in the pool where steps read it. A pool on a device makes them there; in host memory they are made here, a bounded
+//! piece at a time so that running sequences are not held up.
 
 use engine::KvMemory;
 use engine::kv::pool::Block;
@@ -19,12 +20,17 @@ impl Seal {
         Self { blocks: blocks.iter().map(Block::id).collect(), sums, next: 0, bad: Vec::new() }
     }
 
+    /// The blocks under it.
+    pub fn blocks(&self) -> &[u32] {
+        &self.blocks
+    }
+
     /// Compares up to `cells` more; how many it did.
     pub fn check(&mut self, kv: &dyn KvMemory, cells: usize) -> usize {
-        let end = self.sums.len().min(self.next + cells);
+        let end = self.sums.len().min(self.next.saturating_add(cells));
         for cell in self.next..end {
             let (layer, at) = (cell / self.blocks.len(), cell % self.blocks.len());
-            if kv.checksum(layer, self.blocks[at]) != self.sums[cell] {
+            if kv.source_checksum(layer, self.blocks[at]) != self.sums[cell] {
                 self.bad.push(at);
             }
         }

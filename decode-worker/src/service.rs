@@ -94,7 +94,6 @@ impl DecodeService {
                 request,
                 events,
                 blocks: cached,
-                arrived: Vec::new(),
                 computed,
                 cached: cached_blocks,
                 start: Start::Local,

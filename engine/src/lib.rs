@@ -46,6 +46,15 @@ pub trait KvMemory: Send + Sync {
     }
 }
 
+/// How blocks come to where steps read them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loading {
+    /// They are there.
+    Done,
+    /// They are under way, as this load.
+    Queued(u64),
+}
+
 /// What an engine is, for logs, membership and compatibility checks.
 #[derive(Debug, Clone)]
 pub struct EngineInfo {
@@ -94,8 +103,15 @@ pub trait Engine: Send {
         Ok(())
     }
 
-    /// The reverse, after a transport has written the host side and before the blocks are used.
-    fn load_blocks(&mut self, _blocks: &[u32]) -> Result<(), EngineError> {
-        Ok(())
+    /// The reverse, after a transport has written the host side: begins to bring the blocks to where steps read them, beside
+    /// the steps. Until it is done they are neither used nor given away; then their [`KvMemory::source_checksum`] speaks
+    /// of what steps will read. Nothing to do where the pool is in host memory.
+    fn begin_load(&mut self, _blocks: &[u32]) -> Result<Loading, EngineError> {
+        Ok(Loading::Done)
+    }
+
+    /// Whether a load has ended. Never blocks.
+    fn is_loaded(&mut self, _load: u64) -> Result<bool, EngineError> {
+        Ok(true)
     }
 }

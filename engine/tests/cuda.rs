@@ -6,7 +6,7 @@
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{Attention, CudaEngine, CudaOptions};
 use engine::model::{Architecture, ModelConfig, RandomWeights, Rope, RopeScaling};
-use engine::{Batch, Engine, EngineError, KvDtype, SampleRequest, SamplingParams, Segment};
+use engine::{Batch, Engine, EngineError, KvDtype, Loading, SampleRequest, SamplingParams, Segment};
 
 const BLOCKS: usize = 512;
 const BLOCK_TOKENS: usize = 16;
@@ -270,7 +270,16 @@ fn blocks_go_to_the_host_and_back_with_their_checksums() {
             }
         }
     }
-    receiver.load_blocks(&blocks[..21]).unwrap();
+    let Loading::Queued(load) = receiver.begin_load(&blocks[..21]).unwrap() else {
+        panic!("they are on the host")
+    };
+    while !receiver.is_loaded(load).unwrap() {}
+    for layer in 0..layout.layers {
+        for &block in &blocks[..21] {
+            let what = "checksums made on the receiving device are those of the sending one";
+            assert_eq!(to.source_checksum(layer, block), from.source_checksum(layer, block), "{what}");
+        }
+    }
     let last = Batch { segments: vec![segment(332)] };
     let (here, there) = (sender.forward_logits(&last).unwrap(), receiver.forward_logits(&last).unwrap());
     assert_eq!(here, there);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use engine::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Sampled};
+use engine::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Loading, Sampled};
 use parking_lot::{Condvar, Mutex};
 
 /// Open at first. Clones share.
@@ -106,7 +106,11 @@ impl Engine for Gated {
         self.engine.publish_blocks(blocks)
     }
 
-    fn load_blocks(&mut self, blocks: &[u32]) -> Result<(), EngineError> {
-        self.engine.load_blocks(blocks)
+    fn begin_load(&mut self, blocks: &[u32]) -> Result<Loading, EngineError> {
+        self.engine.begin_load(blocks)
+    }
+
+    fn is_loaded(&mut self, load: u64) -> Result<bool, EngineError> {
+        self.engine.is_loaded(load)
     }
 }

@@ -3,32 +3,64 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::EngineError;
 use engine::kv::pool::Block;
+use engine::{EngineError, Loading};
 
 use super::{EngineLoop, Group};
 use crate::choice::Choice;
 use crate::order::{Start, Submission};
+use crate::seal::Seal;
 
-/// Landed KV that is compared between two steps, at most: a few milliseconds' worth.
+/// Landed KV in host memory that is compared between two steps, at most: a few milliseconds' worth.
 const UNSEAL_BYTES: usize = 32 << 20;
+/// Requests whose KV is brought to the device at once: enough that the next one's copy never waits for this loop.
+const LOADS: usize = 4;
+
+/// A request whose KV landed, and was not compared yet with what was sent.
+pub(super) struct Sealed {
+    submission: Submission,
+    seal: Seal,
+    /// How it comes to where steps read it, once that has begun.
+    loading: Option<Loading>,
+}
+
+impl Sealed {
+    pub(super) fn new(submission: Submission, seal: Seal) -> Self {
+        Self { submission, seal, loading: None }
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.submission.hold.attempt.must_end().is_none() && !self.submission.events.is_closed()
+    }
+}
 
 impl EngineLoop {
-    /// Compares a bounded piece of what landed; what is whole begins to run.
+    /// Brings what landed to where steps read it and compares it; what is whole begins to run.
     pub(super) fn unseal(&mut self) -> Result<(), EngineError> {
+        self.begin_loads()?;
         let began = Instant::now();
         let kv = self.engine.kv();
         let mut left = (UNSEAL_BYTES / self.layout.block_bytes().max(1)).max(1);
         let mut cells = 0;
-        while let Some((submission, seal)) = self.sealed.front_mut() {
-            let is_wanted = submission.hold.attempt.must_end().is_none() && !submission.events.is_closed();
-            let done = if is_wanted { seal.check(kv.as_ref(), left) } else { 0 };
-            left -= done;
-            cells += done;
-            if is_wanted && !seal.is_checked() {
+        while let Some(sealed) = self.sealed.front_mut() {
+            // Also of one that nobody wants any more: its blocks are being written.
+            let (is_loaded, most) = match sealed.loading {
+                None => (false, 0),
+                Some(Loading::Done) => (true, left),
+                // The checksums are there: comparing costs nothing.
+                Some(Loading::Queued(load)) => (self.engine.is_loaded(load)?, usize::MAX),
+            };
+            let is_wanted = sealed.is_wanted();
+            if !is_loaded && (is_wanted || sealed.loading.is_some()) {
                 break;
             }
-            let Some((mut submission, seal)) = self.sealed.pop_front() else { break };
+            let done = if is_wanted { sealed.seal.check(kv.as_ref(), most) } else { 0 };
+            left = left.saturating_sub(done);
+            cells += done;
+            if is_wanted && !sealed.seal.is_checked() {
+                break;
+            }
+            let Some(Sealed { mut submission, seal, .. }) = self.sealed.pop_front() else { break };
             if !is_wanted {
                 continue;
             }
@@ -38,7 +70,7 @@ impl EngineLoop {
                 self.metrics.corrupt_blocks.increment(seal.bad().len() as u64);
                 submission.without(seal.bad(), self.layout.block_tokens);
             }
-            self.admit(submission)?;
+            self.admit(submission);
         }
         if cells > 0 {
             self.metrics.verified(cells * self.layout.block_bytes(), began.elapsed());
@@ -46,9 +78,17 @@ impl EngineLoop {
         Ok(())
     }
 
-    pub(super) fn admit(&mut self, submission: Submission) -> Result<(), EngineError> {
-        let Submission { request, events, blocks, arrived, computed, start, hold, .. } = submission;
-        self.engine.load_blocks(&arrived)?;
+    fn begin_loads(&mut self) -> Result<(), EngineError> {
+        for sealed in self.sealed.iter_mut().take(LOADS) {
+            if sealed.loading.is_none() && sealed.is_wanted() {
+                sealed.loading = Some(self.engine.begin_load(sealed.seal.blocks())?);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn admit(&mut self, submission: Submission) {
+        let Submission { request, events, blocks, computed, start, hold, .. } = submission;
         let group = self.next_group;
         self.next_group += 1;
         self.groups.insert(
@@ -93,7 +133,6 @@ impl EngineLoop {
                 }
             }
         }
-        Ok(())
     }
 
     /// Turns a computed stem and the tokens drawn at its end into running choices.

@@ -162,6 +162,15 @@ impl Event {
         unsafe { result::event::synchronize(self.raw) }.map_err(failed("work on the device"))
     }
 
+    /// Whether the stream has passed it. Never waits.
+    pub(super) fn has_passed(&self) -> Result<bool, EngineError> {
+        // SAFETY: the event lives.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true).map_err(failed("work on the device")),
+        }
+    }
+
     /// Milliseconds from `earlier` to this; both recorded and passed.
     pub(super) fn since(&self, earlier: &Event) -> Result<f32, EngineError> {
         // SAFETY: both live.

@@ -13,6 +13,7 @@ mod gemm;
 mod graphs;
 mod kernels;
 mod libraries;
+mod loads;
 mod network;
 mod options;
 mod plan;
@@ -31,6 +32,7 @@ use self::fixed::Fixed;
 use self::gemm::{Gemms, Operands};
 use self::graphs::Graphs;
 use self::kernels::Kernels;
+use self::loads::Loads;
 use self::network::{Loader, Network, Origin};
 pub use self::options::{Attention, CudaOptions};
 use self::options::{capacity, check, check_memory};
@@ -41,7 +43,7 @@ pub use self::profile::{Part, Span};
 use self::step::Step;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
 use crate::sampling::{self, sample};
-use crate::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Sampled};
+use crate::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Loading, Sampled};
 
 /// Rows of logits that come to the host at once, for draws that the device does not make.
 const HOST_LOGITS: usize = 32;
@@ -56,6 +58,7 @@ pub struct CudaEngine {
     graphs: Graphs,
     stream: Stream,
     copies: Stream,
+    loads: Loads,
     /// Per layer: KV in the pool; KV on the host side.
     layer_events: Vec<Event>,
     host_events: Vec<Event>,
@@ -139,6 +142,7 @@ impl CudaEngine {
             gemms: Gemms::new(&device, kernels::thin(&device)?)?,
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
             copies: Stream::new(&device)?,
+            loads: Loads::new(&device)?,
             fixed: Fixed::new(
                 Arc::clone(&device),
                 config,
@@ -361,14 +365,18 @@ impl Engine for CudaEngine {
         Ok(())
     }
 
-    fn load_blocks(&mut self, blocks: &[u32]) -> Result<(), EngineError> {
+    fn begin_load(&mut self, blocks: &[u32]) -> Result<Loading, EngineError> {
+        self.fixed.device.enter()?;
         let ids = self.known(blocks.iter().copied())?;
-        let at = self.upload_blocks(&ids)?;
-        for layer in 0..self.fixed.config.layers {
-            self.fixed.pool.load(&self.fixed.kernels, &self.stream, layer, at, ids.len())?;
-            self.fixed.pool.mark(layer, &ids, false);
+        if ids.is_empty() {
+            return Ok(Loading::Done);
         }
-        self.stream.synchronize()
+        self.loads.begin(&self.fixed.kernels, &self.fixed.pool, ids).map(Loading::Queued)
+    }
+
+    fn is_loaded(&mut self, load: u64) -> Result<bool, EngineError> {
+        self.fixed.device.enter()?;
+        self.loads.is_done(&self.fixed.pool, load)
     }
 }
 
@@ -378,6 +386,7 @@ impl Drop for CudaEngine {
         let _ = self.fixed.device.enter();
         let _ = self.stream.synchronize();
         let _ = self.copies.synchronize();
+        let _ = self.loads.synchronize();
     }
 }
 

@@ -56,6 +56,10 @@ impl DevicePool {
         }))
     }
 
+    pub(super) fn layers(&self) -> usize {
+        self.layout.layers
+    }
+
     /// Start of a layer on the device.
     pub(super) fn layer(&self, layer: usize) -> u64 {
         self.memory.at + (layer * self.layout.layer_bytes()) as u64
@@ -71,16 +75,27 @@ impl DevicePool {
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
+        self.checksums(kernels, stream, layer, blocks, count)?;
+        let to = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
+        self.copy(kernels, stream, to, self.layer(layer), blocks, count)
+    }
+
+    /// Queues checksums of one layer of blocks as they stand on the device.
+    pub(super) fn checksums(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        layer: usize,
+        blocks: u64,
+        count: usize,
+    ) -> Result<(), EngineError> {
         let host = self.host()?;
-        let offset = (layer * self.layout.layer_bytes()) as u64;
         let sums = host.sums.device_address() + (layer * self.layout.blocks * 4) as u64;
         let bytes = self.layout.block_bytes();
         let slice = (bytes.div_ceil(CHECKSUM_THREADS).next_multiple_of(4)) as i32;
         let (from, bytes_i32) = (self.layer(layer), bytes as i32);
         let grid = Grid::new((count, 1, 1), CHECKSUM_THREADS as u32);
-        kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])?;
-        let to = host.memory.device_address() + offset;
-        self.copy(kernels, stream, to, from, blocks, count)
+        kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])
     }
 
     /// Queues one layer of blocks from the host side to the device.
@@ -128,7 +143,7 @@ impl DevicePool {
         kernels.fork_blocks.launch(stream, grid, args![pool, pairs, layer, vectors])
     }
 
-    /// Whether the device's checksums speak of what the host side holds: not after someone else wrote it.
+    /// Whether the device's checksums speak of what both sides hold: not after someone else wrote the host side.
     pub(super) fn mark(&self, layer: usize, blocks: &[i32], published: bool) {
         for &block in blocks {
             self.published[layer * self.layout.blocks + block as usize].store(published, Ordering::Release);
