@@ -11,7 +11,9 @@ pub fn stop_token() -> CancellationToken {
         eprintln!("stopping: running requests may end (again to stop at once)");
         cancel.cancel();
         wait().await;
-        std::process::exit(130);
+        // Not `exit`: handlers of libraries would take down what engine threads still use.
+        // SAFETY: it runs nothing and does not return.
+        unsafe { libc::_exit(130) };
     });
     stop
 }

@@ -64,13 +64,15 @@ pub async fn run(
         let plan = load::plan(arrivals, &settings.shape, settings.span, settings.requests, settings.seed);
         let said = |ended, of| progress(&what, ended, of);
         let start = Instant::now();
-        let courses = match arrivals {
+        let (courses, until) = match arrivals {
             Arrivals::Closed { concurrency } => {
-                closed(target, plan, *concurrency, settings.span, &said).await
+                let courses = closed(target, plan, *concurrency, settings.span, &said).await;
+                (courses, Some(start + settings.span))
             }
-            _ => open(target, plan, settings.in_flight, &said).await,
+            _ => (open(target, plan, settings.in_flight, &said).await, None),
         };
-        loads.push(record::measure(what, &courses, start + settings.warm_up, settings.slo));
+        let window = record::Window { from: start + settings.warm_up, until };
+        loads.push(record::measure(what, &courses, window, settings.slo));
     }
     Report { target: name.to_owned(), seed: settings.seed, slo: settings.slo, loads }
 }

@@ -65,7 +65,7 @@ pub struct Measured {
     pub failed: usize,
     /// The first failure, in words.
     pub first_failure: Option<String>,
-    /// From the first counted request to the last token, seconds.
+    /// What the rates are over: from the end of the warm-up to the last token, or to the end of a closed loop's time.
     pub seconds: f64,
     /// Answered requests a second.
     pub requests_per_second: f64,
@@ -117,15 +117,80 @@ impl Recorder {
     }
 }
 
-/// Adds up what was due at or after `from`.
-pub fn measure(load: String, courses: &[Course], from: Instant, slo: Slo) -> Measured {
-    let counted: Vec<&Course> = courses.iter().filter(|c| c.due >= from).collect();
+/// What counts.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    /// Requests due earlier are the warm-up.
+    pub from: Instant,
+    /// Where the load ends by its time: rates are then of what ended in the window, so that neither those begun before nor the
+    /// emptying afterwards count as a slower server. Otherwise rates are of all that was due, until the last one ended.
+    pub until: Option<Instant>,
+}
+
+/// What an answer was like.
+struct Answer {
+    tokens: u64,
+    to_first: Option<Duration>,
+    /// Mean between tokens.
+    each: Duration,
+}
+
+impl Answer {
+    fn of(course: &Course, times: &Times) -> Self {
+        let tokens: u64 = times.iter().map(|(_, n)| u64::from(*n)).sum();
+        let (first, last) = (times.first().map(|t| t.0), times.last().map(|t| t.0));
+        let span = first.zip(last).map_or(Duration::ZERO, |(first, last)| last - first);
+        let each = span.div_f64(tokens.saturating_sub(1).max(1) as f64);
+        Self { tokens, to_first: first.map(|first| first - course.due), each }
+    }
+
+    fn is_good(&self, slo: Slo) -> bool {
+        let within = |time: Duration, limit: f64| time.as_secs_f64() * 1e3 <= limit;
+        self.to_first.is_some_and(|time| within(time, slo.ttft_ms)) && within(self.each, slo.tpot_ms)
+    }
+}
+
+/// Sums behind the rates.
+#[derive(Default)]
+struct Rates {
+    seconds: f64,
+    requests: u64,
+    good: u64,
+    prompt: u64,
+    output: u64,
+}
+
+impl Rates {
+    fn of(courses: &[Course], Window { from, until }: Window, slo: Slo) -> Self {
+        let last = courses.iter().filter(|c| c.due >= from).map(|c| c.ended).max().unwrap_or(from);
+        let end = until.map_or(last, |until| until.min(last));
+        let counts = |course: &&Course| match until {
+            Some(_) => (from..=end).contains(&course.ended),
+            None => course.due >= from,
+        };
+        let mut sums = Self { seconds: (end - from).as_secs_f64().max(1e-9), ..Self::default() };
+        for course in courses.iter().filter(counts) {
+            let Ok(times) = &course.outcome else { continue };
+            let answer = Answer::of(course, times);
+            sums.requests += 1;
+            sums.good += u64::from(answer.is_good(slo));
+            sums.prompt += course.prompt as u64;
+            sums.output += answer.tokens;
+        }
+        sums
+    }
+
+    fn rate(&self, count: u64) -> f64 {
+        count as f64 / self.seconds
+    }
+}
+
+/// Adds up what was due in the window.
+pub fn measure(load: String, courses: &[Course], window: Window, slo: Slo) -> Measured {
+    let counted: Vec<&Course> = courses.iter().filter(|c| c.due >= window.from).collect();
     let [mut ttft, mut itl, mut tpot, mut e2e, mut behind] = [(); 5].map(|()| Recorder::new());
-    let (mut ok, mut shed, mut failed, mut good) = (0, 0, 0, 0);
-    let (mut prompt, mut output, mut first_failure) = (0, 0u64, None);
-    let mut end = from;
+    let (mut ok, mut shed, mut failed, mut good, mut first_failure) = (0, 0, 0, 0, None);
     for course in &counted {
-        end = end.max(course.ended);
         behind.add(course.sent - course.due, 1);
         let times = match &course.outcome {
             Ok(times) => times,
@@ -140,25 +205,20 @@ pub fn measure(load: String, courses: &[Course], from: Instant, slo: Slo) -> Mea
             }
         };
         ok += 1;
-        prompt += course.prompt;
-        let tokens: u64 = times.iter().map(|(_, n)| u64::from(*n)).sum();
-        output += tokens;
+        let answer = Answer::of(course, times);
+        good += usize::from(answer.is_good(slo));
         e2e.add(course.ended - course.due, 1);
-        let (Some((first, _)), Some((last, _))) = (times.first(), times.last()) else { continue };
-        let to_first = *first - course.due;
+        let Some(to_first) = answer.to_first else { continue };
         ttft.add(to_first, 1);
         for pair in times.windows(2) {
             let share = u64::from(pair[1].1.max(1));
             itl.add((pair[1].0 - pair[0].0) / pair[1].1.max(1), share);
         }
-        let each = (*last - *first).as_secs_f64() / (tokens.saturating_sub(1)).max(1) as f64;
-        if tokens > 1 {
-            tpot.add(Duration::from_secs_f64(each), 1);
+        if answer.tokens > 1 {
+            tpot.add(answer.each, 1);
         }
-        good += usize::from(to_first.as_secs_f64() * 1e3 <= slo.ttft_ms && each * 1e3 <= slo.tpot_ms);
     }
-    let seconds = (end - from).as_secs_f64().max(1e-9);
-    let rate = |count: f64| count / seconds;
+    let rates = Rates::of(courses, window, slo);
     Measured {
         load,
         requests: counted.len(),
@@ -166,12 +226,12 @@ pub fn measure(load: String, courses: &[Course], from: Instant, slo: Slo) -> Mea
         shed,
         failed,
         first_failure,
-        seconds,
-        requests_per_second: rate(ok as f64),
-        goodput: rate(good as f64),
+        seconds: rates.seconds,
+        requests_per_second: rates.rate(rates.requests),
+        goodput: rates.rate(rates.good),
         within_slo: good as f64 / counted.len().max(1) as f64,
-        prompt_tokens_per_second: rate(prompt as f64),
-        output_tokens_per_second: rate(output as f64),
+        prompt_tokens_per_second: rates.rate(rates.prompt),
+        output_tokens_per_second: rates.rate(rates.output),
         ttft_ms: ttft.quantiles(),
         itl_ms: itl.quantiles(),
         tpot_ms: tpot.quantiles(),
@@ -211,7 +271,8 @@ mod tests {
             Course { outcome: Err(Failure::Shed), ..course(1500, 1500, &[]) },
             Course { outcome: Err(Failure::Failed("x".into())), ..course(1500, 1500, &[]) },
         ];
-        let seen = measure("l".into(), &courses, start + ms(500), SLO);
+        let all = Window { from: start + ms(500), until: None };
+        let seen = measure("l".into(), &courses, all, SLO);
         assert_eq!((seen.requests, seen.ok, seen.shed, seen.failed), (4, 2, 1, 1));
         near(seen.ttft_ms.p50, 100.0);
         near(seen.ttft_ms.max, 200.0);
@@ -221,7 +282,14 @@ mod tests {
         near(seen.tpot_ms.max, 20.0);
         near(seen.within_slo, 0.25);
         near(seen.output_tokens_per_second, 6.0 / 1.0);
+        // A closed loop: what was begun in the warm-up counts when it ends, what ends too late does not.
+        let closed = Window { from: start + ms(1050), until: Some(start + ms(1180)) };
+        let seen = measure("l".into(), &courses, closed, SLO);
+        near(seen.seconds, 0.13);
+        near(seen.requests_per_second, 1.0 / 0.13);
+        near(seen.output_tokens_per_second, 4.0 / 0.13);
+        let seen = measure("l".into(), &courses, all, SLO);
         assert_eq!(seen.first_failure.as_deref(), Some("x"));
-        assert_eq!(measure("l".into(), &[], start, SLO).ttft_ms, Quantiles::default());
+        assert_eq!(measure("l".into(), &[], all, SLO).ttft_ms, Quantiles::default());
     }
 }
