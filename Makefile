@@ -9,8 +9,8 @@ TANDEM := target/release/tandem
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
-	@echo '$$ tandem generate --prefill-on remote "What is the capital of France?"'
-	@$(TANDEM) generate --cache-dir $(CACHE) --prefill-on remote "What is the capital of France?"
+	@echo '$$ tandem generate --strategy disaggregated "What is the capital of France?"'
+	@$(TANDEM) generate --cache-dir $(CACHE) --strategy disaggregated "What is the capital of France?"
 
 test: setup model chart observability images clients ## everything: unit, property, model-golden and whole-cluster tests, chart, alarms, images
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace

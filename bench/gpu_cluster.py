@@ -27,7 +27,7 @@ def generate(options, device, rows, extra=()):
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(prompts, file)
         file.flush()
-        command = [options.tandem, "generate", "--json", "--prefill-on", "remote", "--concurrency", "4"]
+        command = [options.tandem, "generate", "--json", "--strategy", "disaggregated", "--concurrency", "4"]
         command += ["--device", device, "--kv-mib", "256", "--max-tokens", "64", "--prompts", file.name]
         command += ["--model", options.model, *extra]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ LINE = "Line {}: the keeper wrote that the lamp burned {} hours and the wind ble
 
 
 def start(mode, port):
-    up = subprocess.Popen([BINARY, "up", "--listen", f"127.0.0.1:{port}", "--prefill-on", mode],
+    up = subprocess.Popen([BINARY, "up", "--listen", f"127.0.0.1:{port}", "--strategy", mode],
                           stdout=subprocess.PIPE, text=True)
     up.stdout.readline()  # says so when it serves
     return up, port

@@ -73,7 +73,7 @@ class Bench:
         ports = {name: free_port() for name in ("tandem", "sglang", "vllm")}
         pids = {}
         pids["tandem"] = self.start(self.target / "tandem", "router", "--listen", f"127.0.0.1:{ports['tandem']}",
-                                    "--prefill-on", "remote", "--max-running", 4096, "--model", self.long_model()).pid
+                                    "--strategy", "disaggregated", "--max-running", 4096, "--model", self.long_model()).pid
         pool = ["--prefill", f"http://127.0.0.1:{prefill}", "--decode", f"http://127.0.0.1:{decode}"]
         python = pathlib.Path(self.args.venv) / "bin/python"
         quiet = ["--log-level", "error", "--policy", "round_robin"]

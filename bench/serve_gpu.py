@@ -23,7 +23,7 @@ import urllib.request
 import serve_watch
 
 SHAPE = dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
-# gpus → name → what `--prefill-on` says, and the workers: role, which GPU, flags
+# gpus → name → what `--strategy` says, and the workers: role, which GPU, flags
 CHUNKS = {f"chunked: {n} tokens a step": n for n in (512, 2048)}
 WAYS = {
     1: {
@@ -96,7 +96,7 @@ def one_way(options, model, way, loads):
     """Starts a cluster, puts the loads on it, stops it."""
     prefill_on, workers = WAYS[options.gpus][way]
     router, *ports = (free_port() for _ in range(1 + len(workers)))
-    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--prefill-on", prefill_on]]
+    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--strategy", prefill_on]]
     for port, (role, gpu, flags) in zip(ports, workers):
         commands.append([options.tandem, role, "--model", model, "--registry", f"127.0.0.1:{router}", "--device", "cuda", "--gpu", gpu, "--log", "warn",
                          "--listen", f"127.0.0.1:{port}", "--kv-mib", KV_MIB[options.gpus][role], *flags, *options.flags.split()])

@@ -40,7 +40,7 @@ def ready(address):
             time.sleep(0.1)
 
 
-processes = [subprocess.Popen([BINARY, "router", "--listen", ROUTER, "--prefill-on", "remote"])]
+processes = [subprocess.Popen([BINARY, "router", "--listen", ROUTER, "--strategy", "disaggregated"])]
 ready(ROUTER)
 processes += [subprocess.Popen([BINARY, role, "--registry", ROUTER, "--listen", address, "--threads", "1", "--kv-mib", "512"])
               for role, address in (("prefill", "127.0.0.1:0"), ("decode", DECODE))]

@@ -3,7 +3,7 @@
 use anyhow::bail;
 use cluster::Role;
 
-use crate::args::{Command, EngineArgs, ModelChoice, RoleChoice, WorkerArgs};
+use crate::args::{Command, EngineArgs, ModelChoice, RoleChoice, Strategy, WorkerArgs};
 use crate::{engines, model, plan, serve};
 
 /// Says what is in force and why, then whether it can work. Nothing is bound, joined or changed.
@@ -31,7 +31,9 @@ pub async fn run(command: &Command, effective: &[(String, String, String)]) -> a
             RoleChoice::Auto => worker(&args.worker, &[Role::Prefill, Role::Decode])?,
         },
         Command::Planner(args) => plan::check(args)?,
-        Command::Up(args) => engine(&args.model, &args.engine, &[Role::Prefill, Role::Decode])?,
+        Command::Up(args) => {
+            engine(&args.model, &args.engine, args.placement.strategy, &[Role::Prefill, Role::Decode])?
+        }
         _ => {}
     }
     println!("ok: can be started");
@@ -40,13 +42,13 @@ pub async fn run(command: &Command, effective: &[(String, String, String)]) -> a
 
 fn worker(args: &WorkerArgs, roles: &[Role]) -> anyhow::Result<()> {
     serve::check_worker(args)?;
-    engine(&args.model, &args.engine, roles)
+    engine(&args.model, &args.engine, args.strategy, roles)
 }
 
-fn engine(choice: &ModelChoice, args: &EngineArgs, roles: &[Role]) -> anyhow::Result<()> {
+fn engine(choice: &ModelChoice, args: &EngineArgs, strategy: Strategy, roles: &[Role]) -> anyhow::Result<()> {
     let dir = model::folder(choice)?;
     for role in roles {
-        engines::plan(&dir, args, serve::step_tokens(args, *role))?;
+        engines::plan(&dir, args, serve::step_tokens(args, *role, strategy))?;
     }
     Ok(())
 }

@@ -156,7 +156,9 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         .args(["--sim-profile", &engine.sim_profile])
         .args(["--gpu", &engine.gpu.to_string()])
         .args(["--max-sequences", &engine.max_sequences.to_string()])
-        .args(["--max-waiting", &engine.max_waiting.to_string()]);
+        .args(["--max-waiting", &engine.max_waiting.to_string()])
+        .args(["--strategy", spec.placement.strategy.name()])
+        .args(["--slo-itl-ms", &spec.placement.slo_itl_ms.to_string()]);
     command.args(spec.trace.flags());
     let way = match spec.transport.transport {
         TransportKind::Auto => "auto",
@@ -181,6 +183,9 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
     }
     if let Some(shape) = &engine.sim_shape {
         command.args(["--sim-shape", shape]);
+    }
+    if let Some(tokens) = engine.chunk_tokens {
+        command.args(["--chunk-tokens", &tokens.to_string()]);
     }
     if engine.quantize.is_some() {
         command.args(["--quantize", "fp8"]);

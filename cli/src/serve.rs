@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry, Role};
 use decode_worker::DecodeConfig;
+use decode_worker::scheduler::LocalPrefill;
 use prefill_worker::PrefillConfig;
 use router::keys::Keys;
 use router::placement::Policy;
@@ -22,7 +23,7 @@ use worker::WorkerConfig;
 use worker::transport::{TransportChoice, TransportConfig};
 
 use crate::args::{
-    Device, EngineArgs, EtcdArgs, PlacementArgs, PrefillOn, RouterArgs, TransportArgs, TransportKind,
+    Device, EngineArgs, EtcdArgs, PlacementArgs, RouterArgs, Strategy, TransportArgs, TransportKind,
     WorkerArgs,
 };
 use crate::{engines, model, signal, trace};
@@ -33,6 +34,8 @@ const PREFILL_STEP_TOKENS: usize = 512;
 const PREFILL_STEP_TOKENS_GPU: usize = 8192;
 /// The same of a decode worker: local prompts must not hold up running sequences for long.
 const DECODE_STEP_TOKENS: usize = 256;
+/// The same where prompts are not cut.
+const SHARED_STEP_TOKENS: usize = 2048;
 /// How long a process that starts waits for a registry that does not answer, before it ends with an error.
 const FIRST_CONTACT: Duration = Duration::from_secs(60);
 /// How long a reservation may wait for its KV.
@@ -106,10 +109,10 @@ pub fn router_config(args: &PlacementArgs, drain_deadline: Duration) -> RouterCo
         max_connections: args.max_connections,
         max_waiting: args.max_queued,
         queue_patience: Duration::from_secs(args.queue_seconds),
-        policy: match args.prefill_on {
-            PrefillOn::Adaptive => Policy::Adaptive,
-            PrefillOn::Remote => Policy::Remote,
-            PrefillOn::Local => Policy::Local,
+        policy: match args.strategy {
+            Strategy::Adaptive => Policy::Adaptive,
+            Strategy::Disaggregated => Policy::Remote,
+            Strategy::Shared | Strategy::Chunked | Strategy::Priority => Policy::Local,
         },
         drain_deadline,
         slo: Slo {
@@ -157,7 +160,20 @@ pub async fn turn(
             prefill_worker::run(config, deps, listener, stop).await.map_err(Into::into)
         }
         Role::Decode => {
-            let config = DecodeConfig { worker: config, reservation: RESERVATION };
+            let chunk_tokens = args.engine.chunk_tokens.map_or(config.step_tokens, |tokens| tokens as usize);
+            let config = DecodeConfig {
+                worker: config,
+                reservation: RESERVATION,
+                prefill: match args.strategy {
+                    Strategy::Shared => LocalPrefill::Shared,
+                    Strategy::Chunked => LocalPrefill::Chunked,
+                    Strategy::Priority | Strategy::Adaptive | Strategy::Disaggregated => {
+                        LocalPrefill::Priority
+                    }
+                },
+                chunk_tokens,
+                itl_limit: Duration::from_millis(args.slo_itl_ms),
+            };
             decode_worker::run(config, deps, listener, stop).await.map_err(Into::into)
         }
     };
@@ -198,7 +214,7 @@ impl Start {
         let dir = model::folder(&args.model)?;
         let model_name = model::served_name(&args.model, &dir);
         let bound = listener.local_addr()?;
-        let step_tokens = step_tokens(&args.engine, role);
+        let step_tokens = step_tokens(&args.engine, role, args.strategy);
         let kind = if next_role.is_some() { "worker" } else { role.name() };
         let name = args.name.clone().unwrap_or_else(|| default_name(kind, bound));
         let tls = args.cluster_tls.files();
@@ -229,10 +245,12 @@ impl Start {
 }
 
 /// Tokens in one engine step.
-pub fn step_tokens(args: &EngineArgs, role: Role) -> usize {
+pub fn step_tokens(args: &EngineArgs, role: Role, strategy: Strategy) -> usize {
     let default = match (role, args.device) {
         (Role::Prefill, Device::Cpu) => PREFILL_STEP_TOKENS,
         (Role::Prefill, Device::Cuda | Device::Sim) => PREFILL_STEP_TOKENS_GPU,
+        (Role::Decode, Device::Cpu) if strategy == Strategy::Shared => SHARED_STEP_TOKENS,
+        (Role::Decode, _) if strategy == Strategy::Shared => PREFILL_STEP_TOKENS_GPU,
         (Role::Decode, _) => DECODE_STEP_TOKENS,
     };
     args.step_tokens.unwrap_or(default).max(args.block_tokens)

@@ -49,7 +49,7 @@ fn real_model_equals_the_reference() {
     std::fs::write(file.path(), Value::from(prompts).to_string()).unwrap();
     let longest = rows.iter().map(|r| r["output_ids"].as_array().unwrap().len()).max().unwrap();
     let (code, out, err) = run(tandem()
-        .args(["generate", "--json", "--prefill-on", "remote", "--concurrency", "4", "--kv-mib", "256"])
+        .args(["generate", "--json", "--strategy", "disaggregated", "--concurrency", "4", "--kv-mib", "256"])
         .args(["--max-tokens", &longest.to_string(), "--prompts"])
         .arg(file.path())
         .arg("--model")
@@ -257,7 +257,7 @@ fn start_with(role: &str, name: &str, dir: &Path, etcd: &Etcd, listen: &str, mor
         command.args(["--name", name, "--kv-mib", "32", "--threads", "1", "--lease-seconds", "2"]);
     }
     if role == "router" {
-        command.args(["--prefill-on", "remote"]);
+        command.args(["--strategy", "disaggregated"]);
     }
     command.args(more);
     Process(command.stdin(Stdio::null()).spawn().unwrap())

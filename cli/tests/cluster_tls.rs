@@ -30,7 +30,7 @@ async fn call_decode(address: &str, files: ClusterFiles) -> tonic::Status {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_link_is_encrypted_and_each_side_known() {
-    let cluster = Secured::start(TANDEM, true, true, &["--prefill-on", "remote"]).await;
+    let cluster = Secured::start(TANDEM, true, true, &["--strategy", "disaggregated"]).await;
     let (code, said) = cluster.call(&["generate", "hello there", "--max-tokens", "8", "--json"]);
     assert!(code == Some(0) && said.contains("\"transport\":\"tcp\""), "{said}");
 

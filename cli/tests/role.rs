@@ -28,7 +28,8 @@ fn fleet(workers: &[&[&str]]) -> (tempfile::TempDir, String, Vec<Process>) {
     model::write(dir.path(), 1);
     let router = format!("127.0.0.1:{}", free_port());
     let common = ["--listen", "127.0.0.1:0", "--registry", &router, "--kv-mib", "32", "--threads", "1"];
-    let mut processes = vec![start(&["router", "--listen", &router, "--prefill-on", "remote"], dir.path())];
+    let mut processes =
+        vec![start(&["router", "--listen", &router, "--strategy", "disaggregated"], dir.path())];
     processes.extend(workers.iter().map(|worker| start(&[worker, &common[..]].concat(), dir.path())));
     (dir, router, processes)
 }

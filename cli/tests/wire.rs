@@ -48,7 +48,7 @@ async fn observe(tls: bool) -> Seen {
     let mut cluster = Secured::prepare(TANDEM, tls, true).await;
     cluster.log_level = "debug";
     let keys = api_key(&mut cluster);
-    cluster.up(&["--api-keys", &keys, "--prefill-on", "remote"]).await;
+    cluster.up(&["--api-keys", &keys, "--strategy", "disaggregated"]).await;
     let key = std::fs::read_to_string(cluster.api_key.as_ref().unwrap()).unwrap().trim().to_owned();
     let capture = Capture::start().expect("a namespace of our own lets us listen");
     let text = v1::GenerateRequest {
@@ -206,7 +206,7 @@ struct Load {
 async fn certificates_authorities_and_keys_change_under_load() {
     let mut cluster = Secured::prepare(TANDEM, true, true).await;
     let keys = api_key(&mut cluster);
-    cluster.up(&["--api-keys", &keys, "--prefill-on", "remote"]).await;
+    cluster.up(&["--api-keys", &keys, "--strategy", "disaggregated"]).await;
     let load = Arc::new(Load::default());
     let clients: Vec<_> = (0..3_u32)
         .map(|client| {

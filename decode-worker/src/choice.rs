@@ -21,6 +21,10 @@ pub(crate) struct Choice {
     pub tokens: Vec<u32>,
     /// Tokens whose KV is in `blocks`.
     pub computed: usize,
+    /// Steps it has sat out since it last ran.
+    pub waited: usize,
+    /// It has decoded here.
+    pub joined: bool,
     /// Block table; `ids` is the same as plain numbers, for the engine.
     blocks: Vec<Block>,
     ids: Vec<u32>,
@@ -36,7 +40,21 @@ impl Choice {
         let hashes = request.hashes.to_vec();
         let index = request.open.first().copied().unwrap_or(0);
         let is_stem = true;
-        Self { request, group, index, is_stem, tokens, computed, blocks, ids, hashes, published: 0 }
+        let (waited, joined) = (0, false);
+        Self {
+            request,
+            group,
+            index,
+            is_stem,
+            tokens,
+            computed,
+            waited,
+            joined,
+            blocks,
+            ids,
+            hashes,
+            published: 0,
+        }
     }
 
     /// One choice that ran elsewhere: `blocks` hold the KV of its first tokens, `since` is what it put out
@@ -67,7 +85,13 @@ impl Choice {
 
     /// What the scheduler needs to know.
     pub fn view(&self) -> View {
-        View { pending: self.tokens.len() - self.computed, computed: self.computed, held: self.blocks.len() }
+        View {
+            pending: self.tokens.len() - self.computed,
+            computed: self.computed,
+            held: self.blocks.len(),
+            waited: self.waited,
+            joined: self.joined,
+        }
     }
 
     /// Block ids, for the engine.
@@ -151,6 +175,8 @@ impl Choice {
 
     /// Notes that `count` more tokens are computed, and offers full blocks to the prefix cache.
     pub fn advance(&mut self, count: usize, pool: &Arc<BlockPool>, layout: &KvLayout) {
+        self.waited = 0;
+        self.joined |= count == 1 && self.is_computed_after(count);
         self.computed += count;
         let full = self.computed / layout.block_tokens;
         while self.hashes.len() < full {
@@ -162,6 +188,10 @@ impl Choice {
             pool.publish(&self.blocks[at], self.hashes[at]);
         }
         self.published = self.published.max(full);
+    }
+
+    fn is_computed_after(&self, count: usize) -> bool {
+        !self.is_stem && self.computed + count == self.tokens.len()
     }
 
     /// Gives all blocks back; its tokens will be computed again.

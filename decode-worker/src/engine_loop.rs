@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use cluster::Load;
 use engine::kv::pool::BlockPool;
+use engine::pace::{StepModel, StepShape};
 use engine::{Batch, Engine, EngineError, KvLayout, Sampled, Segment};
 use proto::v1::{self, decode_event::Event};
 use tokio::sync::watch;
@@ -22,7 +23,8 @@ use worker::request::load_to_wire;
 use crate::choice::Choice;
 use crate::metrics::LoopMetrics;
 use crate::order::Order;
-use crate::scheduler::{self, Rules};
+use crate::outlook::Outlook;
+use crate::scheduler::{self, LocalPrefill, Rules};
 use begin::Sealed;
 use group::Group;
 
@@ -46,6 +48,8 @@ pub(crate) struct EngineLoop {
     groups: HashMap<u64, Group>,
     next_group: u64,
     rate: Rate,
+    model: StepModel,
+    outlook: Outlook,
     metrics: LoopMetrics,
     progress: Progress,
 }
@@ -54,7 +58,7 @@ impl EngineLoop {
     pub fn new(
         engine: Box<dyn Engine>,
         pool: Arc<BlockPool>,
-        rules: Rules,
+        (rules, outlook): (Rules, Outlook),
         inbox: Receiver<Order>,
         load: Arc<watch::Sender<Load>>,
         metrics: LoopMetrics,
@@ -73,6 +77,8 @@ impl EngineLoop {
             groups: HashMap::new(),
             next_group: 0,
             rate: Rate::default(),
+            model: StepModel::default(),
+            outlook,
             metrics,
             progress,
         }
@@ -105,8 +111,8 @@ impl EngineLoop {
     fn obey(&mut self, order: Order) -> Result<(), EngineError> {
         match order {
             Order::Run(mut submission) => match submission.seal.take() {
-                Some(seal) => self.sealed.push_back(Sealed::new(submission, seal)),
-                None => self.admit(submission),
+                Some(seal) => self.sealed.push_back(Sealed::new(*submission, seal)),
+                None => self.admit(*submission),
             },
             Order::Portray { key, attempt, reply } => drop(reply.send(self.portray(&key, attempt)?)),
             Order::Stop { group, known, reply } => {
@@ -131,6 +137,7 @@ impl EngineLoop {
     /// Reports the end of a choice that has ended, and of its request with the last one.
     fn finish_if_done(&mut self, choice: &Choice) -> bool {
         let Some(reason) = choice.finish_reason() else { return false };
+        self.outlook.ended(choice.output().len());
         let load = self.load_now();
         let Some(group) = self.groups.get_mut(&choice.group) else { return true };
         group.finishes.push(v1::ChoiceFinish { choice: choice.index, finish_reason: reason.into() });
@@ -166,13 +173,15 @@ impl EngineLoop {
         let going = |choice: &Choice| self.groups.get(&choice.group).is_some_and(|group| !group.stopped);
         let (indices, views): (Vec<usize>, Vec<_>) =
             self.choices.iter().enumerate().filter(|(_, c)| going(c)).map(|(i, c)| (i, c.view())).unzip();
-        let mut plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        let mut plan = scheduler::plan(&views, &self.rules, &self.model, self.pool.available());
+        self.metrics.held_back.set(plan.held_back as f64);
         plan.run.iter_mut().for_each(|(index, _)| *index = indices[*index]);
         plan.preempt.iter_mut().for_each(|index| *index = indices[*index]);
         for &victim in &plan.preempt {
             tracing::debug!(request = %self.choices[victim].request.id, "preempted: out of blocks");
-            self.choices[victim].preempt();
             self.metrics.preemptions.increment(1);
+            self.metrics.preempted_tokens.increment(self.choices[victim].computed as u64);
+            self.choices[victim].preempt();
         }
         let run = self.grown(plan.run);
         if run.is_empty() {
@@ -185,6 +194,7 @@ impl EngineLoop {
             Ok(drawn) => {
                 self.rate.add(tokens, started.elapsed());
                 self.metrics.steps.add(tokens, started.elapsed());
+                self.learn(&run, started.elapsed());
                 self.progress.step();
                 self.fail_lost_forms();
                 self.apply(&run, drawn, started);
@@ -198,6 +208,27 @@ impl EngineLoop {
                 self.fail(&run, &fatal.to_string());
                 Err(fatal)
             }
+        }
+    }
+
+    /// What the step that ran teaches: how long steps take, and how many sequences keep the limit.
+    fn learn(&mut self, run: &[(usize, usize)], took: Duration) {
+        let mut shape = StepShape::default();
+        for &(index, count) in run {
+            let choice = &self.choices[index];
+            shape = match count {
+                1 => shape.with_sequence(choice.computed),
+                _ => shape.with_prompt(choice.computed, count),
+            };
+        }
+        let actual = took.as_secs_f64() * 1e3;
+        if self.model.is_fitted() {
+            self.metrics.steps.predicted(self.model.predict_ms(&shape), actual);
+        }
+        self.model.add(&shape, actual);
+        if self.rules.prefill == LocalPrefill::Priority && self.model.is_fitted() && shape.sequences > 0 {
+            let each = shape.kv_tokens as f64 / shape.sequences as f64;
+            self.outlook.set_most_sequences(self.model.most_sequences(each, self.rules.itl_limit_ms));
         }
     }
 
@@ -270,7 +301,10 @@ impl EngineLoop {
         }
         for (index, mut choice) in std::mem::take(&mut self.choices).into_iter().enumerate() {
             match tokens.remove(&index) {
-                None => self.choices.push(choice),
+                None => {
+                    choice.waited += 1;
+                    self.choices.push(choice);
+                }
                 Some(_) if choice.is_stem() && !choice.is_computed() => self.choices.push(choice),
                 Some(drawn) if choice.is_stem() => {
                     let indices: Vec<u32> = choice.request.drawn_at_stem().collect();

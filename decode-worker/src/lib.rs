@@ -10,6 +10,7 @@ mod landing;
 mod metrics;
 mod moving;
 mod order;
+mod outlook;
 pub mod scheduler;
 mod seal;
 mod service;
@@ -32,6 +33,8 @@ use worker::serve::{self, Life, LifeError};
 
 pub use worker::Deps;
 
+use scheduler::LocalPrefill;
+
 /// Why a decode worker's process ends badly.
 pub type RunError = LifeError<EngineError>;
 
@@ -42,6 +45,12 @@ pub struct DecodeConfig {
     pub worker: WorkerConfig,
     /// How long a reservation may wait for its KV. Default 120 s.
     pub reservation: Duration,
+    /// How prompts share steps with decoding sequences.
+    pub prefill: LocalPrefill,
+    /// Prompt tokens in one step, at most, unless prompts are not cut.
+    pub chunk_tokens: usize,
+    /// Gap between tokens that is kept to with [`LocalPrefill::Priority`]. Default 100 ms.
+    pub itl_limit: Duration,
 }
 
 /// Serves until `stop`; then takes nothing new, lets running requests end (at most the drain
@@ -89,6 +98,9 @@ pub async fn run(
     let counters = metrics::LoopMetrics::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
+    let outlook = outlook::Outlook::new(layout.block_tokens);
+    let no_room = Arc::new(metrics::no_room(&shown));
+    let collect_outlook = metrics::collect_outlook(&shown, outlook.clone());
     let collect_receiver = metrics::collect_receiver(&shown, receiver.clone());
     let collect_sender = worker::metrics::collect_sender(&shown, sender.clone());
     let collect_certificates = worker::metrics::collect_certificates(&shown, deps.expiry);
@@ -97,6 +109,7 @@ pub async fn run(
         collect_certificates();
         collect_sender();
         collect_receiver();
+        collect_outlook();
     });
     let (inbox, submissions) = std::sync::mpsc::channel();
     let attempts = Attempts::default();
@@ -112,6 +125,8 @@ pub async fn run(
         attempts: attempts.clone(),
         load: Arc::clone(&load),
         reservation: config.reservation,
+        outlook: outlook.clone(),
+        no_room,
         refusals,
         tracer: deps.tracer,
     };
@@ -119,11 +134,14 @@ pub async fn run(
         step_tokens: config.worker.step_tokens,
         max_choices: config.worker.max_sequences,
         block_tokens: layout.block_tokens,
+        prefill: config.prefill,
+        chunk_tokens: config.chunk_tokens,
+        itl_limit_ms: config.itl_limit.as_secs_f64() * 1e3,
     };
     let engine_loop = engine_loop::EngineLoop::new(
         deps.engine,
         deps.pool,
-        rules,
+        (rules, outlook),
         submissions,
         Arc::clone(&load),
         counters,

@@ -3,13 +3,17 @@
 use std::time::Duration;
 
 use kv_transport::{LandingEnd, Receiver};
-use telemetry::{Counter, Histogram, Metrics};
+use telemetry::{Counter, Family, Gauge, Histogram, Metrics};
+
+use crate::outlook::{NoRoom, Outlook};
 
 /// Counted by the engine's loop.
 #[derive(Clone)]
 pub(crate) struct LoopMetrics {
     pub steps: worker::metrics::Steps,
     pub preemptions: Counter,
+    pub preempted_tokens: Counter,
+    pub held_back: Gauge,
     pub local_prefills: Counter,
     pub corrupt_blocks: Counter,
     verified_bytes: Counter,
@@ -23,6 +27,12 @@ impl LoopMetrics {
             preemptions: m.counter(
                 "tandem_preemptions_total",
                 "Choices that gave their blocks back and are computed again.",
+            ),
+            preempted_tokens: m
+                .counter("tandem_preempted_tokens_total", "Computed tokens that preempted choices lost."),
+            held_back: m.gauge(
+                "tandem_held_back_sequences",
+                "Landed sequences that wait to join a batch that is at its ITL limit.",
             ),
             corrupt_blocks: m.counter(
                 "tandem_kv_corrupt_blocks_total",
@@ -45,6 +55,29 @@ impl LoopMetrics {
     pub fn verified(&self, bytes: usize, took: Duration) {
         self.verified_bytes.increment(bytes as u64);
         self.verify_seconds.record(took.as_secs_f64());
+    }
+}
+
+/// Requests that were refused since they would not fit.
+pub(crate) fn no_room(m: &Metrics) -> Family<Counter> {
+    let help = "Requests refused because they are expected not to fit: by KV growth, or by the ITL limit.";
+    m.counters("tandem_no_room_total", help, "reason", &NoRoom::ALL)
+}
+
+/// What is read of the outlook when the page is asked for.
+pub(crate) fn collect_outlook(m: &Metrics, outlook: Outlook) -> impl Fn() + Send + Sync + use<> {
+    let growth = m.gauge(
+        "tandem_expected_growth_blocks",
+        "KV blocks that accepted sequences are expected to grow by, from the outputs so far.",
+    );
+    let most = m.gauge(
+        "tandem_most_sequences",
+        "Sequences that keep the ITL limit by the learned step time; 0: not bounded.",
+    );
+    move || {
+        let (blocks, sequences) = outlook.numbers();
+        growth.set(blocks as f64);
+        most.set(sequences.unwrap_or(0) as f64);
     }
 }
 

@@ -11,6 +11,7 @@ use worker::Request;
 use worker::attempts::Running;
 use worker::request::Key;
 
+use crate::outlook::Expected;
 use crate::seal::Seal;
 
 /// Where a request's events go. Closed by the client: the request is cancelled.
@@ -73,7 +74,7 @@ impl Submission {
 /// What the loop is told. Moves are described in [`crate::moving`].
 pub(crate) enum Order {
     /// Run this.
-    Run(Submission),
+    Run(Box<Submission>),
     /// Show what a running request consists of.
     Portray { key: Key, attempt: u32, reply: oneshot::Sender<Option<Portrait>> },
     /// Let a request stand still; the reply has the tokens of these choices beyond those that are known, and
@@ -110,6 +111,8 @@ impl Portrait {
 /// What a running request occupies besides blocks.
 pub(crate) struct Hold {
     pub _slot: OwnedSemaphorePermit,
+    /// What it is expected to need yet.
+    pub expected: Expected,
     pub attempt: Arc<Running>,
     /// Ends with the request.
     pub span: Span,

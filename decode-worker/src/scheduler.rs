@@ -1,10 +1,35 @@
 //! Which choices run in the next step, and which give their blocks back. A pure function.
 //!
-//! Continuous batching: every decoding choice gets its one token, then prompt tokens (local prefill,
-//! recomputation after a preemption) fill what is left of the step's token budget, oldest first. When
-//! a decoding choice needs a block and none is left, the youngest choice is preempted: it drops its
+//! Continuous batching: every decoding choice gets its one token, and prompt tokens (local prefill, recomputation
+//! after a preemption) run in the same step, oldest first, by one of three policies:
+//!
+//! * [`LocalPrefill::Shared`]: a prompt is not cut. One that does not fit a step runs alone, decoding choices wait.
+//! * [`LocalPrefill::Chunked`]: decoding choices first, then chunks of a fixed size in what is left of the step.
+//! * [`LocalPrefill::Priority`]: decoding choices first, chunks only in what the ITL limit leaves by the learned step
+//!   time; a prompt that sat out [`PATIENCE_STEPS`] gets one block's worth all the same, so none starves. The batch
+//!   itself grows only while its predicted step stays within the limit; who waits for that joins after [`GROWTH_STEPS`].
+//!
+//! When a decoding choice needs a block and none is left, the younger one that loses the least work is preempted: it drops its
 //! blocks and later computes its tokens again. When nothing at all could run, the oldest takes the blocks of the
 //! youngest. The oldest is never preempted, so it always comes to its end, and then the next is the oldest.
+
+use engine::pace::{StepModel, StepShape};
+
+/// Steps that a prompt sits out at most under [`LocalPrefill::Priority`], while it is the oldest one that waits.
+pub const PATIENCE_STEPS: usize = 8;
+/// Steps that a sequence waits at most before it joins a batch that is at its limit.
+pub const GROWTH_STEPS: usize = 64;
+
+/// How prompts and decoding choices share steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalPrefill {
+    /// Whole prompts.
+    Shared,
+    /// Chunks of at most so many tokens.
+    Chunked,
+    /// Decode first, chunks in what the ITL limit leaves.
+    Priority,
+}
 
 /// One choice as the scheduler sees it. Views come in order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +40,10 @@ pub struct View {
     pub computed: usize,
     /// Blocks it holds.
     pub held: usize,
+    /// Steps it has sat out since it last ran.
+    pub waited: usize,
+    /// It has decoded in this worker's batch.
+    pub joined: bool,
 }
 
 /// The bounds of a step.
@@ -26,85 +55,211 @@ pub struct Rules {
     pub max_choices: usize,
     /// Tokens per block.
     pub block_tokens: usize,
+    /// How prompts share steps with decoding choices.
+    pub prefill: LocalPrefill,
+    /// Prompt tokens in one step, at most, unless prompts are not cut.
+    pub chunk_tokens: usize,
+    /// Gap between tokens that [`LocalPrefill::Priority`] keeps to, ms.
+    pub itl_limit_ms: f64,
 }
 
 /// What to do next. Numbers are indices into the views.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
     /// Choices that run, with how many tokens.
     pub run: Vec<(usize, usize)>,
     /// Choices that give their blocks back first.
     pub preempt: Vec<usize>,
+    /// What runs, as the step model sees it.
+    pub shape: StepShape,
+    /// Decoding choices that wait because the batch is at the ITL limit.
+    pub held_back: usize,
 }
 
 /// Plans one step with `available` blocks to hand out.
-pub fn plan(views: &[View], rules: &Rules, available: usize) -> Plan {
-    let mut plan = Plan::default();
-    let mut available = available;
-    let mut budget = rules.step_tokens;
-    let mut gone = vec![false; views.len()];
-    let needs = |view: &View, tokens: usize| {
-        (view.computed + tokens).div_ceil(rules.block_tokens).saturating_sub(view.held)
+pub fn plan(views: &[View], rules: &Rules, model: &StepModel, available: usize) -> Plan {
+    let mut planner = Planner {
+        views,
+        rules,
+        model,
+        available,
+        budget: rules.step_tokens,
+        gone: vec![false; views.len()],
+        plan: Plan::default(),
     };
-
-    for (index, view) in views.iter().enumerate().filter(|(_, v)| v.pending == 1) {
-        if gone[index] || budget == 0 || plan.run.len() == rules.max_choices {
-            continue;
-        }
-        let need = needs(view, 1);
-        while need > available {
-            // Younger than this one, holding blocks, not planned: decoding ones are planned in order of
-            // arrival, so every younger one is still free to go.
-            let youngest = (index + 1..views.len()).rev().find(|&i| !gone[i] && views[i].held > 0);
-            let Some(victim) = youngest else { break };
-            gone[victim] = true;
-            plan.preempt.push(victim);
-            available += views[victim].held;
-        }
-        if need <= available {
-            available -= need;
-            budget -= 1;
-            plan.run.push((index, 1));
-        }
+    if rules.prefill != LocalPrefill::Shared || !planner.whole_prompt_first() {
+        planner.decode();
+        planner.prompts();
     }
-
-    for (index, view) in views.iter().enumerate().filter(|(_, v)| v.pending > 1) {
-        if gone[index] || budget == 0 || plan.run.len() == rules.max_choices {
-            continue;
-        }
-        // Starting needs room for all of it, or two half-computed prompts could wait for each other.
-        if needs(view, view.pending) > available {
-            continue;
-        }
-        let tokens = chunk(view, budget, rules.block_tokens);
-        if tokens == 0 {
-            continue;
-        }
-        available -= needs(view, view.pending);
-        budget -= tokens;
-        plan.run.push((index, tokens));
+    if planner.plan.run.is_empty() {
+        planner.make_way();
     }
-    if plan.run.is_empty() {
-        make_way(views, rules, available, &mut plan);
-    }
-    plan
+    planner.plan
 }
 
-/// Half-computed prompts may hold what each other lacks: the oldest gets it.
-fn make_way(views: &[View], rules: &Rules, mut available: usize, plan: &mut Plan) {
-    let Some(oldest) = views.first() else { return };
-    let need = (oldest.computed + oldest.pending).div_ceil(rules.block_tokens).saturating_sub(oldest.held);
-    let gone = plan.preempt.clone();
-    for index in (1..views.len()).rev().filter(|i| views[*i].held > 0 && !gone.contains(i)) {
-        if need <= available {
-            break;
-        }
-        available += views[index].held;
-        plan.preempt.push(index);
+struct Planner<'a> {
+    views: &'a [View],
+    rules: &'a Rules,
+    model: &'a StepModel,
+    available: usize,
+    budget: usize,
+    gone: Vec<bool>,
+    plan: Plan,
+}
+
+impl Planner<'_> {
+    fn needs(&self, view: &View, tokens: usize) -> usize {
+        (view.computed + tokens).div_ceil(self.rules.block_tokens).saturating_sub(view.held)
     }
-    let tokens = chunk(oldest, rules.step_tokens, rules.block_tokens);
-    if need <= available && tokens > 0 {
-        plan.run.push((0, tokens));
+
+    fn is_full(&self) -> bool {
+        self.budget == 0 || self.plan.run.len() == self.rules.max_choices
+    }
+
+    /// The limit that this step keeps; none where one sequence alone takes longer, or by another policy.
+    fn limit_ms(&self) -> f64 {
+        let can_keep = || self.model.most_sequences(0.0, self.rules.itl_limit_ms) < usize::MAX;
+        match self.rules.prefill {
+            LocalPrefill::Priority if can_keep() => self.rules.itl_limit_ms,
+            _ => f64::INFINITY,
+        }
+    }
+
+    /// One token for every decoding choice.
+    fn decode(&mut self) {
+        let limit = self.limit_ms();
+        // A prompt whose time has come finds a place and one block's worth of tokens.
+        let is_due = self.views.iter().any(|v| v.pending > 1 && v.waited >= PATIENCE_STEPS);
+        let kept_tokens = if is_due { self.rules.block_tokens } else { 0 };
+        let kept_places = usize::from(is_due);
+        for (index, view) in self.views.iter().enumerate().filter(|(_, v)| v.pending == 1) {
+            let places = self.rules.max_choices - self.plan.run.len();
+            let has_place = places > if view.joined { 0 } else { kept_places };
+            if self.gone[index] || self.budget <= kept_tokens.min(self.rules.step_tokens - 1) || !has_place {
+                continue;
+            }
+            let grown = self.plan.shape.with_sequence(view.computed);
+            let may_wait = !view.joined && view.waited < GROWTH_STEPS && !self.plan.run.is_empty();
+            if may_wait && self.model.predict_ms(&grown) > limit {
+                self.plan.held_back += 1;
+                continue;
+            }
+            let need = self.needs(view, 1);
+            while need > self.available && self.preempt_younger(index) {}
+            if need <= self.available {
+                self.available -= need;
+                self.budget -= 1;
+                self.plan.shape = grown;
+                self.plan.run.push((index, 1));
+            }
+        }
+    }
+
+    /// Takes the blocks of the younger choice that loses the least work; false when there is none. Decoding choices are
+    /// planned in order of arrival, so every younger one is still free to go.
+    fn preempt_younger(&mut self, than: usize) -> bool {
+        let can_go = |i: &usize| !self.gone[*i] && self.views[*i].held > 0;
+        // Of equals the youngest.
+        let victim =
+            (than + 1..self.views.len()).rev().filter(can_go).min_by_key(|i| self.views[*i].computed);
+        let Some(victim) = victim else { return false };
+        self.gone[victim] = true;
+        self.plan.preempt.push(victim);
+        self.available += self.views[victim].held;
+        true
+    }
+
+    /// Prompt tokens, oldest first, in what is left.
+    fn prompts(&mut self) {
+        let mut chunk_budget = match self.rules.prefill {
+            LocalPrefill::Shared => self.budget,
+            LocalPrefill::Chunked | LocalPrefill::Priority => {
+                self.rules.chunk_tokens.max(self.rules.block_tokens)
+            }
+        };
+        // Nobody's gap grows while nobody decodes.
+        let limit = if self.plan.run.is_empty() { f64::INFINITY } else { self.limit_ms() };
+        let mut is_oldest = true;
+        for (index, view) in self.views.iter().enumerate().filter(|(_, v)| v.pending > 1) {
+            if self.gone[index] || self.is_full() {
+                continue;
+            }
+            // Starting needs room for all of it, or two half-computed prompts could wait for each other.
+            let need = self.needs(view, view.pending);
+            if need > self.available {
+                continue;
+            }
+            let is_due = std::mem::take(&mut is_oldest) && view.waited >= PATIENCE_STEPS;
+            let within = self.budget.min(chunk_budget);
+            let mut tokens = self.within_ms(view, chunk(view, within, self.rules.block_tokens), limit);
+            if tokens == 0 && is_due {
+                tokens = chunk(view, within.min(self.rules.block_tokens), self.rules.block_tokens);
+            }
+            if tokens == 0 {
+                continue;
+            }
+            self.available -= need;
+            self.budget -= tokens;
+            chunk_budget -= tokens;
+            self.plan.shape = self.plan.shape.with_prompt(view.computed, tokens);
+            self.plan.run.push((index, tokens));
+        }
+    }
+
+    /// At most `tokens`, so that the step stays within the limit.
+    fn within_ms(&self, view: &View, tokens: usize, limit_ms: f64) -> usize {
+        let fits = |tokens: usize| {
+            self.model.predict_ms(&self.plan.shape.with_prompt(view.computed, tokens)) <= limit_ms
+        };
+        if tokens == 0 || fits(tokens) {
+            return tokens;
+        }
+        // Between none, which need not fit either, and too many.
+        let (mut fit, mut too_many) = (0, tokens);
+        while too_many - fit > 1 {
+            let half = fit.midpoint(too_many);
+            if fits(half) { fit = half } else { too_many = half }
+        }
+        chunk(view, fit, self.rules.block_tokens)
+    }
+
+    /// A prompt that is longer than a step runs alone until its last piece; true when that is so now.
+    fn whole_prompt_first(&mut self) -> bool {
+        let decoding = self.views.iter().filter(|v| v.pending == 1).count();
+        let left = self.rules.step_tokens.saturating_sub(decoding);
+        let fits = |(_, v): &(usize, &View)| v.pending > 1 && self.needs(v, v.pending) <= self.available;
+        let Some((index, view)) = self.views.iter().enumerate().find(fits) else { return false };
+        let tokens = chunk(view, self.rules.step_tokens, self.rules.block_tokens);
+        if view.pending <= left || tokens == 0 {
+            return false;
+        }
+        self.plan.shape = self.plan.shape.with_prompt(view.computed, tokens);
+        self.plan.run.push((index, tokens));
+        true
+    }
+
+    /// Half-computed prompts may hold what each other lacks: the oldest gets it.
+    fn make_way(&mut self) {
+        let Some(oldest) = self.views.first() else { return };
+        let need = self.needs(oldest, oldest.pending);
+        for index in (1..self.views.len()).rev() {
+            if need <= self.available {
+                break;
+            }
+            if self.views[index].held > 0 && !self.gone[index] {
+                self.gone[index] = true;
+                self.available += self.views[index].held;
+                self.plan.preempt.push(index);
+            }
+        }
+        let tokens = chunk(oldest, self.rules.step_tokens, self.rules.block_tokens);
+        if need <= self.available && tokens > 0 {
+            self.plan.shape = match oldest.pending {
+                1 => self.plan.shape.with_sequence(oldest.computed),
+                _ => self.plan.shape.with_prompt(oldest.computed, tokens),
+            };
+            self.plan.run.push((0, tokens));
+        }
     }
 }
 
@@ -118,128 +273,5 @@ fn chunk(view: &View, budget: usize, block_tokens: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const RULES: Rules = Rules { step_tokens: 64, max_choices: 8, block_tokens: 16 };
-
-    fn decoding(computed: usize) -> View {
-        View { pending: 1, computed, held: computed.div_ceil(16) }
-    }
-
-    #[test]
-    fn decode_goes_first_and_prompts_fill_the_rest() {
-        let prompt = View { pending: 100, computed: 0, held: 0 };
-        let plan = plan(&[prompt, decoding(5), decoding(17)], &RULES, 100);
-        assert_eq!(plan.run, [(1, 1), (2, 1), (0, 48)]);
-    }
-
-    #[test]
-    fn the_youngest_is_preempted() {
-        let plan = plan(&[decoding(16), decoding(20), decoding(40)], &RULES, 0);
-        assert_eq!(plan, Plan { run: vec![(0, 1), (1, 1)], preempt: vec![2] });
-    }
-
-    #[test]
-    fn a_prompt_waits_until_all_of_it_fits() {
-        let prompt = View { pending: 100, computed: 0, held: 0 };
-        assert_eq!(plan(&[prompt], &RULES, 6).run, []);
-        assert_eq!(plan(&[prompt], &RULES, 7).run, [(0, 64)]);
-    }
-
-    #[test]
-    fn half_computed_prompts_do_not_wait_for_each_other() {
-        let half = View { pending: 80, computed: 32, held: 2 };
-        assert_eq!(plan(&[half, half], &RULES, 3), Plan { run: vec![(0, 64)], preempt: vec![1] });
-    }
-
-    /// A sequence of a simulated worker.
-    #[derive(Debug, Clone)]
-    struct Sequence {
-        tokens: usize,
-        last: usize,
-        computed: usize,
-        held: usize,
-    }
-
-    /// Runs plans until all sequences have ended, as the engine's loop does; the number of steps.
-    fn run_to_the_end(mut sequences: Vec<Sequence>, blocks: usize, rules: &Rules) -> Result<usize, String> {
-        let work: usize = sequences.iter().map(|s| s.last).sum();
-        // Each preemption repeats work, but the oldest always advances.
-        let most = (work + 1) * (sequences.len() + 1);
-        for step in 0..=most {
-            if sequences.is_empty() {
-                return Ok(step);
-            }
-            let views: Vec<View> = sequences
-                .iter()
-                .map(|s| View { pending: s.tokens - s.computed, computed: s.computed, held: s.held })
-                .collect();
-            let held: usize = sequences.iter().map(|s| s.held).sum();
-            let plan = plan(&views, rules, blocks - held);
-            if plan.run.is_empty() {
-                return Err(format!("nothing runs: {sequences:?} in {blocks} blocks"));
-            }
-            for &victim in &plan.preempt {
-                (sequences[victim].computed, sequences[victim].held) = (0, 0);
-            }
-            for &(index, count) in &plan.run {
-                let s = &mut sequences[index];
-                s.computed += count;
-                s.held = s.held.max(s.computed.div_ceil(rules.block_tokens));
-                s.tokens += usize::from(s.computed == s.tokens);
-            }
-            if sequences.iter().map(|s| s.held).sum::<usize>() > blocks {
-                return Err(format!("more blocks than there are: {sequences:?}"));
-            }
-            sequences.retain(|s| s.tokens <= s.last);
-        }
-        Err(format!("no end after {most} steps: {sequences:?}"))
-    }
-
-    proptest! {
-        /// Any load of sequences that each fit the pool comes to its end, however little room there is.
-        #[test]
-        fn never_stands_still(
-            raw in proptest::collection::vec((1usize..200, 1usize..60), 1..10),
-            spare in 0usize..12,
-            step_tokens in 16usize..100,
-        ) {
-            let rules = Rules { step_tokens, ..RULES };
-            let sequences: Vec<Sequence> = raw.iter()
-                .map(|&(prompt, output)| Sequence { tokens: prompt, last: prompt + output, computed: 0, held: 0 })
-                .collect();
-            let largest = raw.iter().map(|(p, o)| (p + o).div_ceil(16)).max().unwrap_or(1);
-            let ended = run_to_the_end(sequences, largest + spare, &rules);
-            prop_assert!(ended.is_ok(), "{}", ended.unwrap_err());
-        }
-
-        #[test]
-        fn bounds_hold(
-            raw in proptest::collection::vec((1usize..80, 0usize..200, any::<bool>()), 0..20),
-            available in 0usize..40,
-        ) {
-            let views: Vec<View> = raw.iter().map(|&(pending, computed, decode)| View {
-                pending: if decode { 1 } else { pending },
-                computed,
-                held: computed.div_ceil(16),
-            }).collect();
-            let p = plan(&views, &RULES, available);
-            let freed: usize = p.preempt.iter().map(|&i| views[i].held).sum();
-            let used: usize = p.run.iter().map(|&(i, t)| {
-                (views[i].computed + t).div_ceil(16).saturating_sub(views[i].held)
-            }).sum();
-            prop_assert!(used <= available + freed);
-            prop_assert!(p.run.iter().map(|r| r.1).sum::<usize>() <= RULES.step_tokens);
-            prop_assert!(p.run.len() <= RULES.max_choices);
-            for (i, t) in &p.run {
-                prop_assert!(*t >= 1 && *t <= views[*i].pending);
-                prop_assert!(!p.preempt.contains(i));
-                let ends = views[*i].computed + t;
-                prop_assert!(*t == views[*i].pending || ends.is_multiple_of(16));
-            }
-            prop_assert!(!p.preempt.contains(&0));
-        }
-    }
-}
+#[path = "scheduler_tests.rs"]
+mod tests;

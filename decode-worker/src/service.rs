@@ -10,6 +10,7 @@ use engine::kv::pool::{Block, BlockPool};
 use kv_transport::{Receiver, Sender};
 use proto::v1::{self, decode_event::Event};
 use telemetry::trace::{Span, Tracer};
+use telemetry::{Counter, Family};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status};
@@ -20,6 +21,7 @@ use worker::{Request, serve};
 
 use crate::cargo::Cargo;
 use crate::order::{Events, Hold, Order, Start, Submission};
+use crate::outlook::{Expected, Outlook, Wanted};
 
 type Stream = UnboundedReceiverStream<Result<v1::DecodeEvent, Status>>;
 
@@ -38,6 +40,8 @@ pub(crate) struct DecodeService {
     pub attempts: Attempts,
     pub load: Arc<watch::Sender<Load>>,
     pub reservation: Duration,
+    pub outlook: Outlook,
+    pub no_room: Arc<Family<Counter>>,
     pub refusals: Refusals,
     pub tracer: Tracer,
 }
@@ -75,14 +79,14 @@ impl DecodeService {
         let slot = Arc::clone(&self.slots)
             .try_acquire_many_owned(open)
             .map_err(|_| serve::shed("all sequence slots of this decode worker are taken"))?;
-        let hold = Hold { _slot: slot, attempt, span };
-
         let block_tokens = self.limits.layout.block_tokens;
         let cargo = call.moving.then(|| Cargo::of(&request, block_tokens));
         let reusable = request.reusable(block_tokens);
         let reusable = &reusable[..cargo.as_ref().map_or(reusable.len(), |c| c.shared.min(reusable.len()))];
         let cached = self.pool.lookup(reusable);
         let cached_blocks = cached.len();
+        let expected = self.expect(&request, cached_blocks, call.moving)?;
+        let hold = Hold { _slot: slot, expected, attempt, span };
         hold.span.set("tandem.kv.cached_blocks", i64::try_from(cached_blocks).unwrap_or(i64::MAX));
         let uncached = request.stem.len() - cached_blocks * block_tokens;
         let (events, stream) = mpsc::unbounded_channel();
@@ -108,6 +112,18 @@ impl DecodeService {
             tokio::spawn(self.clone().land(waiting));
         }
         Ok(UnboundedReceiverStream::new(stream))
+    }
+
+    /// Counts a request in, if it is expected to fit. A move brings what runs already: only its blocks must be there.
+    fn expect(&self, request: &Request, cached_blocks: usize, is_move: bool) -> Result<Expected, Status> {
+        let blocks = self.limits.layout.blocks_for(request.stem.len()).saturating_sub(cached_blocks);
+        let max_tokens =
+            if is_move { 0 } else { request.max_tokens.saturating_sub(request.stem_output().len()) };
+        let wanted = Wanted { sequences: request.open.len(), blocks, max_tokens };
+        self.outlook.admit(&wanted, self.pool.available()).map_err(|no_room| {
+            self.no_room.of(no_room.name()).increment(1);
+            serve::shed(no_room.why())
+        })
     }
 
     /// The worker that the KV will come from; another one's push is refused.
@@ -136,12 +152,12 @@ impl DecodeService {
     /// Hands a request to the engine, once its grammar, if it has one, is compiled.
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), Status> {
         let form = submission.request.form.clone().filter(|form| !form.is_compiled());
-        let Some(form) = form else { return self.order(Order::Run(submission)) };
+        let Some(form) = form else { return self.order(Order::Run(Box::new(submission))) };
         let service = self.clone();
         tokio::spawn(async move {
             form.compiled().await;
             let events = submission.events.clone();
-            if let Err(status) = service.order(Order::Run(submission)) {
+            if let Err(status) = service.order(Order::Run(Box::new(submission))) {
                 let _ = events.send(Err(status));
             }
         });

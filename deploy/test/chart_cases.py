@@ -324,7 +324,7 @@ OUT_OF_RANGE = [
     "prefill.replicas=-1", "prefill.replicas=two", "prefill.device=gpu", "prefill.autoscaling.mode=on", "prefill.kvMib=0",
     "prefill.progressSeconds=0", "decode.port=70000", "decode.pdb.maxUnavailable=101%", "decode.resources.limits.memory=lots",
     "decode.extraArgs={zone}", "engine.quantize=int4", "engine.kvDtype=fp16", "model.source=s3", "model.path=models/m",
-    "security.user=0", "router.prefillOn=never", "router.service.type=Ingress", "etcd.endpoints={ftp://a:2379}",
+    "security.user=0", "strategy=never", "router.service.type=Ingress", "etcd.endpoints={ftp://a:2379}",
     "etcd.endpoints={a:2379}", "image.digest=sha256:12", "prefill.gpuResource=gpu", "cluster=a/b", "tracing.ratio=2", "planner.sloItlSeconds=fast",
     "tracing.endpoint=otel:4317",
 ]

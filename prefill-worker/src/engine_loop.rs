@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use cluster::Load;
 use engine::kv::pool::BlockPool;
+use engine::pace::{StepModel, StepShape};
 use engine::{Batch, Engine, EngineError, KvLayout, SampleRequest, Sampled, Segment};
 use tokio::sync::watch;
 use tonic::Status;
-use worker::metrics::Steps;
 use worker::progress::Progress;
 use worker::rate::Rate;
 
 use crate::job::{Computed, Job};
+use crate::metrics::LoopMetrics;
 use crate::scheduler::{self, Rules};
 
 /// How long to wait for blocks when no prompt can start because pushes still hold them.
@@ -30,7 +31,8 @@ pub(crate) struct EngineLoop {
     layout: KvLayout,
     jobs: Vec<Job>,
     rate: Rate,
-    steps: Steps,
+    model: StepModel,
+    metrics: LoopMetrics,
     progress: Progress,
 }
 
@@ -41,7 +43,7 @@ impl EngineLoop {
         rules: Rules,
         inbox: Receiver<Job>,
         load: Arc<watch::Sender<Load>>,
-        steps: Steps,
+        metrics: LoopMetrics,
         progress: Progress,
     ) -> Self {
         let layout = *engine.kv().layout();
@@ -54,7 +56,8 @@ impl EngineLoop {
             layout,
             jobs: Vec::new(),
             rate: Rate::default(),
-            steps,
+            model: StepModel::default(),
+            metrics,
             progress,
         }
     }
@@ -75,10 +78,21 @@ impl EngineLoop {
                 self.jobs.push(job);
             }
             self.jobs.retain(|job| !job.done.is_closed());
+            self.drop_expired();
             self.hand_back();
             self.publish_load();
             self.step()?;
             debug_assert_eq!(self.pool.check(), Ok(()));
+        }
+    }
+
+    /// What nobody waits for any more is not computed.
+    fn drop_expired(&mut self) {
+        let now = Instant::now();
+        let is_late = |job: &mut Job| job.request.deadline.is_some_and(|at| at <= now);
+        for job in self.jobs.extract_if(.., is_late) {
+            self.metrics.expired.increment(1);
+            let _ = job.done.send(Err(Status::deadline_exceeded("the deadline passed before prefill ended")));
         }
     }
 
@@ -99,7 +113,8 @@ impl EngineLoop {
 
     fn step(&mut self) -> Result<(), EngineError> {
         let views: Vec<_> = self.jobs.iter().map(|job| job.view(&self.layout)).collect();
-        let plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        let plan = scheduler::plan(&views, &self.rules, &self.model, self.pool.available());
+        self.metrics.budget.set(scheduler::budget(views.len(), &self.rules, &self.model) as f64);
         let run = self.started(plan);
         if run.is_empty() {
             return self.wait_for_blocks();
@@ -109,7 +124,8 @@ impl EngineLoop {
         match self.forward(&run) {
             Ok(drawn) => {
                 self.rate.add(tokens, began.elapsed());
-                self.steps.add(tokens, began.elapsed());
+                self.metrics.steps.add(tokens, began.elapsed());
+                self.learn(&run, began.elapsed());
                 self.progress.step();
                 self.apply(&run, drawn);
                 Ok(())
@@ -123,6 +139,26 @@ impl EngineLoop {
                 Err(fatal)
             }
         }
+    }
+
+    /// What the step that ran teaches.
+    fn learn(&mut self, run: &[(usize, usize)], took: Duration) {
+        let add = |shape: StepShape, &(index, count): &(usize, usize)| {
+            shape.with_prompt(self.jobs[index].progress.computed, count)
+        };
+        let shape = run.iter().fold(StepShape::default(), add);
+        let actual = took.as_secs_f64() * 1e3;
+        if self.model.is_fitted() {
+            self.metrics.steps.predicted(self.model.predict_ms(&shape), actual);
+        }
+        self.model.add(&shape, actual);
+        let gave_way = |(index, job): (usize, &Job)| {
+            job.progress.started.is_some()
+                && job.progress.waited == 0
+                && !run.iter().any(|(i, _)| *i == index)
+        };
+        let gave_way = self.jobs.iter().enumerate().filter(|(i, job)| gave_way((*i, job))).count();
+        self.metrics.gave_way.increment(gave_way as u64);
     }
 
     /// Gives new prompts their blocks and queues what the prefix cache had for the push.

@@ -59,6 +59,10 @@ impl Job {
             computed: p.computed,
             waited: p.waited,
             missing_blocks: if p.table.is_empty() { layout.blocks_for(stem) } else { 0 },
+            deadline_ms: self
+                .request
+                .deadline
+                .map(|at| at.saturating_duration_since(Instant::now()).as_secs_f64() * 1e3),
         }
     }
 

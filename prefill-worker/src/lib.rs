@@ -5,6 +5,7 @@
 mod engine_loop;
 mod error;
 mod job;
+mod metrics;
 pub mod scheduler;
 mod service;
 
@@ -67,7 +68,7 @@ pub async fn run(
     let progress = Progress::default();
     let shown = telemetry::Metrics::default();
     config.worker.tell(&shown, Role::Prefill);
-    let steps = worker::metrics::Steps::new(&shown);
+    let counters = metrics::LoopMetrics::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
     let collect_sender = worker::metrics::collect_sender(&shown, sender.clone());
@@ -100,7 +101,7 @@ pub async fn run(
         rules,
         jobs,
         Arc::clone(&load),
-        steps,
+        counters,
         progress.clone(),
     );
     let engine = serve::on_thread("prefill-engine", move || engine_loop.run());

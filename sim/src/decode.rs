@@ -8,6 +8,7 @@ use std::time::Duration;
 use decode_worker::scheduler::{self, Rules, View};
 use engine::kv::hash::BlockHash;
 use engine::kv::pool::{Block, BlockPool, BlockState};
+use engine::pace::StepModel;
 use engine::roofline::Chunk;
 use engine::sim::{Cost, StepLoad};
 use worker::rate::Rate;
@@ -225,9 +226,11 @@ impl DecodeWorker {
             pending: choice.tokens - choice.computed,
             computed: choice.computed,
             held: choice.blocks.len(),
+            waited: 0,
+            joined: true,
         }));
         let rules = Rules { step_tokens: self.step_tokens(cost), ..self.rules };
-        let plan = scheduler::plan(&self.views, &rules, self.pool.available());
+        let plan = scheduler::plan(&self.views, &rules, &StepModel::default(), self.pool.available());
         for &victim in &plan.preempt {
             let choice = &mut self.choices[victim];
             choice.blocks.clear();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use engine::kv::hash::BlockHash;
 use engine::kv::pool::{Block, BlockPool, BlockState};
+use engine::pace::StepModel;
 use engine::roofline::Chunk;
 use engine::sim::{Cost, StepLoad};
 use prefill_worker::scheduler::{self, Rules, View};
@@ -128,9 +129,10 @@ impl PrefillWorker {
                 computed: job.computed,
                 waited: job.waited,
                 missing_blocks: if job.started.is_none() { job.prompt.div_ceil(block_tokens) } else { 0 },
+                deadline_ms: None,
             })
             .collect();
-        let plan = scheduler::plan(&views, &self.rules, self.pool.available());
+        let plan = scheduler::plan(&views, &self.rules, &StepModel::default(), self.pool.available());
         let mut load = StepLoad::default();
         let mut runs = false;
         for (index, count) in plan {

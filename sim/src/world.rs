@@ -67,6 +67,10 @@ impl World {
             step_tokens: cluster.chunk_tokens,
             max_choices: cluster.max_sequences,
             block_tokens,
+            // The budget of a step is the policy here, by the profile's cost rather than by a learned one.
+            prefill: decode_rules::LocalPrefill::Chunked,
+            chunk_tokens: usize::MAX,
+            itl_limit_ms: f64::INFINITY,
         };
         let budget = match cluster.strategy {
             Strategy::Shared => Budget::Tokens(usize::MAX / 4),

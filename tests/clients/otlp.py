@@ -46,7 +46,7 @@ def received():
 
 def ask(grpc):
     up = subprocess.Popen(
-        [TANDEM, "up", "--listen", "127.0.0.1:0", "--cache-dir", CACHE, "--prefill-on", "remote",
+        [TANDEM, "up", "--listen", "127.0.0.1:0", "--cache-dir", CACHE, "--strategy", "disaggregated",
          "--otlp-endpoint", f"http://127.0.0.1:{grpc}"],
         stdout=subprocess.PIPE, text=True)
     try:

@@ -63,7 +63,7 @@ class Cluster:
             return self.start_etcd(name)
         common = ["--model", self.model, "--etcd", self.endpoints(), "--listen", self.at(name)]
         if name in self.routers:
-            return self.spawn(name, [self.tandem, "router", *common, "--prefill-on", "remote"])
+            return self.spawn(name, [self.tandem, "router", *common, "--strategy", "disaggregated"])
         # The second of each pool uses the network, so that KV takes every mixture of ways.
         transport = "tcp" if name.endswith("-1") else "auto"
         advertise = ["--advertise", self.advertise[name]] if name in self.advertise else []

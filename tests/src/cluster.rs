@@ -9,6 +9,7 @@ use std::time::Duration;
 use cluster::{Join, MemoryRegistry, Watch};
 use constraint::Vocabulary;
 use decode_worker::DecodeConfig;
+use decode_worker::scheduler::LocalPrefill;
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::kv::pool::BlockPool;
 use engine::model::ModelConfig;
@@ -45,6 +46,8 @@ pub struct Spec {
     pub prefill_step: usize,
     /// The same of a decode worker.
     pub decode_step: usize,
+    /// How prompts share steps with decoding sequences.
+    pub local_prefill: LocalPrefill,
     /// Blocks of each pool.
     pub kv_blocks: usize,
     /// Sequences at once on one worker.
@@ -77,6 +80,7 @@ impl Default for Spec {
             policy: Policy::Remote,
             prefill_step: 512,
             decode_step: 256,
+            local_prefill: LocalPrefill::Priority,
             kv_blocks: 600,
             max_sequences: 64,
             max_waiting: 64,
@@ -267,7 +271,14 @@ impl Cluster {
             let run = prefill_worker::run(config, deps, listener, stop.clone());
             Box::pin(async move { run.await.map_err(|e| e.to_string()) })
         } else {
-            let config = DecodeConfig { worker, reservation: Duration::from_secs(60) };
+            let config = DecodeConfig {
+                worker,
+                reservation: Duration::from_secs(60),
+                prefill: spec.local_prefill,
+                chunk_tokens: step_tokens,
+                // Nothing of a debug build keeps it; what the limit does is the scheduler's own test.
+                itl_limit: Duration::from_secs(5),
+            };
             let deps = worker::Deps {
                 engine,
                 pool: Arc::clone(&pool),

@@ -23,6 +23,7 @@ pub struct Steps {
     count: Counter,
     tokens: Counter,
     seconds: Histogram,
+    errors: Histogram,
 }
 
 impl Steps {
@@ -32,7 +33,16 @@ impl Steps {
             count: m.counter("tandem_steps_total", "Engine steps."),
             tokens: m.counter("tandem_step_tokens_total", "Tokens computed in engine steps."),
             seconds: m.seconds("tandem_step_duration_seconds", "How long an engine step takes."),
+            errors: m.seconds(
+                "tandem_step_prediction_error_seconds",
+                "How far the learned step time was from the real one.",
+            ),
         }
+    }
+
+    /// What a step was predicted to take, and took.
+    pub fn predicted(&self, predicted_ms: f64, actual_ms: f64) {
+        self.errors.record((predicted_ms - actual_ms).abs() / 1e3);
     }
 
     /// One step of so many tokens.

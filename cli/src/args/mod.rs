@@ -17,7 +17,7 @@ pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, Sta
 pub use modelling::{NumberType, RooflineArgs, SimArgs, StrategyChoice};
 pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
 pub use processes::{
-    EtcdArgs, PlacementArgs, PrefillOn, RoleChoice, RoleWorkerArgs, RouterArgs, TransportArgs, TransportKind,
+    EtcdArgs, PlacementArgs, RoleChoice, RoleWorkerArgs, RouterArgs, Strategy, TransportArgs, TransportKind,
     UpArgs, WorkerArgs,
 };
 pub use security::{ApiKeyArgs, ClusterTlsArgs, KeyArgs, KeyCommand};
@@ -213,9 +213,13 @@ pub struct EngineArgs {
     /// Element type of the KV pool; equal on every worker
     #[arg(long, value_enum, default_value_t = KvType::Bf16)]
     pub kv_dtype: KvType,
-    /// Tokens in one engine step [default: prefill 512 on a CPU, 8192 on a GPU; decode 256]
+    /// Tokens in one engine step [default: prefill 512 on a CPU, 8192 on a GPU; decode 256, with --strategy shared 2048
+    /// on a CPU, 8192 on a GPU: longer prompts are cut]
     #[arg(long)]
     pub step_tokens: Option<usize>,
+    /// Prompt tokens in one step of a decode worker, unless the strategy is shared [default: --step-tokens]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub chunk_tokens: Option<u32>,
     /// Sequences at once on one worker
     #[arg(long, default_value_t = 256)]
     pub max_sequences: usize,

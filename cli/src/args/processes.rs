@@ -42,9 +42,9 @@ pub enum TransportKind {
 /// How requests are placed.
 #[derive(Debug, Clone, Args)]
 pub struct PlacementArgs {
-    /// Where prompts are prefilled: by predicted time, always on the prefill pool, or always on the decode worker
-    #[arg(long, value_enum, default_value_t = PrefillOn::Adaptive)]
-    pub prefill_on: PrefillOn,
+    /// How prompts and decoding share the machines; the same on the router and on decode workers
+    #[arg(long, alias = "prefill-on", value_enum, default_value_t = Strategy::Adaptive)]
+    pub strategy: Strategy,
     /// Requests at once in the router
     #[arg(long, default_value_t = 1024)]
     pub max_running: usize,
@@ -60,20 +60,39 @@ pub struct PlacementArgs {
     /// Time to first token that counts as good, ms; for the status and the metrics only
     #[arg(long, default_value_t = 2000)]
     pub slo_ttft_ms: u64,
-    /// Mean gap between tokens that counts as good, ms; for the status and the metrics only
-    #[arg(long, default_value_t = 100)]
+    /// Mean gap between tokens that counts as good, ms; on decode workers the limit that steps keep to
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub slo_itl_ms: u64,
 }
 
-/// Where prompts are prefilled.
+/// How prompts and decoding share the machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PrefillOn {
-    /// By predicted time
+pub enum Strategy {
+    /// On the prefill pool or on the decode worker, each request by predicted time; there as `priority`
     Adaptive,
     /// Always on the prefill pool
-    Remote,
-    /// Always on the decode worker
-    Local,
+    #[value(alias = "remote")]
+    Disaggregated,
+    /// On the decode worker, whole prompts: decoding waits
+    Shared,
+    /// On the decode worker, in chunks of --chunk-tokens beside the decoding ones
+    #[value(alias = "local")]
+    Chunked,
+    /// On the decode worker, decoding first: chunks in what --slo-itl-ms leaves of a step
+    Priority,
+}
+
+impl Strategy {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Strategy::Adaptive => "adaptive",
+            Strategy::Disaggregated => "disaggregated",
+            Strategy::Shared => "shared",
+            Strategy::Chunked => "chunked",
+            Strategy::Priority => "priority",
+        }
+    }
 }
 
 /// Settings of `up`.
@@ -239,6 +258,12 @@ pub struct WorkerArgs {
     /// Seconds that running requests may take when stopping
     #[arg(long, default_value_t = 30)]
     pub drain_seconds: u64,
+    /// How prompts and decoding share the machines; the same on the router. Of prefill workers nothing changes
+    #[arg(long, value_enum, default_value_t = Strategy::Adaptive)]
+    pub strategy: Strategy,
+    /// Gap between tokens that decode workers keep to, ms, where the strategy is adaptive, disaggregated or priority
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub slo_itl_ms: u64,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]

@@ -48,6 +48,7 @@ impl Group {
             false => vec![choice.index],
         };
         let position = choice.output().len();
+        self.hold.expected.grew(drawn.len());
         let to_wire = |(index, s)| sampled_to_wire(index, position, s, &choice.request.sampling);
         let tokens = indices.into_iter().zip(drawn).map(to_wire).collect();
         let event = Some(Event::Tokens(v1::Tokens { tokens, local_prefill }));

@@ -126,6 +126,11 @@ spec:
 {{- if $pool.stepTokens }}
 - --step-tokens={{ $pool.stepTokens }}
 {{- end }}
+{{- if $pool.chunkTokens }}
+- --chunk-tokens={{ $pool.chunkTokens }}
+{{- end }}
+- --strategy={{ $top.Values.strategy }}
+- --slo-itl-ms={{ $top.Values.sloItlMs }}
 - --transport={{ $pool.rdma.enabled | ternary "rdma" "tcp" }}
 {{- if $pool.rdma.enabled }}
 {{- with $pool.rdma.devices }}
