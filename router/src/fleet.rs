@@ -40,6 +40,8 @@ pub struct Worker {
     suspect: bool,
     /// A connection to it failed; it is a last resort until then.
     cooling_until: Option<Instant>,
+    /// What it was told about draining, and when: loads on their way from before say otherwise.
+    told: Option<(bool, Instant)>,
     /// Prompt tokens on their way to it, which its own load may not show yet.
     assigned: Arc<Mutex<Assigned>>,
 }
@@ -64,7 +66,18 @@ impl Drop for Assignment {
     }
 }
 
+/// How long a load may say what was true before the worker was told something.
+const STALE: Duration = Duration::from_secs(2);
+
 impl Worker {
+    /// Whether it drains, when a load says `seen`.
+    fn draining(&self, seen: bool) -> bool {
+        match self.told {
+            Some((told, at)) if at.elapsed() < STALE => told,
+            _ => seen,
+        }
+    }
+
     /// Counts `tokens` of work and one sequence towards it until the guard goes.
     pub fn assign(&self, tokens: usize) -> Assignment {
         let mut assigned = self.assigned.lock();
@@ -169,6 +182,7 @@ impl Fleet {
             match workers.get_mut(name) {
                 Some(known) if known.member.incarnation == entry.member.incarnation => {
                     known.load = entry.load.clone();
+                    known.load.draining = known.draining(entry.load.draining);
                     known.member = entry.member.clone();
                     known.suspect = false;
                 }
@@ -186,6 +200,7 @@ impl Fleet {
                             load: entry.load.clone(),
                             suspect: false,
                             cooling_until: None,
+                            told: None,
                             assigned: Arc::default(),
                         };
                         workers.insert(name.clone(), worker);
@@ -237,7 +252,7 @@ impl Fleet {
             worker.load.waiting = load.waiting;
             worker.load.free_blocks = load.free_blocks;
             worker.load.tokens_per_second = load.tokens_per_second;
-            worker.load.draining = load.draining;
+            worker.load.draining = worker.draining(load.draining);
             worker.load.stuck = load.stuck;
         }
     }
@@ -246,6 +261,7 @@ impl Fleet {
     pub fn note_draining(&self, name: &str, draining: bool) {
         if let Some(worker) = self.inner.workers.write().get_mut(name) {
             worker.load.draining = draining;
+            worker.told = Some((draining, Instant::now()));
         }
         self.inner.changed.notify_waiters();
     }
