@@ -133,7 +133,7 @@ fn cluster(args: &SimArgs) -> anyhow::Result<Cluster> {
         max_waiting: args.max_waiting,
         max_running: args.max_running.unwrap_or(args.max_sequences.saturating_mul(workers)).max(1),
         patience_seconds: args.queue_seconds,
-        seals: !args.without_seals,
+        seals: args.host_seals,
         slo: Slo { ttft_ms: args.slo_ttft_ms, itl_ms: args.slo_itl_ms },
     })
 }

@@ -81,9 +81,9 @@ pub struct SimArgs {
     /// The link's rate as reached, GB/s, instead
     #[arg(long, conflicts_with = "link")]
     pub link_gb_per_second: Option<f64>,
-    /// Decode workers do not compare landed KV with its checksums on their engine's thread: what they would reach without
+    /// Decode workers compare landed KV on their engine's thread, as they do where the pool is in host memory (on CPUs)
     #[arg(long)]
-    pub without_seals: bool,
+    pub host_seals: bool,
     /// Requests a second, arriving independently (Poisson); several are run one after the other
     #[arg(long, value_delimiter = ',', conflicts_with = "trace")]
     pub rate: Vec<f64>,
