@@ -305,6 +305,7 @@ impl Fleet {
                     cached_tokens: prefixes.hits(&w.member.worker, chain) * block_tokens,
                     queued_tokens: assigned.tokens.max(w.load.queued_tokens as usize),
                     sequences: assigned.sequences.max((w.load.running + w.load.waiting) as usize),
+                    running: w.load.running as usize,
                     free_blocks: w.load.free_blocks as usize,
                     block_tokens,
                     tokens_per_second: w.load.tokens_per_second,

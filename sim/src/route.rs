@@ -45,6 +45,7 @@ impl Side {
             cached_tokens: 0,
             queued_tokens: 0,
             sequences: 0,
+            running: 0,
             free_blocks: blocks as usize,
             block_tokens,
             tokens_per_second: 0.0,
@@ -62,6 +63,7 @@ impl Side {
             candidate.cached_tokens = index.hits(&candidate.worker, chain) * candidate.block_tokens;
             candidate.queued_tokens = assigned.0.max(reported.0);
             candidate.sequences = assigned.1.max(reported.1);
+            candidate.running = reported.1;
         }
     }
 }
