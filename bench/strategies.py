@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Every strategy on one machine's CPU: the same open-loop load on two workers of one thread each, strategies in turn, several times.
+
+    python3 bench/strategies.py --tandem target/release/tandem --model ~/.cache/tandem/models/smollm2-135m-instruct --rates 1,2 --times 2 --out strategies.json
+
+shared, chunked and priority run on two decode workers, disaggregated and adaptive on a prefill and a decode worker.
+"""
+
+import argparse
+import json
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+
+TOGETHER, APART = ["decode", "decode"], ["prefill", "decode"]
+STRATEGIES = {"shared": TOGETHER, "chunked": TOGETHER, "priority": TOGETHER, "disaggregated": APART, "adaptive": APART}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def one(options, strategy, rate, seed):
+    """One load on a fresh cluster: no prompt is in a cache."""
+    router, *ports = (free_port() for _ in range(3))
+    common = ["--model", options.model, "--strategy", strategy, "--log", "error"]
+    commands = [[options.tandem, "router", *common, "--listen", f"127.0.0.1:{router}"]]
+    for role, port in zip(STRATEGIES[strategy], ports):
+        commands.append([options.tandem, role, *common, "--registry", f"127.0.0.1:{router}", "--listen", f"127.0.0.1:{port}",
+                         "--threads", "1", "--kv-mib", "512", "--slo-itl-ms", str(options.slo_itl_ms)])
+    running = [subprocess.Popen(command) for command in commands]
+    try:
+        began = time.monotonic()
+        while not all(healthy(port) for port in (router, *ports)):
+            if any(process.poll() is not None for process in running) or time.monotonic() - began > 60:
+                sys.exit(f"{strategy}: a process ended or never became ready")
+            time.sleep(0.1)
+        command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--rate", rate, "--seconds", options.seconds, "--warm-up", 4,
+                   "--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens, "--spread", 0.5, "--vocab", 40000, "--seed", seed]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{strategy}: {done.stderr}")
+        return json.loads(done.stdout)["loads"][0]
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait(timeout=60)
+
+
+def spread(rows, key, quantile):
+    values = [row[key][quantile] for row in rows]
+    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tandem", default="target/release/tandem")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rates", default="1,2")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=24)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--slo-itl-ms", type=int, default=60)
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    seen = {}
+    for turn in range(options.times):
+        for rate in options.rates.split(","):
+            for strategy in STRATEGIES:
+                seen.setdefault(f"{strategy} {rate}", []).append(one(options, strategy, rate, 11 + turn))
+                if options.out:
+                    options.out.write_text(json.dumps(seen, indent=1))
+    print("| strategy | req/s | TTFT p50 ms | p99 | ITL p50 ms | p99 | output tok/s | not answered |\n|---|---|---|---|---|---|---|---|")
+    for name, rows in seen.items():
+        strategy, rate = name.split()
+        tokens = statistics.median(row["output_tokens_per_second"] for row in rows)
+        bad = sum(row["shed"] + row["failed"] for row in rows)
+        cells = [spread(rows, key, q) for key in ("ttft_ms", "itl_ms") for q in ("p50", "p99")]
+        print(f"| {strategy} | {rate} | {' | '.join(cells)} | {tokens:.0f} | {bad} |", flush=True)
+
+
+main()
