@@ -6,20 +6,18 @@
 
 DIR holds a tokenizer.json and a tokenizer_config.json. Wants torch and safetensors, 16 GB of disk and 60 GB of memory. Prompts are random
 tokens without a common prefix, answers have exactly the wanted length; weights are drawn from N(0, 0.02), norms are 1. Below each row
-stands what the processes did meanwhile. In a closed loop believe the router's rate there: the driver's counts the time in which the last end.
+stands what the processes did meanwhile.
 """
 
 import argparse
 import json
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 
+import processes
 import serve_watch
 
 SHAPE = dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
@@ -27,14 +25,14 @@ SHAPE = dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=143
 CHUNKS = {f"chunked: {n} tokens a step": n for n in (512, 2048)}
 WAYS = {
     1: {
-        "shared: whole prompts on the decode worker": ("local", [("decode", 0, ["--step-tokens", "8192"])]),
-        **{name: ("local", [("decode", 0, ["--step-tokens", str(n)])]) for name, n in CHUNKS.items()},
-        "disaggregated: two processes share the one GPU": ("remote", [("decode", 0, []), ("prefill", 0, [])]),
+        "shared: whole prompts on the decode worker": ("shared", [("decode", 0, ["--step-tokens", "8192"])]),
+        **{name: ("chunked", [("decode", 0, ["--step-tokens", str(n)])]) for name, n in CHUNKS.items()},
+        "disaggregated: two processes share the one GPU": ("disaggregated", [("decode", 0, []), ("prefill", 0, [])]),
     },
     2: {
-        "shared: whole prompts, a worker on each": ("local", [("decode", gpu, ["--step-tokens", "8192"]) for gpu in (0, 1)]),
-        **{f"{name}, a worker on each": ("local", [("decode", gpu, ["--step-tokens", str(n)]) for gpu in (0, 1)]) for name, n in CHUNKS.items()},
-        "disaggregated: prefill on one, decode on the other": ("remote", [("decode", 0, []), ("prefill", 1, [])]),
+        "shared: whole prompts, a worker on each": ("shared", [("decode", gpu, ["--step-tokens", "8192"]) for gpu in (0, 1)]),
+        **{f"{name}, a worker on each": ("chunked", [("decode", gpu, ["--step-tokens", str(n)]) for gpu in (0, 1)]) for name, n in CHUNKS.items()},
+        "disaggregated: prefill on one, decode on the other": ("disaggregated", [("decode", 0, []), ("prefill", 1, [])]),
         "adaptive: prefill on one, decode on the other": ("adaptive", [("decode", 0, ["--step-tokens", "512"]), ("prefill", 1, [])]),
     },
 }
@@ -78,45 +76,25 @@ def make_model(folder, tokenizer):
     torch.cuda.empty_cache()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def healthy(port):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
 def one_way(options, model, way, loads):
     """Starts a cluster, puts the loads on it, stops it."""
-    prefill_on, workers = WAYS[options.gpus][way]
-    router, *ports = (free_port() for _ in range(1 + len(workers)))
-    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--strategy", prefill_on]]
+    strategy, workers = WAYS[options.gpus][way]
+    router, *ports = (processes.free_port() for _ in range(1 + len(workers)))
+    commands = [[options.tandem, "router", "--model", model, "--listen", f"127.0.0.1:{router}", "--strategy", strategy]]
     for port, (role, gpu, flags) in zip(ports, workers):
         commands.append([options.tandem, role, "--model", model, "--registry", f"127.0.0.1:{router}", "--device", "cuda", "--gpu", gpu, "--log", "warn",
-                         "--listen", f"127.0.0.1:{port}", "--kv-mib", KV_MIB[options.gpus][role], *flags, *options.flags.split()])
-    running = [subprocess.Popen(list(map(str, command))) for command in commands]
+                         "--listen", f"127.0.0.1:{port}", "--kv-mib", KV_MIB[options.gpus][role], "--strategy", strategy, *flags, *options.flags.split()])
     names = ["router"] + [f"{role} on GPU {gpu}" for role, gpu, _ in workers]
-    processes = {name: (process.pid, port) for name, process, port in zip(names, running, (router, *ports))}
-    try:
-        began = time.monotonic()
-        while not all(healthy(port) for port in ports):
-            if any(process.poll() is not None for process in running) or time.monotonic() - began > 200:
-                sys.exit(f"{way}: a process ended or never became ready")
-            time.sleep(0.2)
-        print(f"{way}: ready after {time.monotonic() - began:.1f} s", flush=True)
+    with processes.cluster(way, commands, ports, 200) as (running, seconds):
+        print(f"{way}: ready after {seconds:.1f} s", flush=True)
+        seen = {name: (process.pid, port) for name, process, port in zip(names, running, (router, *ports))}
         rows = []
         for number, load in enumerate(loads):
             # A seed for each load, the same for all ways: an earlier load's prompts would be in the prefix caches.
             command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--seconds", options.seconds,
                        "--warm-up", options.warm_up, "--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens,
                        "--spread", "0.1", "--seed", 7 + number, *load]
-            watch = serve_watch.Watch(processes, options.warm_up, options.seconds)
+            watch = serve_watch.Watch(seen, options.warm_up, options.seconds)
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 print(f"{way} {load}: {done.stderr}", flush=True)
@@ -128,11 +106,6 @@ def one_way(options, model, way, loads):
                   f"| {e['p50']:.0f} / {e['p99']:.0f} | {row['output_tokens_per_second']:.0f} | {row['shed'] + row['failed']} |", flush=True)
             print("\n".join(serve_watch.words(watch.seen)), flush=True)
         return {"way": way, "loads": rows}
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait(timeout=60)
 
 
 def main():

@@ -9,57 +9,31 @@ shared, chunked and priority run on two decode workers, disaggregated and adapti
 import argparse
 import json
 import pathlib
-import socket
 import statistics
 import subprocess
 import sys
-import time
-import urllib.request
+
+import processes
 
 TOGETHER, APART = ["decode", "decode"], ["prefill", "decode"]
 STRATEGIES = {"shared": TOGETHER, "chunked": TOGETHER, "priority": TOGETHER, "disaggregated": APART, "adaptive": APART}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def healthy(port):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
 def one(options, strategy, rate, seed):
     """One load on a fresh cluster: no prompt is in a cache."""
-    router, *ports = (free_port() for _ in range(3))
+    router, *ports = (processes.free_port() for _ in range(3))
     common = ["--model", options.model, "--strategy", strategy, "--log", "error"]
     commands = [[options.tandem, "router", *common, "--listen", f"127.0.0.1:{router}"]]
     for role, port in zip(STRATEGIES[strategy], ports):
         commands.append([options.tandem, role, *common, "--registry", f"127.0.0.1:{router}", "--listen", f"127.0.0.1:{port}",
                          "--threads", "1", "--kv-mib", "512", "--slo-itl-ms", str(options.slo_itl_ms)])
-    running = [subprocess.Popen(command) for command in commands]
-    try:
-        began = time.monotonic()
-        while not all(healthy(port) for port in (router, *ports)):
-            if any(process.poll() is not None for process in running) or time.monotonic() - began > 60:
-                sys.exit(f"{strategy}: a process ended or never became ready")
-            time.sleep(0.1)
+    with processes.cluster(strategy, commands, (router, *ports), 60):
         command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--rate", rate, "--seconds", options.seconds, "--warm-up", 4,
                    "--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens, "--spread", 0.5, "--vocab", 40000, "--seed", seed]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode != 0:
             sys.exit(f"{strategy}: {done.stderr}")
         return json.loads(done.stdout)["loads"][0]
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait(timeout=60)
 
 
 def spread(rows, key, quantile):
