@@ -15,11 +15,9 @@ use std::time::Duration;
 use memmap2::{Mmap, MmapOptions};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tokio::time::Instant;
 
 use crate::Region;
-use crate::error::Refusal;
-use crate::incoming::{Arriving, Plan, all};
+use crate::incoming::{Arriving, Plan};
 use crate::landing_shared::Checked;
 use crate::landing_state::{LandingPhase, Settled};
 use crate::serve::{Close, Connection};
@@ -114,26 +112,20 @@ impl Connection {
 
     /// Cells that lie in lent memory: copies, verifies and acknowledges them, or says why not.
     pub(crate) async fn lent_frame(&mut self, header: Header) -> Result<(), Close> {
-        let (count, body_bytes) = (usize::from(header.count), header.body_bytes as usize);
+        let body_bytes = header.body_bytes as usize;
         let limit = self.receiver.config.progress_timeout;
         let body = self.need(body_bytes, limit).await?.get(..body_bytes).unwrap_or_default();
         let intact = crc32c::crc32c(body) == header.body_crc;
         let cells: Vec<_> = LentCell::parse_all(body).collect();
         self.inbox.consume(body_bytes);
         let borrowed = self.borrowed.clone().ok_or(Close::Protocol("cells in memory that was not lent"))?;
-        let landing = self.attached.get(&header.transfer).and_then(Weak::upgrade);
-        let (Some(landing), true) = (landing, intact) else {
-            match self.refusal(header.transfer) {
-                Some(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
-                None => self.reply(Kind::Ack, header.transfer, header.seq, all(count)),
+        let landing = match self.landing_of(&header, intact) {
+            Ok(landing) => landing,
+            Err((kind, arg)) => {
+                self.reply(kind, header.transfer, header.seq, arg);
+                return Ok(());
             }
-            return Ok(());
         };
-        if self.receiver.config.require_rdma {
-            self.reply(Kind::Refused, header.transfer, header.seq, Refusal::Downgrade as u64);
-            return Ok(());
-        }
-        landing.check_time(Instant::now());
         let descriptors: Vec<_> = cells.iter().map(|lent| lent.cell).collect();
         let mut plan = self.plan(landing, &descriptors)?;
         let committed_before = plan.landing.phase() == LandingPhase::Committed;

@@ -50,27 +50,20 @@ pub(crate) struct Plan {
 impl Connection {
     /// A write: places, verifies and acknowledges its cells, or throws them away and says why.
     pub(crate) async fn write_frame(&mut self, header: Header) -> Result<(), Close> {
-        let (count, body_bytes) = (usize::from(header.count), header.body_bytes as usize);
+        let body_bytes = header.body_bytes as usize;
         let limit = self.receiver.config.progress_timeout;
         let body = self.need(body_bytes, limit).await?.get(..body_bytes).unwrap_or_default();
         let intact = crc32c::crc32c(body) == header.body_crc;
         let descriptors: Vec<_> = CellDescriptor::parse_all(body).collect();
         self.inbox.consume(body_bytes);
-        let landing = self.attached.get(&header.transfer).and_then(Weak::upgrade);
-        let (Some(landing), true) = (landing, intact) else {
-            self.discard(header.payload_bytes as usize).await?;
-            match self.refusal(header.transfer) {
-                Some(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
-                None => self.reply(Kind::Ack, header.transfer, header.seq, all(count)),
+        let landing = match self.landing_of(&header, intact) {
+            Ok(landing) => landing,
+            Err((kind, arg)) => {
+                self.discard(header.payload_bytes as usize).await?;
+                self.reply(kind, header.transfer, header.seq, arg);
+                return Ok(());
             }
-            return Ok(());
         };
-        if self.receiver.config.require_rdma {
-            self.discard(header.payload_bytes as usize).await?;
-            self.reply(Kind::Refused, header.transfer, header.seq, Refusal::Downgrade as u64);
-            return Ok(());
-        }
-        landing.check_time(Instant::now());
         if header.payload_bytes as usize != descriptors.len() * landing.cell_bytes {
             return Err(Close::Protocol("payload is not whole cells"));
         }
@@ -79,6 +72,26 @@ impl Connection {
         self.take_payload(&mut plan).await?;
         self.answer_cells(&header, &plan, committed_before);
         Ok(())
+    }
+
+    /// The landing that a frame of cells is for, or the reply that it gets instead.
+    pub(crate) fn landing_of(
+        &self,
+        header: &Header,
+        is_intact: bool,
+    ) -> Result<Arc<LandingShared>, (Kind, u64)> {
+        let landing = self.attached.get(&header.transfer).and_then(Weak::upgrade);
+        let Some(landing) = landing.filter(|_| is_intact) else {
+            return Err(match self.refusal(header.transfer) {
+                Some(refusal) => (Kind::Refused, refusal as u64),
+                None => (Kind::Ack, all(usize::from(header.count))),
+            });
+        };
+        if self.receiver.config.require_rdma {
+            return Err((Kind::Refused, Refusal::Downgrade as u64));
+        }
+        landing.check_time(Instant::now());
+        Ok(landing)
     }
 
     /// Answers a frame of cells that were taken.
@@ -268,6 +281,6 @@ impl Plan {
 }
 
 /// A mask of `count` cells.
-pub(crate) fn all(count: usize) -> u64 {
+fn all(count: usize) -> u64 {
     u64::MAX >> (64 - count.clamp(1, 64))
 }
