@@ -5,7 +5,7 @@ CACHE ?= $(HOME)/.cache/tandem
 MODEL_DIR := $(CACHE)/models/$(MODEL)
 TANDEM := target/release/tandem
 
-.PHONY: demo test faults test-rdma clients chart observability images soak sabotage deny setup build model lint fmt
+.PHONY: demo test faults test-rdma clients chart observability images soak hostile sabotage fuzz deny setup build model lint fmt
 
 demo: build model ## a question through a disaggregated cluster, answered on the terminal
 	@echo
@@ -15,12 +15,14 @@ demo: build model ## a question through a disaggregated cluster, answered on the
 test: setup model chart observability images clients ## everything: unit, property, model-golden and whole-cluster tests, chart, alarms, images
 	TANDEM_TEST_MODEL=$(MODEL_DIR) cargo nextest run --workspace
 	cargo test --doc --workspace -q
+	@$(MAKE) --no-print-directory sabotage
 	@$(MAKE) --no-print-directory faults TIMES=1
 
 TIMES ?= 20
-faults: model ## kill -9 of each process kind at each event of a request's life, TIMES=20 each; SEED=N repeats one
+faults: model ## kill -9 of each process kind at each event of a request's life, and of one of two routers, TIMES=20 each; SEED=N repeats one
 	cargo build -q --bin tandem
 	python3 tests/faults/kills.py --tandem target/debug/tandem --model $(MODEL_DIR) --times $(TIMES) $(if $(SEED),--seed $(SEED))
+	python3 tests/faults/routers.py --tandem target/debug/tandem --model $(MODEL_DIR) --times $(TIMES)
 
 chart: build ## the Helm chart: lint, Kubernetes' schemas over values files and features, refusals, the binary's flags
 	@python3 deploy/test/chart.py "$$(deploy/test/tools.sh)" $(TANDEM)
@@ -38,6 +40,18 @@ clients: model ## OpenAI's client, a browser on the status page, an OpenTelemetr
 MINUTES ?= 5
 soak: build model ## processes, etcd and load for MINUTES=5 with a random fault every few seconds; SEED=N repeats one
 	python3 tests/faults/soak.py --tandem $(TANDEM) --model $(MODEL_DIR) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+SCALE ?= 1
+hostile: build model ## slow, huge, endless, forged and replayed requests against a router, SCALE=1 (10,000 open streams and so on)
+	python3 tests/faults/hostile.py --tandem $(TANDEM) --model $(MODEL_DIR) --scale $(SCALE)
+
+RUNS ?= 1000000
+fuzz: setup ## every parser of outside bytes, RUNS=1000000 inputs each; hours for all; installs a nightly Rust and cargo-fuzz
+	rustup toolchain install nightly --profile minimal
+	cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked
+	python3 fuzz/seeds.py
+	cd fuzz && cargo +nightly fuzz build
+	python3 fuzz/campaign.py --runs $(RUNS) $(TARGETS)
 
 test-rdma: ## KV over real verbs: builds a small kernel with soft-RoCE once (10 minutes), then tests inside it
 	@tools/rdma/test.sh

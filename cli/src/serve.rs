@@ -40,6 +40,8 @@ const SHARED_STEP_TOKENS: usize = 2048;
 const FIRST_CONTACT: Duration = Duration::from_secs(60);
 /// How long a reservation may wait for its KV.
 const RESERVATION: Duration = Duration::from_secs(120);
+/// Longest silence of a worker's stream, as long as a dead connection takes to be found: a ping after 5 s, 5 s for its answer.
+const WORKER_SILENCE: Duration = Duration::from_secs(10);
 
 /// Runs a router until it is told to stop.
 pub async fn router(args: RouterArgs) -> anyhow::Result<()> {
@@ -109,6 +111,7 @@ pub fn router_config(args: &PlacementArgs, drain_deadline: Duration) -> RouterCo
         max_connections: args.max_connections,
         max_waiting: args.max_queued,
         queue_patience: Duration::from_secs(args.queue_seconds),
+        worker_silence: WORKER_SILENCE,
         policy: match args.strategy {
             Strategy::Adaptive => Policy::Adaptive,
             Strategy::Disaggregated => Policy::Remote,

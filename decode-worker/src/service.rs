@@ -17,7 +17,7 @@ use tonic::{Response, Status};
 use worker::attempts::{Attempts, Observer};
 use worker::metrics::Refusals;
 use worker::request::{Limits, load_to_wire, traceparent};
-use worker::{Request, serve};
+use worker::{Request, pulse, serve};
 
 use crate::cargo::Cargo;
 use crate::order::{Events, Hold, Order, Start, Submission};
@@ -90,7 +90,7 @@ impl DecodeService {
         hold.span.set("tandem.kv.cached_blocks", i64::try_from(cached_blocks).unwrap_or(i64::MAX));
         let uncached = request.stem.len() - cached_blocks * block_tokens;
         let (events, stream) = mpsc::unbounded_channel();
-        tokio::spawn(tell_end(hold.attempt.observer(), events.downgrade()));
+        tokio::spawn(stay_heard(hold.attempt.observer(), self.load.subscribe(), events.downgrade()));
         if cargo.is_none() && uncached <= call.local_prefill_max_tokens as usize {
             self.announce(&events, bytes::Bytes::new(), cached_blocks);
             let computed = cached_blocks * block_tokens;
@@ -172,12 +172,24 @@ impl DecodeService {
     }
 }
 
-/// Tells the router when an attempt is ended from outside, whatever the engine does meanwhile.
-async fn tell_end(attempt: Observer, events: mpsc::WeakUnboundedSender<Result<v1::DecodeEvent, Status>>) {
-    if let Some(why) = attempt.ended().await
-        && let Some(events) = events.upgrade()
-    {
-        let _ = events.send(Err(why));
+/// Tells the router that the stream is alive, and when an attempt is ended from outside, whatever the engine does meanwhile.
+async fn stay_heard(
+    attempt: Observer,
+    load: watch::Receiver<Load>,
+    events: mpsc::WeakUnboundedSender<Result<v1::DecodeEvent, Status>>,
+) {
+    let mut ended = std::pin::pin!(attempt.ended());
+    loop {
+        let word = match tokio::time::timeout(pulse::PULSE, &mut ended).await {
+            Ok(None) => return,
+            Ok(Some(why)) => Err(why),
+            Err(_) => Ok(v1::DecodeEvent { event: None, load: Some(load_to_wire(&load.borrow())) }),
+        };
+        let is_last = word.is_err();
+        let Some(events) = events.upgrade() else { return };
+        if events.send(word).is_err() || is_last {
+            return;
+        }
     }
 }
 

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender as Inbox;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use cluster::Load;
+use futures::stream::BoxStream;
+use futures::{FutureExt, TryFutureExt};
 use kv_transport::{Push, PushReport, Sender};
 use prost::Message;
 use proto::v1;
@@ -14,7 +17,7 @@ use tonic::{Response, Status};
 use worker::attempts::{Attempts, Running};
 use worker::metrics::Refusals;
 use worker::request::{Limits, load_to_wire, sampled_to_wire, traceparent};
-use worker::{Request, serve};
+use worker::{Request, pulse, serve};
 
 use crate::error;
 use crate::job::{Computed, Job, Progress, Source};
@@ -34,14 +37,34 @@ pub(crate) struct PrefillService {
 
 #[tonic::async_trait]
 impl v1::prefill_worker_server::PrefillWorker for PrefillService {
+    type PrefillStream = BoxStream<'static, Result<v1::PrefillEvent, Status>>;
+
     async fn prefill(
         &self,
         call: tonic::Request<v1::PrefillRequest>,
-    ) -> Result<Response<v1::PrefillReply>, Status> {
-        let (span, began) = (self.tracer.serve("prefill", traceparent(&call)), Instant::now());
+    ) -> Result<Response<Self::PrefillStream>, Status> {
+        let span = self.tracer.serve("prefill", traceparent(&call));
         let call = call.into_inner();
         let ticket = call.ticket.clone();
-        let (request, attempt, _slot) = self.accept(call).map_err(|status| self.refusals.count(status))?;
+        let accepted = self.accept(call).map_err(|status| self.refusals.count(status))?;
+        let work = self.clone().work(accepted, ticket, span);
+        let last = work.map_ok(|reply| v1::PrefillEvent { reply: Some(reply) });
+        Ok(Response::new(pulse::until(last.boxed(), Ok(v1::PrefillEvent::default()))))
+    }
+}
+
+/// A request that was taken on, and what it holds until its end.
+type Accepted = (Arc<Request>, Running, OwnedSemaphorePermit);
+
+impl PrefillService {
+    /// All of a request, to its reply.
+    async fn work(
+        self,
+        (request, attempt, _slot): Accepted,
+        ticket: Bytes,
+        span: Span,
+    ) -> Result<v1::PrefillReply, Status> {
+        let began = Instant::now();
         let work = async {
             let source = Arc::new(Source::default());
             let push = self.sender.open(ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
@@ -51,18 +74,13 @@ impl v1::prefill_worker_server::PrefillWorker for PrefillService {
             Ok(self.reply(&computed, &report, exposed))
         };
         tokio::select! {
-            reply = work => reply.map(Response::new),
+            reply = work => reply,
             why = attempt.ended() => Err(why),
             () = passed(request.deadline) => Err(Status::deadline_exceeded("the deadline passed during prefill")),
         }
     }
-}
 
-impl PrefillService {
-    fn accept(
-        &self,
-        call: v1::PrefillRequest,
-    ) -> Result<(Arc<Request>, Running, OwnedSemaphorePermit), Status> {
+    fn accept(&self, call: v1::PrefillRequest) -> Result<Accepted, Status> {
         if self.load.borrow().draining {
             return Err(Status::unavailable("this prefill worker is draining"));
         }

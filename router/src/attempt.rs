@@ -68,7 +68,7 @@ impl Journey {
                     match reply {
                         Ok(reply) => self.note_prefill(&prefill_name, reply, placed_at),
                         Err(status) => {
-                            let word = tokio::time::timeout(LEG_PATIENCE, decoding.tokens.message()).await;
+                            let word = tokio::time::timeout(LEG_PATIENCE, decoding.next()).await;
                             let decode_is_dead = matches!(&word, Ok(Err(s)) if is_dead(s));
                             let at = if decode_is_dead { decoding.name() } else { &prefill_name };
                             return Err(Lost::at(at)(status));
@@ -76,10 +76,12 @@ impl Journey {
                     }
                 }
                 stepped = moving.step() => self.advance_move(&mut moving, &decoding, stepped),
-                event = decoding.tokens.message() => match event {
+                event = decoding.next() => match event {
                     Ok(Some(event)) => {
                         self.shared.fleet.note_load(decoding.name(), event.load);
                         match event.event {
+                            // It is alive.
+                            None => {}
                             Some(Event::Leaving(_)) => moving.want(),
                             Some(Event::Moved(_)) => decoding = self.follow(&mut moving, &decoding).await?,
                             event => {
@@ -121,7 +123,9 @@ impl Journey {
         let arrived = std::mem::take(moving).arrived;
         let lost =
             || Lost::at(from.name())(Status::unavailable("the sequence moved, but nobody knows where to"));
-        let arrived = arrived.ok_or_else(lost)?;
+        let mut arrived = arrived.ok_or_else(lost)?;
+        // What it said meanwhile waits to be read.
+        arrived.heard = Instant::now();
         arrived.name().clone_into(&mut self.timeline.known.decode_worker);
         Ok(arrived)
     }
@@ -143,12 +147,14 @@ impl Journey {
         let local_max_tokens = placement.local_prefill_max_tokens;
         let from = KvFrom::Prefill { worker: worker_name, local_max_tokens };
         let trace = self.span.traceparent();
-        let (reserved, tokens) = legs::reserve(&self.shared.fleet, &worker, sequence, from, trace)
+        let silence = self.shared.worker_silence;
+        let (reserved, tokens) = legs::reserve((&self.shared.fleet, silence), &worker, sequence, from, trace)
             .await
             .map_err(Lost::at(&placement.decode))?;
         self.timeline.mark("reserve", reserving);
         self.note_reserved(placement, &reserved, millis(reserving - placed_at), millis(reserving.elapsed()));
-        Ok((Decoding { worker, tokens, attempt, _load: load }, reserved))
+        let heard = Instant::now();
+        Ok((Decoding { worker, tokens, attempt, _load: load, silence, heard }, reserved))
     }
 
     fn place(&mut self) -> Result<Placement, Status> {
@@ -189,7 +195,14 @@ impl Journey {
             }
         };
         self.timeline.known.prefill_worker.clone_from(name);
-        Ok(Some(legs::prefill(&self.worker(name)?, self.sequence_now(), ticket, self.span.traceparent())))
+        let silence = self.shared.worker_silence;
+        Ok(Some(legs::prefill(
+            silence,
+            &self.worker(name)?,
+            self.sequence_now(),
+            ticket,
+            self.span.traceparent(),
+        )))
     }
 
     fn note_reserved(

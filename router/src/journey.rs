@@ -38,6 +38,8 @@ pub struct Shared {
     pub policy: Policy,
     /// Longest wait for a place.
     pub queue_patience: Duration,
+    /// Longest silence of a worker's stream.
+    pub worker_silence: Duration,
     /// Learned speeds.
     pub model: Mutex<Model>,
     /// What is counted.

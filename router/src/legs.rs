@@ -1,4 +1,11 @@
 //! The calls to workers that make up an attempt.
+//!
+//! A stream that says nothing for [`crate::RouterConfig::worker_silence`] is lost, however alive its connection is: workers say something every
+//! two seconds.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt};
@@ -22,6 +29,25 @@ pub(crate) enum KvFrom {
     Decode { worker: String },
 }
 
+/// The source of a status that no worker sent.
+#[derive(Debug, thiserror::Error)]
+#[error("silent")]
+struct Silent;
+
+/// What a worker says, unless it says nothing for that long.
+pub(crate) async fn heard<T>(
+    silence: Duration,
+    word: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    tokio::time::timeout(silence, word).await.unwrap_or_else(|_| {
+        let why = format!("the worker said nothing for {} ms: its stream is lost", silence.as_millis());
+        let mut status = Status::unavailable(why);
+        // As when the connection breaks: the other leg is not to blame.
+        status.set_source(Arc::new(Silent));
+        Err(status)
+    })
+}
+
 /// A call with the span that it is made for.
 fn traced<T>(message: T, trace: Option<String>) -> Request<T> {
     let mut request = Request::new(message);
@@ -33,7 +59,7 @@ fn traced<T>(message: T, trace: Option<String>) -> Request<T> {
 
 /// Opens the stream of a request on a decode worker: its first message is the reservation.
 pub(crate) async fn reserve(
-    fleet: &Fleet,
+    (fleet, silence): (&Fleet, Duration),
     decode: &Worker,
     sequence: v1::Sequence,
     from: KvFrom,
@@ -51,12 +77,10 @@ pub(crate) async fn reserve(
         moving,
         kv_from,
     };
-    let mut events = DecodeWorkerClient::new(decode.channel.clone())
-        .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
-        .decode(traced(request, trace))
-        .await?
-        .into_inner();
-    let first = events.message().await?;
+    let mut client =
+        DecodeWorkerClient::new(decode.channel.clone()).max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
+    let mut events = heard(silence, client.decode(traced(request, trace))).await?.into_inner();
+    let first = heard(silence, events.message()).await?;
     fleet.note_load(&decode.member.worker, first.as_ref().and_then(|f| f.load));
     match first.and_then(|f| f.event) {
         Some(Event::Reserved(reserved)) => Ok((reserved, events)),
@@ -66,6 +90,7 @@ pub(crate) async fn reserve(
 
 /// Has a prompt computed and pushed to the ticket's owner.
 pub(crate) fn prefill(
+    silence: Duration,
     worker: &Worker,
     sequence: v1::Sequence,
     ticket: Bytes,
@@ -83,7 +108,13 @@ pub(crate) fn prefill(
         let _until_done = assignment;
         let mut client =
             PrefillWorkerClient::new(channel).max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        client.prefill(traced(request, trace)).await.map(tonic::Response::into_inner)
+        let mut events = heard(silence, client.prefill(traced(request, trace))).await?.into_inner();
+        while let Some(event) = heard(silence, events.message()).await? {
+            if let Some(reply) = event.reply {
+                return Ok(reply);
+            }
+        }
+        Err(Status::internal("the prefill worker ended the call without a reply"))
     }
     .boxed()
 }

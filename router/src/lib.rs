@@ -74,6 +74,8 @@ pub struct RouterConfig {
     pub drain_deadline: Duration,
     /// What the status counts as good.
     pub slo: Slo,
+    /// Longest silence of a worker's stream before its request goes on elsewhere. Default 10 s; workers speak every 2 s.
+    pub worker_silence: Duration,
     /// Connections from one address. Default 4096.
     pub max_connections: usize,
 }
@@ -164,6 +166,7 @@ pub async fn run(
         admission,
         policy: config.policy,
         queue_patience: config.queue_patience,
+        worker_silence: config.worker_silence,
         model: Mutex::new(FIRST_GUESS),
         metrics: counters,
         tracer: deps.tracer,

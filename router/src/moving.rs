@@ -22,9 +22,20 @@ pub(crate) struct Decoding {
     pub tokens: Streaming<v1::DecodeEvent>,
     pub attempt: u32,
     pub _load: Assignment,
+    /// Longest silence, and since when it is silent.
+    pub silence: Duration,
+    pub heard: Instant,
 }
 
 impl Decoding {
+    /// The next thing that the worker says; may be asked for again after it was dropped.
+    pub async fn next(&mut self) -> Result<Option<v1::DecodeEvent>, Status> {
+        let left = self.silence.saturating_sub(self.heard.elapsed());
+        let word = legs::heard(left, self.tokens.message()).await?;
+        self.heard = Instant::now();
+        Ok(word)
+    }
+
     /// The worker's name.
     pub fn name(&self) -> &str {
         &self.worker.member.worker
@@ -109,14 +120,15 @@ impl Journey {
         let origin = sequence.origin.clone();
         let trace = self.span.traceparent();
         let (old, running) = (from.worker.clone(), from.attempt);
+        let silence = self.shared.worker_silence;
         let go = async move {
             let load = to.assign(0);
             let kv = KvFrom::Decode { worker: old.member.worker.clone() };
-            let (reserved, tokens) = legs::reserve(&fleet, &to, sequence, kv, trace).await?;
+            let (reserved, tokens) = legs::reserve((&fleet, silence), &to, sequence, kv, trace).await?;
             let moved = legs::move_out(&old, (origin, id.clone()), running, reserved.ticket).await?;
             tracing::info!(request = %id, from = %old.member.worker, to = %to.member.worker,
                 bytes = moved.kv.map_or(0, |kv| kv.bytes), stopped_ms = moved.stopped_ms, "moved");
-            Ok(Decoding { worker: to, tokens, attempt, _load: load })
+            Ok(Decoding { worker: to, tokens, attempt, _load: load, silence, heard: Instant::now() })
         };
         Some(go.boxed())
     }

@@ -140,9 +140,16 @@ impl DecodeWorker for Mock {
 
 #[tonic::async_trait]
 impl PrefillWorker for Mock {
-    async fn prefill(&self, _call: Request<v1::PrefillRequest>) -> Result<Reply<v1::PrefillReply>, Status> {
+    type PrefillStream = futures::stream::BoxStream<'static, Result<v1::PrefillEvent, Status>>;
+
+    async fn prefill(
+        &self,
+        _call: Request<v1::PrefillRequest>,
+    ) -> Result<Reply<Self::PrefillStream>, Status> {
         let kv = v1::KvTransfer { transport: "none".into(), ..Default::default() };
-        Ok(Reply::new(v1::PrefillReply { timing: Some(Default::default()), kv: Some(kv), load: None }))
+        let reply = v1::PrefillReply { timing: Some(Default::default()), kv: Some(kv), load: None };
+        let last = Ok(v1::PrefillEvent { reply: Some(reply) });
+        Ok(Reply::new(futures::stream::iter([last]).boxed()))
     }
 }
 

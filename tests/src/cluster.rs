@@ -62,6 +62,8 @@ pub struct Spec {
     pub max_queued: usize,
     /// Longest wait for a place.
     pub queue_patience: Duration,
+    /// Longest silence of a worker's stream.
+    pub worker_silence: Duration,
     /// Longest time without a step or a byte.
     pub progress_timeout: Duration,
     /// Which ways KV takes; through sockets unless a test says otherwise.
@@ -88,6 +90,7 @@ impl Default for Spec {
             max_running: 256,
             max_queued: 256,
             queue_patience: Duration::from_secs(60),
+            worker_silence: Duration::from_secs(10),
             progress_timeout: Duration::from_secs(30),
             transport: TransportConfig { choice: TransportChoice::Tcp, ..TransportConfig::default() },
             gates: BTreeMap::new(),
@@ -162,6 +165,7 @@ impl Cluster {
             max_waiting: spec.max_queued,
             max_connections: 4096,
             queue_patience: spec.queue_patience,
+            worker_silence: spec.worker_silence,
             policy: spec.policy,
             drain_deadline: Duration::from_secs(5),
             slo: Slo::default(),

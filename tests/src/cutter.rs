@@ -5,9 +5,11 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cluster::{Join, Load, Member, Membership, RegistryError};
 use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream, StreamExt};
 use parking_lot::Mutex;
 use proto::v1::decode_worker_client::DecodeWorkerClient;
 use proto::v1::decode_worker_server::{DecodeWorker, DecodeWorkerServer};
@@ -24,6 +26,8 @@ use tonic::{Request, Response, Status};
 pub struct Cuts {
     decode: Arc<Mutex<VecDeque<usize>>>,
     prefill: Arc<Mutex<VecDeque<PrefillCut>>>,
+    /// Decode streams that are cut stay open instead, and silent.
+    mute: Arc<AtomicBool>,
 }
 
 /// Where a prefill call is cut.
@@ -33,12 +37,19 @@ pub enum PrefillCut {
     Before,
     /// It is done, and its reply is lost.
     After,
+    /// The worker never hears of it, and the router hears nothing.
+    Lost,
 }
 
 impl Cuts {
     /// The next decode streams break after so many tokens each.
     pub fn decode_after(&self, tokens: &[usize]) {
         *self.decode.lock() = tokens.iter().copied().collect();
+    }
+
+    /// From now on, streams that are cut do not break but fall silent, as when a frame's header was damaged.
+    pub fn mute(&self) {
+        self.mute.store(true, Ordering::Relaxed);
     }
 
     /// The next prefill calls break there.
@@ -111,11 +122,15 @@ impl DecodeWorker for Cutter {
         let mut events =
             DecodeWorkerClient::new(self.channel.clone()).decode(call.into_inner()).await?.into_inner();
         let (out, stream) = mpsc::channel(1);
+        let mute = self.cuts.mute.load(Ordering::Relaxed);
         tokio::spawn(async move {
             while let Some(event) = events.message().await.transpose() {
                 let (event, is_cut) = shortened(event, &mut left);
                 if out.send(event).await.is_err() {
                     return;
+                }
+                if is_cut && mute {
+                    return out.closed().await;
                 }
                 if is_cut {
                     let _ = out.send(Err(cut())).await;
@@ -149,12 +164,27 @@ fn shortened(
 
 #[tonic::async_trait]
 impl PrefillWorker for Cutter {
-    async fn prefill(&self, call: Request<v1::PrefillRequest>) -> Result<Response<v1::PrefillReply>, Status> {
+    type PrefillStream = BoxStream<'static, Result<v1::PrefillEvent, Status>>;
+
+    async fn prefill(
+        &self,
+        call: Request<v1::PrefillRequest>,
+    ) -> Result<Response<Self::PrefillStream>, Status> {
         let at = self.cuts.prefill.lock().pop_front();
         if at == Some(PrefillCut::Before) {
             return Err(cut());
         }
-        let reply = PrefillWorkerClient::new(self.channel.clone()).prefill(call.into_inner()).await;
-        if at == Some(PrefillCut::After) { Err(cut()) } else { reply }
+        if at == Some(PrefillCut::Lost) {
+            return Ok(Response::new(stream::pending().boxed()));
+        }
+        let reply = PrefillWorkerClient::new(self.channel.clone()).prefill(call.into_inner()).await?;
+        let events = reply.into_inner();
+        let events = match at {
+            Some(PrefillCut::After) => events
+                .map(|event| if matches!(&event, Ok(e) if e.reply.is_some()) { Err(cut()) } else { event })
+                .boxed(),
+            _ => events.boxed(),
+        };
+        Ok(Response::new(events))
     }
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cluster::{Join, MemoryRegistry};
 use proto::v1::{self, FinishReason};
@@ -16,12 +17,15 @@ use tandem_tests::{Cluster, Spec, model};
 const OUTPUT: u32 = 9;
 
 async fn start(policy: Policy) -> (tempfile::TempDir, Cluster, Cuts) {
+    start_with(Spec { prefill: 2, decode: 2, policy, ..Spec::default() }).await
+}
+
+async fn start_with(spec: Spec) -> (tempfile::TempDir, Cluster, Cuts) {
     let dir = tempfile::tempdir().unwrap();
     model::write(dir.path(), 5);
     let cuts = Cuts::default();
     let registry = MemoryRegistry::new();
     let join: Arc<dyn Join> = Arc::new(Redirect::new(Arc::new(registry.clone()), cuts.clone()));
-    let spec = Spec { prefill: 2, decode: 2, policy, ..Spec::default() };
     let cluster = Cluster::start_on(dir.path(), &spec, join, Arc::new(registry)).await;
     (dir, cluster, cuts)
 }
@@ -109,6 +113,34 @@ async fn every_cut_with_remote_prefill() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_cut_with_local_prefill() {
     all_samplings(Policy::Local).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_falls_silent_is_lost() {
+    // Longer than a worker may be silent (2 s), so that only what is lost is found so.
+    let worker_silence = Duration::from_millis(3500);
+    let (_dir, cluster, cuts) =
+        start_with(Spec { prefill: 2, decode: 2, worker_silence, ..Spec::default() }).await;
+    let p = prompt(40);
+    let undisturbed = cluster.generate(request(&p, seeded())).await.unwrap();
+    cuts.mute();
+    for at in [0, 4] {
+        cuts.decode_after(&[at]);
+        let began = Instant::now();
+        let output = cluster.generate(request(&p, seeded())).await.unwrap();
+        assert_eq!(seen(&output), seen(&undisturbed), "silent after {at} tokens");
+        assert_eq!((output.complete.timeline.unwrap().attempts, cuts.left()), (2, 0));
+        assert!(began.elapsed() >= worker_silence);
+    }
+    // A prefill call that nobody ever hears of; another prompt, since this one is cached.
+    let p = prompt(77);
+    cuts.prefill_at(&[PrefillCut::Lost]);
+    let cut = cluster.generate(request(&p, seeded())).await.unwrap();
+    assert_eq!((cut.complete.timeline.clone().unwrap().attempts, cuts.left()), (2, 0));
+    let undisturbed = cluster.generate(request(&p, seeded())).await.unwrap();
+    assert_eq!(seen(&cut), seen(&undisturbed));
+    cluster.assert_nothing_leaked().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

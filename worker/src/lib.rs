@@ -11,6 +11,7 @@ pub mod form;
 pub mod metrics;
 pub mod pool;
 pub mod progress;
+pub mod pulse;
 pub mod rate;
 pub mod request;
 pub mod secure;
