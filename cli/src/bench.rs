@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use engine::model::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device};
+use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device, Quantize};
 use crate::{bench_serve, kv};
 
 /// Runs what was asked for.
@@ -46,13 +46,11 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
     if args.runs == 0 || args.max_batch == 0 {
         bail!("--runs and --max-batch: at least 1");
     }
-    if args.quantize.is_some() && args.device != Device::Cuda {
-        bail!("--quantize: the CPU engine has no quantised products; use --device cuda");
-    }
     let wants_profile = |table| matches!(table, &BenchTable::All | &BenchTable::Profile);
     let settings = Settings {
         profile: args.trace.is_some() || args.table.iter().any(wants_profile),
-        name: format!("{}{}", args.shape, if args.quantize.is_some() { " in FP8" } else { "" }),
+        name: args.shape.clone(),
+        quantise: args.quantize.map(Quantize::kind),
         config: shape(&args.shape)?,
         kinds: kinds(&args.table),
         runs: args.runs,
@@ -62,7 +60,7 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
         device: match args.device {
             Device::Cpu => measurement::Device::Cpu { threads: args.threads.unwrap_or(0) },
             Device::Sim => bail!("--device: there is nothing to measure in sim; cpu or cuda"),
-            Device::Cuda => measurement::Device::Cuda { ordinal: args.gpu, fp8: args.quantize.is_some() },
+            Device::Cuda => measurement::Device::Cuda { ordinal: args.gpu },
         },
     };
     let bar = ProgressBar::new_spinner();
@@ -107,11 +105,12 @@ pub fn shape(name: &str) -> anyhow::Result<ModelConfig> {
 
 fn kinds(tables: &[BenchTable]) -> Vec<Kind> {
     let kind = |table: &BenchTable| match table {
-        BenchTable::All => vec![Kind::Prefill, Kind::Decode, Kind::Graphs, Kind::Chunk],
+        BenchTable::All => vec![Kind::Prefill, Kind::Decode, Kind::Graphs, Kind::Chunk, Kind::Int8],
         BenchTable::Prefill => vec![Kind::Prefill],
         BenchTable::Decode => vec![Kind::Decode],
         BenchTable::Graphs => vec![Kind::Graphs],
         BenchTable::Chunk => vec![Kind::Chunk],
+        BenchTable::Int8 => vec![Kind::Int8],
         BenchTable::Profile => Vec::new(),
     };
     tables.iter().flat_map(kind).collect()

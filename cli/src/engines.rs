@@ -10,11 +10,12 @@ use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::kv::pool::BlockPool;
 use engine::model::ModelConfig;
+use engine::model::quantise::kind_of;
 use engine::sim::{self, Profile, SimEngine, SimOptions};
 use engine::{Engine, KvDtype, KvLayout};
 use telemetry::trace::Tracer;
 
-use crate::args::{Device, EngineArgs, KvType};
+use crate::args::{Device, EngineArgs, KvType, Quantize};
 
 /// An engine, its block pool, and the hash that only interchangeable workers share.
 pub struct Built {
@@ -75,12 +76,14 @@ pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result
             block_bytes
         );
     }
-    if args.quantize.is_some() && args.device != Device::Cuda {
+    if args.quantize.is_some() && args.device == Device::Sim {
         bail!(
-            "--quantize: only the CUDA engine rounds; leave it away or use --device cuda (simulated: --sim-profile h100-fp8)"
+            "--quantize: what does not compute does not round; leave it away and take --sim-profile h100-fp8"
         );
     }
-    let quantised = if args.quantize.is_some() { ",fp8" } else { "" };
+    let quantise = args.quantize.map(Quantize::kind);
+    let quantised =
+        kind_of(quantise, config.quantised)?.map_or_else(String::new, |k| format!(",{}", k.name()));
     // What only pretends must never be paired with what computes.
     let pretends = simulated.as_ref().map_or_else(String::new, |(shape, profile)| {
         format!(",sim={}x{}x{}", shape.layers, shape.kv_heads, shape.head_dim / profile.cell_divisor)
@@ -106,7 +109,14 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
     let engine: Box<dyn Engine> = match args.device {
         Device::Cpu => Box::new(CpuEngine::load(
             dir,
-            CpuOptions { kv_blocks, block_tokens: args.block_tokens, kv_dtype, threads, max_batch_tokens },
+            CpuOptions {
+                kv_blocks,
+                block_tokens: args.block_tokens,
+                kv_dtype,
+                threads,
+                max_batch_tokens,
+                quantise: args.quantize.map(Quantize::kind),
+            },
         )?),
         Device::Sim => {
             let (shape, profile) = simulated.context("--device sim: no profile")?;
@@ -127,7 +137,7 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
                 // A prefill worker's steps of single tokens are ends of prompts: too few to capture.
                 graphs: role == Role::Decode && !args.no_graphs,
                 publish: role == Role::Prefill,
-                quantise_fp8: args.quantize.is_some(),
+                quantise: args.quantize.map(Quantize::kind),
                 ..CudaOptions::default()
             },
         )?),

@@ -187,8 +187,8 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
     if let Some(tokens) = engine.chunk_tokens {
         command.args(["--chunk-tokens", &tokens.to_string()]);
     }
-    if engine.quantize.is_some() {
-        command.args(["--quantize", "fp8"]);
+    if let Some(quantize) = engine.quantize {
+        command.args(["--quantize", quantize.kind().name()]);
     }
     if engine.no_graphs {
         command.arg("--no-graphs");

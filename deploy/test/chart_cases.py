@@ -88,6 +88,11 @@ def planned(mode):
     return assertion
 
 
+def int8(o):
+    for role in ("prefill", "decode"):
+        assert "--quantize=int8" in container(o, role)["args"], role
+
+
 def gpu(o):
     for role in ("prefill", "decode"):
         limits = container(o, role)["resources"]["limits"]
@@ -264,6 +269,7 @@ FEATURES = [
     ("Kubernetes 1.20", [*sets("prefill.autoscaling.mode=hpa", "router.autoscaling.enabled=true"), "--kube-version", "1.20.2"], old),
     ("gpu, fp8", sets("prefill.device=cuda", "decode.device=cuda", "engine.quantize=fp8",
                       "prefill.resources.limits.memory=64Gi", "decode.resources.limits.memory=64Gi"), gpu),
+    ("int8 on CPUs", sets("engine.quantize=int8"), int8),
     ("rdma, hugepages", sets("prefill.rdma.enabled=true", "prefill.rdma.devices={mlx5_0,mlx5_1:1:3}", "prefill.rdma.require=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
                              "prefill.resources.limits.hugepages-2Mi=2Gi", "prefill.resources.limits.memory=8Gi"), rdma),
     ("model on a claim", sets("model.source=pvc", "model.pvc.claimName=models", "model.pvc.subPath=m"),

@@ -38,6 +38,7 @@ fn shape(
         qk_norm: false,
         windows: vec![None; layers],
         tie_embeddings: true,
+        quantised: None,
         bos: None,
         eos: vec![],
     }
@@ -49,8 +50,14 @@ fn main() -> Result<(), Failure> {
     let threads = arguments.get(1).map_or(Ok(0), |text| text.parse())?;
     let kv_dtype =
         if arguments.get(2).is_some_and(|text| text == "f32") { KvDtype::F32 } else { KvDtype::Bf16 };
-    let options =
-        CpuOptions { kv_blocks: 2560, block_tokens: BLOCK_TOKENS, kv_dtype, threads, max_batch_tokens: 2048 };
+    let options = CpuOptions {
+        kv_blocks: 2560,
+        block_tokens: BLOCK_TOKENS,
+        kv_dtype,
+        threads,
+        max_batch_tokens: 2048,
+        quantise: None,
+    };
     let started = Instant::now();
     let mut engine = match model {
         "135m" => CpuEngine::from_random(shape(30, 576, 1536, 9, 3, 49152), 1, options)?,

@@ -113,7 +113,7 @@ fn refusals_say_what_is_wrong() {
         (json!({"vocab_size": 4_000_000_000_000u64}), "vocab_size"),
         (json!({"head_dim": 127}), "odd"),
         (json!({"hidden_act": "gelu"}), "gelu"),
-        (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
+        (json!({"quantization_config": {"bits": 4}}), "quantization_config: quant_method (none) is not read"),
         (json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope is not known"),
         (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "low_freq_factor"),
         (json!({"rope_theta": -1.0}), "rope_theta"),

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 use engine::cpu::{CpuEngine, CpuOptions};
-use engine::model::{Architecture, ModelConfig, Rope, RopeScaling};
+use engine::model::{Architecture, ModelConfig, Quantisation, Rope, RopeScaling};
+
+const KINDS: [Option<Quantisation>; 2] = [None, Some(Quantisation::Int8)];
 use engine::{Batch, Engine, EngineError, KvDtype, SampleRequest, SamplingParams, Segment};
 
 const BLOCK: usize = 16;
@@ -26,13 +28,25 @@ fn config(window: Option<usize>) -> ModelConfig {
         qk_norm: true,
         windows: vec![window, None, window],
         tie_embeddings: true,
+        quantised: None,
         bos: None,
         eos: vec![],
     }
 }
 
 fn engine(window: Option<usize>, threads: usize, kv_dtype: KvDtype, block_tokens: usize) -> CpuEngine {
-    let options = CpuOptions { kv_blocks: 256, block_tokens, kv_dtype, threads, max_batch_tokens: 512 };
+    engine_in(None, window, threads, kv_dtype, block_tokens)
+}
+
+fn engine_in(
+    quantise: Option<Quantisation>,
+    window: Option<usize>,
+    threads: usize,
+    kv_dtype: KvDtype,
+    block_tokens: usize,
+) -> CpuEngine {
+    let options =
+        CpuOptions { kv_blocks: 256, block_tokens, kv_dtype, threads, max_batch_tokens: 512, quantise };
     CpuEngine::from_random(config(window), 7, options).unwrap()
 }
 
@@ -63,8 +77,8 @@ fn logits(
 fn chunks_of_any_size_give_the_same_bits() {
     let blocks: Vec<u32> = (0..32).rev().collect();
     for window in [None, Some(50)] {
-        for dtype in [KvDtype::Bf16, KvDtype::F32] {
-            let mut engine = engine(window, 2, dtype, BLOCK);
+        for (dtype, kind) in [KvDtype::Bf16, KvDtype::F32].into_iter().zip(KINDS) {
+            let mut engine = engine_in(kind, window, 2, dtype, BLOCK);
             for length in [1, 5, 16, 64, 65, 203] {
                 let tokens = prompt(length, 1);
                 let whole = logits(&mut engine, &tokens, length, 0, &blocks);
@@ -81,7 +95,11 @@ fn chunks_of_any_size_give_the_same_bits() {
 
 #[test]
 fn a_batch_of_many_gives_the_same_bits_as_each_alone() {
-    let mut engine = engine(Some(70), 2, KvDtype::Bf16, BLOCK);
+    KINDS.into_iter().for_each(batches);
+}
+
+fn batches(kind: Option<Quantisation>) {
+    let mut engine = engine_in(kind, Some(70), 2, KvDtype::Bf16, BLOCK);
     // Prompts, a chunk in the middle of one, and a decode step, all in one batch.
     let tables: Vec<Vec<u32>> = (0..12).map(|i| (i * 20..i * 20 + 20).collect()).collect();
     let sequences: Vec<Vec<u32>> = (0..12).map(|i| prompt(1 + i * 23, i as u32)).collect();
@@ -122,14 +140,13 @@ fn a_batch_of_many_gives_the_same_bits_as_each_alone() {
 fn threads_and_block_sizes_change_nothing() {
     let tokens = prompt(150, 3);
     let table: Vec<u32> = (0..100).collect();
-    let reference = logits(&mut engine(None, 1, KvDtype::Bf16, 16), &tokens, 150, 3, &table);
-    for (threads, block_tokens) in [(2, 16), (4, 16), (1, 8), (2, 5), (1, 64)] {
-        let mut other = engine(None, threads, KvDtype::Bf16, block_tokens);
-        assert_eq!(
-            reference,
-            logits(&mut other, &tokens, 40, 3, &table),
-            "{threads} threads, blocks of {block_tokens}"
-        );
+    for kind in KINDS {
+        let engine = |threads, block_tokens| engine_in(kind, None, threads, KvDtype::Bf16, block_tokens);
+        let reference = logits(&mut engine(1, 16), &tokens, 150, 3, &table);
+        for (threads, block_tokens) in [(2, 16), (4, 16), (1, 8), (2, 5), (1, 64)] {
+            let other = logits(&mut engine(threads, block_tokens), &tokens, 40, 3, &table);
+            assert_eq!(reference, other, "{kind:?}, {threads} threads, blocks of {block_tokens}");
+        }
     }
 }
 

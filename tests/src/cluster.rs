@@ -229,6 +229,7 @@ impl Cluster {
             kv_dtype: KvDtype::Bf16,
             threads: 1,
             max_batch_tokens: step_tokens.max(spec.max_sequences),
+            quantise: None,
         };
         let mut engine: Box<dyn Engine> = Box::new(CpuEngine::load(model, options).unwrap());
         if let Some(gate) = spec.gates.get(&name) {

@@ -21,6 +21,7 @@ impl Oracle {
             kv_dtype: KvDtype::Bf16,
             threads: 1,
             max_batch_tokens: max_tokens,
+            quantise: None,
         };
         Self { engine: CpuEngine::load(dir, options).unwrap(), table: (0..blocks as u32).collect() }
     }

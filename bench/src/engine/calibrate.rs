@@ -179,6 +179,7 @@ mod tests {
         let settings = Settings {
             name: "smollm2".into(),
             config: config.clone(),
+            quantise: None,
             kinds: vec![Kind::Decode],
             runs: 1,
             max_batch: 1,

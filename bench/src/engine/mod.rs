@@ -13,7 +13,7 @@ pub use report::{Report, Row, Table};
 use anyhow::{Result, bail};
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
-use engine::model::ModelConfig;
+use engine::model::{ModelConfig, Quantisation};
 pub use engine::roofline::{Ceilings, shapes};
 use engine::{Engine, EngineError};
 
@@ -31,6 +31,8 @@ pub enum Kind {
     Graphs,
     /// Decoding sequences with a prompt beside them, in chunks of several sizes.
     Chunk,
+    /// Eight bits against bf16: a long prompt, decode steps of one sequence and of many.
+    Int8,
 }
 
 /// What to measure.
@@ -40,6 +42,8 @@ pub struct Settings {
     pub name: String,
     /// The network.
     pub config: ModelConfig,
+    /// What the layers' weights are rounded to.
+    pub quantise: Option<Quantisation>,
     /// Which tables, in this order.
     pub kinds: Vec<Kind>,
     /// Runs per row.
@@ -68,8 +72,6 @@ pub enum Device {
     Cuda {
         /// Which, from 0.
         ordinal: usize,
-        /// Layers in e4m3.
-        fp8: bool,
     },
 }
 
@@ -107,7 +109,7 @@ impl Measured {
 
     fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
         match self {
-            Self::Cpu(_) => Ok(Ceilings::default()),
+            Self::Cpu(engine) => engine.ceilings(),
             Self::Cuda(engine) => {
                 let found = engine.ceilings()?;
                 let engine::cuda::Ceilings { flops_per_second, bytes_per_second } = found;
@@ -132,21 +134,52 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
     let start_seconds = started.elapsed().as_secs_f64();
     progress("ceilings");
     let ceilings = measured.ceilings()?;
+    let peaks = match &mut measured {
+        Measured::Cpu(engine) => engine.peaks().into_iter().map(|p| (p.name, p.ops_per_second)).collect(),
+        Measured::Cuda(_) => Vec::new(),
+    };
     let mut report = Report {
-        shape: settings.name.clone(),
+        shape: match settings.quantise {
+            Some(kind) => format!("{} in {}", settings.name, kind.name()),
+            None => settings.name.clone(),
+        },
+        peaks,
         device: measured.engine().info().device.clone(),
         ceilings,
         start_seconds,
         tables: Vec::new(),
         profiles: Vec::new(),
     };
-    for &kind in &settings.kinds {
+    for &kind in settings.kinds.iter().filter(|kind| **kind != Kind::Int8) {
         report.tables.push(tables::measure(kind, settings, &mut measured, &ceilings, progress)?);
     }
     if settings.profile {
         report.profiles = profile::measure(settings, &mut measured, progress)?;
     }
+    drop(measured);
+    if settings.kinds.contains(&Kind::Int8) {
+        report.tables.push(eight_bits(settings, progress)?);
+    }
     Ok(report)
+}
+
+/// The same steps in bf16 and in each kind of eight bits that the device multiplies, each beside its own ceilings.
+fn eight_bits(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Table> {
+    let kinds = match settings.device {
+        Device::Cpu { .. } => vec![None, Some(Quantisation::Int8)],
+        Device::Cuda { .. } => vec![None, Some(Quantisation::Int8), Some(Quantisation::Fp8)],
+    };
+    let mut rows = Vec::new();
+    for quantise in kinds {
+        let name = quantise.map_or("bf16", Quantisation::name);
+        progress(name);
+        let settings = Settings { quantise, ..settings.clone() };
+        let mut measured = build(&settings)?;
+        let ceilings = measured.ceilings()?;
+        let table = tables::measure(Kind::Int8, &settings, &mut measured, &ceilings, progress)?;
+        rows.extend(table.rows.into_iter().map(|row| Row { name: format!("{name}, {}", row.name), ..row }));
+    }
+    Ok(Table { title: "eight bits".into(), rows })
 }
 
 fn build(settings: &Settings) -> Result<Measured> {
@@ -162,11 +195,12 @@ fn build(settings: &Settings) -> Result<Measured> {
                 block_tokens: BLOCK_TOKENS,
                 threads,
                 max_batch_tokens,
+                quantise: settings.quantise,
                 ..Default::default()
             };
             Measured::Cpu(Box::new(CpuEngine::from_random(config, 1, options)?))
         }
-        Device::Cuda { ordinal, fp8 } => {
+        Device::Cuda { ordinal } => {
             let options = CudaOptions {
                 device: ordinal,
                 kv_blocks,
@@ -175,7 +209,7 @@ fn build(settings: &Settings) -> Result<Measured> {
                 max_sequences: settings.max_batch + 1,
                 prepare: true,
                 host_side: false,
-                quantise_fp8: fp8,
+                quantise: settings.quantise,
                 ..CudaOptions::default()
             };
             Measured::Cuda(Box::new(CudaEngine::from_random(config, 1, options)?))

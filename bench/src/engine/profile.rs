@@ -73,7 +73,8 @@ fn parts(settings: &Settings, chunks: &[Chunk], spans: &[Span]) -> Vec<PartRow> 
         let weights = weights(settings, part);
         let rows = if part == Part::Head { chunks.len() } else { tokens };
         let rate = |amount: f64| weights.map(|weights| weights * amount / ms / 1e9);
-        PartRow { part: part.name(), ms, tera_flops: rate(2.0 * rows as f64), tera_bytes: rate(2.0) }
+        let bytes = if settings.quantise.is_some() && part != Part::Head { 1.0 } else { 2.0 };
+        PartRow { part: part.name(), ms, tera_flops: rate(2.0 * rows as f64), tera_bytes: rate(bytes) }
     };
     sums.into_iter().map(row).collect()
 }

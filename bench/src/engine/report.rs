@@ -16,6 +16,8 @@ pub struct Report {
     pub device: String,
     /// What the device was measured to reach.
     pub ceilings: Ceilings,
+    /// Other rates of the device, operations a second.
+    pub peaks: Vec<(&'static str, f64)>,
     /// From nothing to ready: kernels, weights, measuring products, capturing graphs.
     pub start_seconds: f64,
     /// One per kind of measurement.
@@ -54,7 +56,13 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} on {}, ready in {:.1} s", self.shape, self.device, self.start_seconds)?;
         let Ceilings { flops_per_second, bytes_per_second } = self.ceilings;
-        if flops_per_second > 0.0 {
+        if !self.peaks.is_empty() {
+            for (name, rate) in &self.peaks {
+                writeln!(f, "{name}: {:.1} G operations/s in registers", rate / 1e9)?;
+            }
+            let (flops, bytes) = (flops_per_second / 1e9, bytes_per_second / 1e9);
+            writeln!(f, "ceilings: {flops:.1} G operations/s, {bytes:.1} GB/s (read)")?;
+        } else if flops_per_second > 0.0 {
             let (tera_flops, tera_bytes) = (flops_per_second / 1e12, bytes_per_second / 1e12);
             writeln!(f, "ceilings: {tera_flops:.0} TFLOP/s (8192³), {tera_bytes:.2} TB/s (read)")?;
         }

@@ -26,6 +26,7 @@ pub(super) fn measure(
         Kind::Decode => ("decode", bench.decode()?),
         Kind::Graphs => ("graphs", bench.graphs()?),
         Kind::Chunk => ("chunk", bench.chunk()?),
+        Kind::Int8 => ("eight bits", bench.eight_bits()?),
     };
     Ok(Table { title: title.into(), rows })
 }
@@ -102,6 +103,22 @@ impl Bench<'_> {
         let mut rows = Vec::new();
         for batch in self.batches() {
             rows.push(self.row(format!("batch {batch}"), &self.one_step(batch), batch)?);
+        }
+        Ok(rows)
+    }
+
+    fn eight_bits(&mut self) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        for (count, length) in [(1, 2048), (16, 2048)] {
+            let pool = self.measured.engine().kv().layout().blocks;
+            if length <= self.settings.max_prompt && count * length.div_ceil(BLOCK_TOKENS) <= pool {
+                let steps = prompts(count, length, self.settings.config.vocab, BLOCK_TOKENS, STEP_TOKENS);
+                rows.push(self.row(format!("{count} × {length} tokens"), &steps, count * length)?);
+            }
+        }
+        self.fill(self.settings.max_batch)?;
+        for batch in [1, 128].into_iter().filter(|&batch| batch <= self.settings.max_batch) {
+            rows.push(self.row(format!("decode batch {batch}"), &self.one_step(batch), batch)?);
         }
         Ok(rows)
     }

@@ -182,7 +182,7 @@ pub struct BenchEngineArgs {
     /// Tokens that a decoding sequence has behind it
     #[arg(long, default_value_t = 1200)]
     pub context: usize,
-    /// Round the layers' weights, and activations in every step; GPU only
+    /// Round the layers' weights, and activations in every step
     #[arg(long, value_enum)]
     pub quantize: Option<Quantize>,
     /// Write where the time of some steps goes, for chrome://tracing or Perfetto; GPU only
@@ -209,6 +209,8 @@ pub enum BenchTable {
     Graphs,
     /// 128 decoding sequences with a prompt beside them, in chunks of several sizes
     Chunk,
+    /// Eight bits against bf16: a prompt of 2048 tokens, decode batches of 1 and 128
+    Int8,
     /// Where the time of a prefill and of decode steps goes, per kernel; GPU only
     Profile,
 }

@@ -10,6 +10,7 @@ mod security;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::model::Quantisation;
 use kv_transport::verbs::DeviceSelector;
 
 pub use bench::{Api, BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchServeArgs, BenchTable};
@@ -140,8 +141,20 @@ impl Device {
 /// Rounding of weights and activations at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantize {
-    /// e4m3: weights with a scale per output, activations with a scale per token; Hopper GPUs
+    /// Integers: weights with a scale per output, activations with a scale per token; CPU and GPUs
+    Int8,
+    /// e4m3, scales as for int8; Hopper GPUs
     Fp8,
+}
+
+impl Quantize {
+    /// As the engine says it.
+    pub fn kind(self) -> Quantisation {
+        match self {
+            Self::Int8 => Quantisation::Int8,
+            Self::Fp8 => Quantisation::Fp8,
+        }
+    }
 }
 
 /// Settings of `doctor`.
@@ -192,7 +205,7 @@ pub struct EngineArgs {
     /// Which GPU, from 0
     #[arg(long, default_value_t = 0)]
     pub gpu: usize,
-    /// Round the layers' weights, and activations in every step; equal on every worker [default: bf16 as it is]
+    /// Round the layers' weights, and activations in every step; equal on every worker [default: as the checkpoint is]
     #[arg(long, value_enum)]
     pub quantize: Option<Quantize>,
     /// Launch every kernel of a decode step instead of replaying a captured CUDA graph

@@ -33,6 +33,58 @@ impl Buffer {
 // SAFETY: plain memory; concurrent access is to disjoint rows or read-only, as each loop below says.
 unsafe impl Sync for Buffer {}
 
+/// Rows rounded to INT8, each with its scale and the sum of its numbers.
+pub(super) struct Buffer8 {
+    numbers: Region,
+    pub(super) stride: usize,
+    scales: Region,
+    sums: Region,
+    rows: usize,
+}
+
+impl Buffer8 {
+    fn new(rows: usize, width: usize) -> Result<Self, EngineError> {
+        let stride = width.next_multiple_of(64) + 64;
+        let region = |bytes| Region::new(bytes, "rounded activations");
+        let (numbers, scales, sums) = (region(rows * stride)?, region(rows * 4)?, region(rows * 4)?);
+        Ok(Self { numbers, stride, scales, sums, rows })
+    }
+
+    /// # Safety
+    /// `row` below the buffer's rows.
+    pub(super) unsafe fn row(&self, row: usize) -> *mut i8 {
+        // SAFETY: inside the region.
+        unsafe { self.numbers.as_ptr().cast::<i8>().add(row * self.stride) }
+    }
+
+    /// # Safety
+    /// `row` below the buffer's rows, and nobody else uses its numbers now.
+    pub(super) unsafe fn note(&self, row: usize, (scale, sum): (f32, i32)) {
+        // SAFETY: inside the regions.
+        unsafe {
+            self.scales.as_ptr().cast::<f32>().add(row).write(scale);
+            self.sums.as_ptr().cast::<i32>().add(row).write(sum);
+        }
+    }
+
+    /// Scales and sums of the rows from `first`.
+    ///
+    /// # Safety
+    /// `first` below the buffer's rows, and nobody writes them while the slices live.
+    pub(super) unsafe fn notes(&self, first: usize) -> (&[f32], &[i32]) {
+        let count = self.rows - first;
+        // SAFETY: inside the regions.
+        unsafe {
+            let scales = self.scales.as_ptr().cast::<f32>().add(first).cast_const();
+            let sums = self.sums.as_ptr().cast::<i32>().add(first).cast_const();
+            (std::slice::from_raw_parts(scales, count), std::slice::from_raw_parts(sums, count))
+        }
+    }
+}
+
+// SAFETY: plain memory; concurrent access is to disjoint rows or read-only, as each loop says.
+unsafe impl Sync for Buffer8 {}
+
 /// The activations of a step.
 pub(super) struct Buffers {
     /// Residual stream `[tokens, hidden]`.
@@ -47,6 +99,8 @@ pub(super) struct Buffers {
     pub(super) gate_up: Buffer,
     /// `[MLP_ROWS, ffn]`
     pub(super) gated: Buffer,
+    /// `normed` or `attended`, whichever the next product takes, in INT8; and `gated`. Only where the network is.
+    pub(super) rounded: Option<(Buffer8, Buffer8)>,
     /// `[tokens, head_dim / 2]`
     pub(super) cos: Vec<f32>,
     pub(super) sin: Vec<f32>,
@@ -54,9 +108,12 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    pub(super) fn new(config: &ModelConfig, tokens: usize) -> Result<Self, EngineError> {
+    pub(super) fn new(config: &ModelConfig, tokens: usize, int8: bool) -> Result<Self, EngineError> {
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let mlp_rows = tokens.min(MLP_ROWS);
+        let rounded = || -> Result<_, EngineError> {
+            Ok((Buffer8::new(tokens, config.hidden.max(q))?, Buffer8::new(mlp_rows, config.ffn)?))
+        };
         Ok(Self {
             x: Buffer::new(tokens, config.hidden)?,
             normed: Buffer::new(tokens, config.hidden)?,
@@ -64,6 +121,7 @@ impl Buffers {
             attended: Buffer::new(tokens, q)?,
             gate_up: Buffer::new(mlp_rows, 2 * config.ffn.next_multiple_of(32))?,
             gated: Buffer::new(mlp_rows, config.ffn)?,
+            rounded: int8.then(rounded).transpose()?,
             cos: Vec::new(),
             sin: Vec::new(),
             frequencies: config.rope.frequencies(config.head_dim),
@@ -92,6 +150,12 @@ impl Side {
             Side::GateUp => &buffers.gate_up,
             Side::Gated => &buffers.gated,
         }
+    }
+
+    /// The same in INT8, for what goes into a product.
+    pub(super) fn rounded(self, buffers: &Buffers) -> Option<&Buffer8> {
+        let (wide, gated) = buffers.rounded.as_ref()?;
+        Some(if self == Side::Gated { gated } else { wide })
     }
 
     /// Holds only the rows that are in the MLP now.

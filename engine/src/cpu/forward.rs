@@ -1,12 +1,13 @@
 //! One step through the network: the layers' calls in order, each spread over the team.
 
-use super::buffers::{Buffers, MLP_ROWS, Side};
-use super::network::{Layer, Linear, Network};
+use super::buffers::{Buffer, Buffer8, Buffers, MLP_ROWS, Side};
+use super::network::{Layer, Linear, Multiplied, Network};
 use super::plan::Plan;
 use super::region::KvRegion;
 use super::simd::Kernels;
 use super::simd::attention::{AttentionLayer, AttentionTask};
-use super::simd::gemm::{Gemm, Packed, ROW_BLOCK};
+use super::simd::gemm::{Gemm, ROW_BLOCK};
+use super::simd::int8::{EightRow, Gemm8, Kernels8};
 use super::simd::rows::{NormRow, QkvRow, SwigluRow};
 use super::team::Team;
 use crate::KvMemory;
@@ -21,6 +22,7 @@ pub(super) struct Step<'a> {
     pub(super) network: &'a Network,
     pub(super) kv: &'a KvRegion,
     pub(super) kernels: &'static Kernels,
+    pub(super) kernels8: &'static Kernels8,
     pub(super) team: &'a mut Team,
     pub(super) buffers: &'a mut Buffers,
 }
@@ -32,7 +34,7 @@ impl Step<'_> {
         self.embed(plan);
         for (index, layer) in network.layers.iter().enumerate() {
             let rows = plan.rows.len();
-            self.norm(&layer.attention_norm, rows);
+            self.norm(&layer.attention_norm, rows, self.network.int8);
             self.linear(&layer.qkv, Side::Normed, Side::Qkv, rows);
             self.write_kv(plan, index, layer);
             on_layer(index);
@@ -66,13 +68,20 @@ impl Step<'_> {
         }
     }
 
-    /// `normed = norm(x)`.
-    fn norm(&mut self, weight: &[f32], rows: usize) {
+    /// `normed = norm(x)`, in INT8 too if the next product takes it.
+    fn norm(&mut self, weight: &[f32], rows: usize, round: bool) {
         let (kernels, eps) = (self.kernels, self.config.rms_eps);
         let Buffers { x, normed, .. } = &*self.buffers;
+        let rounding =
+            Rounding::of(self.buffers, self.kernels8, Side::Normed, weight.len()).filter(|_| round);
         by_rows(self.team, rows, &|row| {
             // SAFETY: each row is visited once; `x` is only read.
-            unsafe { (kernels.norm)(&NormRow { x: x.row(row), weight, eps, out: normed.row(row) }) };
+            unsafe {
+                (kernels.norm)(&NormRow { x: x.row(row), weight, eps, out: normed.row(row) });
+                if let Some(rounding) = &rounding {
+                    rounding.row(row);
+                }
+            }
         });
     }
 
@@ -121,23 +130,32 @@ impl Step<'_> {
         };
         // SAFETY: tasks write disjoint heads of rows; the KV they read was written before this loop.
         self.team.run(tasks.len(), &|task| unsafe { (kernels.attention)(&layer, &tasks[task]) });
+        let width = self.config.heads * self.config.head_dim;
+        if let Some(rounding) = Rounding::of(self.buffers, self.kernels8, Side::Attended, width) {
+            // SAFETY: each row is visited once.
+            by_rows(self.team, rows, &|row| unsafe { rounding.row(row) });
+        }
         self.linear(o, Side::Attended, Side::Residual, rows);
     }
 
     /// `x += down(silu(gate(norm(x))) · up(norm(x)))`.
     fn mlp(&mut self, layer: &Layer, rows: usize) {
-        self.norm(&layer.mlp_norm, rows);
+        self.norm(&layer.mlp_norm, rows, self.network.int8);
         for first in (0..rows).step_by(MLP_ROWS) {
             let count = MLP_ROWS.min(rows - first);
             self.linear_from(&layer.gate_up, Side::Normed, Side::GateUp, count, first);
             let (kernels, ffn) = (self.kernels, self.config.ffn);
-            let up = layer.gate_up.weights.n / 2;
+            let up = layer.gate_up.weights.n() / 2;
             let Buffers { gate_up, gated, .. } = &*self.buffers;
+            let rounding = Rounding::of(self.buffers, self.kernels8, Side::Gated, ffn);
             by_rows(self.team, count, &|row| {
                 // SAFETY: each row is visited once; gate and up lie in the row.
                 unsafe {
                     let gate = gate_up.row(row);
                     (kernels.swiglu)(&SwigluRow { gate, up: gate.add(up), out: gated.row(row), n: ffn });
+                    if let Some(rounding) = &rounding {
+                        rounding.row(row);
+                    }
                 }
             });
             self.linear_from(&layer.down, Side::Gated, Side::Residual, count, first);
@@ -157,7 +175,7 @@ impl Step<'_> {
     }
 
     fn logits(&mut self, rows: usize) -> Vec<Vec<f32>> {
-        self.norm(&self.network.norm, rows);
+        self.norm(&self.network.norm, rows, false);
         let mut logits: Vec<Vec<f32>> = Vec::new();
         // One row block at a time, so that the scratch is bounded.
         for first in (0..rows).step_by(ROW_BLOCK) {
@@ -174,7 +192,10 @@ impl Step<'_> {
                 ldo: head.n,
                 add: false,
             };
-            product(self.team, self.kernels, &job, count);
+            spread(self.team, count, head.panels(), &|rows, panels| {
+                // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
+                unsafe { job.run(self.kernels, rows, panels) };
+            });
             logits.extend(out.chunks_exact(head.n).map(<[f32]>::to_vec));
         }
         logits
@@ -186,19 +207,55 @@ impl Step<'_> {
 
     /// One product; `first` is where the rows begin in buffers of all tokens.
     fn linear_from(&mut self, linear: &Linear, from: Side, to: Side, rows: usize, first: usize) {
-        let (a, out) = (from.of(self.buffers), to.of(self.buffers));
-        let job = Gemm {
-            // SAFETY: `first` is a row of the buffer.
-            a: unsafe { a.row(if from.is_mlp() { 0 } else { first }) },
-            lda: a.stride,
-            weights: &linear.weights,
-            bias: linear.bias.as_deref(),
-            // SAFETY: as above.
-            out: unsafe { out.row(if to.is_mlp() { 0 } else { first }) },
-            ldo: out.stride,
-            add: to == Side::Residual,
-        };
-        product(self.team, self.kernels, &job, rows);
+        let (kernels, kernels8) = (self.kernels, self.kernels8);
+        let start = if from.is_mlp() { 0 } else { first };
+        let (out, bias, add) = (to.of(self.buffers), linear.bias.as_deref(), to == Side::Residual);
+        // SAFETY: `first` is a row of the buffer.
+        let (at, ldo) = (unsafe { out.row(if to.is_mlp() { 0 } else { first }) }, out.stride);
+        match (&linear.weights, from.rounded(self.buffers)) {
+            (Multiplied::Int8(weights), Some(a)) => {
+                // SAFETY: `start` is a row of the buffer, which nobody writes during the product.
+                let (at_row, (row_scales, row_sums)) = unsafe { (a.row(start), a.notes(start)) };
+                let lda = a.stride;
+                let job = Gemm8 { a: at_row, lda, row_scales, row_sums, weights, bias, out: at, ldo, add };
+                // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
+                spread(self.team, rows, weights.panels(), &|r, p| unsafe { job.run(kernels8, r, p) });
+            }
+            (Multiplied::Brain(weights), _) => {
+                let a = from.of(self.buffers);
+                // SAFETY: `start` is a row of the buffer.
+                let at_row = unsafe { a.row(start) };
+                let job = Gemm { a: at_row, lda: a.stride, weights, bias, out: at, ldo, add };
+                // SAFETY: as above.
+                spread(self.team, rows, weights.panels(), &|r, p| unsafe { job.run(kernels, r, p) });
+            }
+            (Multiplied::Int8(_), None) => unreachable!("an INT8 network has buffers for its rows"),
+        }
+    }
+}
+
+/// Rows on their way to INT8.
+struct Rounding<'a> {
+    kernels: &'static Kernels8,
+    from: &'a Buffer,
+    width: usize,
+    to: &'a Buffer8,
+}
+
+impl<'a> Rounding<'a> {
+    /// Of a side, where the network is in INT8.
+    fn of(buffers: &'a Buffers, kernels: &'static Kernels8, side: Side, width: usize) -> Option<Self> {
+        Some(Self { kernels, from: side.of(buffers), width, to: side.rounded(buffers)? })
+    }
+
+    /// # Safety
+    /// A row of both buffers, whose numbers are there and which nobody else uses now.
+    unsafe fn row(&self, row: usize) {
+        // SAFETY: the caller's; the CPU has the kernels' instructions.
+        unsafe {
+            let job = EightRow { x: self.from.row(row), n: self.width, out: self.to.row(row) };
+            self.to.note(row, (self.kernels.quantise)(&job));
+        }
     }
 }
 
@@ -209,16 +266,18 @@ fn by_rows(team: &mut Team, rows: usize, body: &(dyn Fn(usize) + Sync)) {
 }
 
 /// Spreads a product over the team: row blocks × groups of panels.
-fn product(team: &mut Team, kernels: &'static Kernels, job: &Gemm<'_>, rows: usize) {
-    let weights: &Packed = job.weights;
+fn spread(
+    team: &mut Team,
+    rows: usize,
+    panels: usize,
+    body: &(dyn Fn(std::ops::Range<usize>, std::ops::Range<usize>) + Sync),
+) {
     let row_blocks = rows.div_ceil(ROW_BLOCK);
     // Some tasks per thread, so that a thread that is held up does not hold up the others.
-    let groups = (8 * team.threads()).div_ceil(row_blocks.max(1)).clamp(1, weights.panels());
+    let groups = (8 * team.threads()).div_ceil(row_blocks.max(1)).clamp(1, panels);
     team.run(row_blocks * groups, &|task| {
         let (block, group) = (task / groups, task % groups);
         let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
-        let panels = group * weights.panels() / groups..(group + 1) * weights.panels() / groups;
-        // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
-        unsafe { job.run(kernels, rows, panels) };
+        body(rows, group * panels / groups..(group + 1) * panels / groups);
     });
 }

@@ -1,6 +1,7 @@
-//! The engine on CPU cores: bf16 weights, f32 arithmetic, AVX-512, AVX2 or plain code.
+//! The engine on CPU cores: bf16 weights and f32 arithmetic, or INT8; AVX-512, AVX2 or plain code.
 
 mod buffers;
+mod ceilings;
 mod forward;
 mod network;
 mod plan;
@@ -12,13 +13,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use self::buffers::Buffers;
+pub use self::ceilings::Peak;
 use self::forward::Step;
 use self::network::Network;
 use self::plan::Plan;
 use self::region::KvRegion;
 use self::simd::Kernels;
+use self::simd::int8::Kernels8;
 use self::team::Team;
-use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
+use crate::model::quantise::kind_of;
+use crate::model::{ModelConfig, Quantisation, RandomWeights, WeightSource, Weights};
+use crate::roofline::Ceilings;
 use crate::sampling::sample;
 use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Sampled};
 
@@ -35,6 +40,8 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Most tokens of one step.
     pub max_batch_tokens: usize,
+    /// Weights of the layers are rounded to eight bits, activations too in every step; INT8 only.
+    pub quantise: Option<Quantisation>,
 }
 
 impl Default for CpuOptions {
@@ -45,6 +52,7 @@ impl Default for CpuOptions {
             kv_dtype: KvDtype::Bf16,
             threads: 0,
             max_batch_tokens: 2048,
+            quantise: None,
         }
     }
 }
@@ -58,6 +66,7 @@ pub struct CpuEngine {
     network: Network,
     kv: Arc<KvRegion>,
     kernels: &'static Kernels,
+    kernels8: &'static Kernels8,
     team: Team,
     buffers: Buffers,
     info: EngineInfo,
@@ -68,19 +77,23 @@ impl CpuEngine {
     /// Loads a Hugging Face folder.
     pub fn load(dir: &Path, options: CpuOptions) -> Result<Self, EngineError> {
         let config = ModelConfig::load(dir)?;
-        network::check(&config, dir)?;
-        Self::build(config, &Weights::open(dir)?, options)
+        let kind = network::check(&config, dir, options.quantise)?;
+        Self::build(config, &Weights::open(dir)?, kind, options)
     }
 
     /// A network of this shape with weights near N(0, 0.02): for measuring without files.
     pub fn from_random(config: ModelConfig, seed: u64, options: CpuOptions) -> Result<Self, EngineError> {
-        network::check(&config, Path::new("(random)"))?;
-        Self::build(config, &RandomWeights { seed }, options)
+        // What a checkpoint of this shape is stored in is what is drawn and then rounded here.
+        let wanted = kind_of(options.quantise, config.quantised)?;
+        let config = ModelConfig { quantised: None, ..config };
+        let kind = network::check(&config, Path::new("(random)"), wanted)?;
+        Self::build(config, &RandomWeights { seed }, kind, options)
     }
 
     fn build(
         config: ModelConfig,
         source: &dyn WeightSource,
+        kind: Option<Quantisation>,
         options: CpuOptions,
     ) -> Result<Self, EngineError> {
         let layout = KvLayout {
@@ -95,7 +108,7 @@ impl CpuEngine {
             return Err(EngineError::Unsupported("max_batch_tokens is 0".into()));
         }
         let kv = Arc::new(KvRegion::new(layout)?);
-        let kernels = Kernels::best();
+        let (kernels, kernels8) = (Kernels::best(), Kernels8::best());
         let threads = match options.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads.min(256),
@@ -104,15 +117,18 @@ impl CpuEngine {
             Team::new(threads).map_err(|e| EngineError::Device(format!("cannot start threads: {e}")))?;
         let info = EngineInfo {
             backend: "cpu",
-            device: format!("cpu ({}, {threads} threads)", kernels.name),
+            device: match kind {
+                None => format!("cpu ({}, {threads} threads)", kernels.name),
+                Some(_) => format!("cpu ({}, int8 by {}, {threads} threads)", kernels.name, kernels8.name),
+            },
             max_context_tokens: config.max_context,
             vocab_size: config.vocab,
         };
-        let buffers = Buffers::new(&config, options.max_batch_tokens)?;
-        let network = Network::load(&config, source)?;
+        let buffers = Buffers::new(&config, options.max_batch_tokens, kind.is_some())?;
+        let network = Network::load(&config, source, kind)?;
         tracing::debug!(device = info.device, parameters = config.parameters(), "engine ready");
         let max_batch_tokens = options.max_batch_tokens;
-        Ok(Self { config, network, kv, kernels, team, buffers, info, max_batch_tokens })
+        Ok(Self { config, network, kv, kernels, kernels8, team, buffers, info, max_batch_tokens })
     }
 
     /// What the model is.
@@ -123,6 +139,21 @@ impl CpuEngine {
     /// Bytes of weights that one decode step reads.
     pub fn streamed_bytes(&self) -> usize {
         self.network.streamed_bytes()
+    }
+
+    /// What the cores reach: instructions that products could be made of, the first that of bf16 networks here.
+    pub fn peaks(&mut self) -> Vec<Peak> {
+        ceilings::peaks(&mut self.team)
+    }
+
+    /// The rates that bound this network here: of the instructions that its products are made of, and of reading.
+    pub fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
+        let used = if self.network.int8 { "int8" } else { "f32" };
+        let peak = self.peaks().into_iter().find(|peak| peak.name.starts_with(used));
+        Ok(Ceilings {
+            flops_per_second: peak.map_or(0.0, |peak| peak.ops_per_second),
+            bytes_per_second: ceilings::read(&mut self.team)?,
+        })
     }
 
     /// Logits of the wanted segments, with the segments' indices.
@@ -144,6 +175,7 @@ impl CpuEngine {
             network: &self.network,
             kv: &self.kv,
             kernels: self.kernels,
+            kernels8: self.kernels8,
             team: &mut self.team,
             buffers: &mut self.buffers,
         };

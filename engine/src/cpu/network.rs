@@ -5,12 +5,37 @@ use std::path::Path;
 use half::bf16;
 
 use super::simd::gemm::{PANEL, Packed};
+use super::simd::int8::{MOST_INPUTS, Packed8};
 use crate::EngineError;
-use crate::model::{Matrix, ModelConfig, WeightSource};
+use crate::model::quantise::{kind_of, layer_matrix, to_int8};
+use crate::model::{Matrix, ModelConfig, Quantisation, Stored, WeightSource};
+
+/// A matrix as it is multiplied.
+pub(super) enum Multiplied {
+    Brain(Packed),
+    Int8(Packed8),
+}
+
+impl Multiplied {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Brain(weights) => weights.bytes(),
+            Self::Int8(weights) => weights.bytes(),
+        }
+    }
+
+    /// Outputs.
+    pub(super) fn n(&self) -> usize {
+        match self {
+            Self::Brain(weights) => weights.n,
+            Self::Int8(weights) => weights.n,
+        }
+    }
+}
 
 /// A matrix and its bias.
 pub(super) struct Linear {
-    pub(super) weights: Packed,
+    pub(super) weights: Multiplied,
     /// Padded to whole panels.
     pub(super) bias: Option<Vec<f32>>,
 }
@@ -33,6 +58,8 @@ pub(super) struct Layer {
 
 /// All of it.
 pub(super) struct Network {
+    /// Whether the layers' products are in INT8.
+    pub(super) int8: bool,
     /// `[vocab, hidden]`, rows copied out one by one.
     pub(super) embedding: Matrix,
     pub(super) layers: Vec<Layer>,
@@ -42,7 +69,12 @@ pub(super) struct Network {
 }
 
 impl Network {
-    pub(super) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self, EngineError> {
+    /// `kind` is what [`check`] found.
+    pub(super) fn load(
+        config: &ModelConfig,
+        source: &dyn WeightSource,
+        kind: Option<Quantisation>,
+    ) -> Result<Self, EngineError> {
         let (vocab, hidden) = (config.vocab, config.hidden);
         let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
         let mut head = Packed::zeroed(vocab, hidden)?;
@@ -51,8 +83,9 @@ impl Network {
         } else {
             head.fill(0, source.matrix("lm_head.weight", vocab, hidden)?.numbers());
         }
-        let layers = (0..config.layers).map(|index| Layer::load(config, source, index));
+        let layers = (0..config.layers).map(|index| Layer::load(config, source, kind, index));
         Ok(Self {
+            int8: kind.is_some(),
             embedding,
             layers: layers.collect::<Result<_, _>>()?,
             norm: source.vector("model.norm.weight", hidden)?,
@@ -77,13 +110,19 @@ impl Network {
 }
 
 impl Layer {
-    fn load(config: &ModelConfig, source: &dyn WeightSource, index: usize) -> Result<Self, EngineError> {
+    fn load(
+        config: &ModelConfig,
+        source: &dyn WeightSource,
+        kind: Option<Quantisation>,
+        index: usize,
+    ) -> Result<Self, EngineError> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (hidden, ffn, dim) = (config.hidden, config.ffn, config.head_dim);
         let (q, kv) = (config.heads * dim, config.kv_heads * dim);
         let stack = |parts: &[(&str, usize)], columns, bias, align| {
             let parts = parts.iter().map(|&(part, rows)| (name(part), rows));
-            Linear::stack(source, parts.collect(), columns, bias, align)
+            let stack = Stack { source, declared: config.quantised, columns, align };
+            stack.load(kind, &parts.collect::<Vec<_>>(), bias)
         };
         let head_norms = || -> Result<_, EngineError> {
             let norm = |part: &str| source.vector(&name(part), dim);
@@ -106,37 +145,90 @@ impl Layer {
     }
 }
 
-impl Linear {
-    /// Matrices of `columns` inputs below each other, each starting at a multiple of `align` rows.
-    fn stack(
-        source: &dyn WeightSource,
-        parts: Vec<(String, usize)>,
-        columns: usize,
+/// Matrices of `columns` inputs below each other, each starting at a multiple of `align` rows.
+struct Stack<'a> {
+    source: &'a dyn WeightSource,
+    declared: Option<Quantisation>,
+    columns: usize,
+    align: usize,
+}
+
+impl Stack<'_> {
+    fn load(
+        &self,
+        kind: Option<Quantisation>,
+        parts: &[(String, usize)],
         bias: bool,
-        align: usize,
-    ) -> Result<Self, EngineError> {
-        let rows = parts.iter().map(|part| part.1.next_multiple_of(align)).sum();
-        let mut weights = Packed::zeroed(rows, columns)?;
-        let mut biases = bias.then(|| vec![0.0; rows.next_multiple_of(PANEL)]);
+    ) -> Result<Linear, EngineError> {
+        let weights = match kind {
+            None => Multiplied::Brain(self.brain(parts)?),
+            Some(_) => Multiplied::Int8(self.int8(parts)?),
+        };
+        let bias = bias.then(|| self.biases(parts)).transpose()?;
+        Ok(Linear { weights, bias })
+    }
+
+    fn rows(&self, parts: &[(String, usize)]) -> usize {
+        parts.iter().map(|part| part.1.next_multiple_of(self.align)).sum()
+    }
+
+    fn brain(&self, parts: &[(String, usize)]) -> Result<Packed, EngineError> {
+        let mut weights = Packed::zeroed(self.rows(parts), self.columns)?;
         let mut first = 0;
         for (name, rows) in parts {
-            weights.fill(first, source.matrix(&format!("{name}.weight"), rows, columns)?.numbers());
-            if let Some(biases) = &mut biases {
-                biases[first..first + rows].copy_from_slice(&source.vector(&format!("{name}.bias"), rows)?);
-            }
-            first += rows.next_multiple_of(align);
+            let matrix = self.source.matrix(&format!("{name}.weight"), *rows, self.columns)?;
+            weights.fill(first, matrix.numbers());
+            first += rows.next_multiple_of(self.align);
         }
-        Ok(Self { weights, bias: biases })
+        Ok(weights)
+    }
+
+    fn int8(&self, parts: &[(String, usize)]) -> Result<Packed8, EngineError> {
+        let mut weights = Packed8::zeroed(self.rows(parts), self.columns)?;
+        let mut first = 0;
+        for (name, rows) in parts {
+            let name = format!("{name}.weight");
+            let stored: Stored = layer_matrix(self.source, self.declared, &name, *rows, self.columns)?;
+            let (numbers, scales) = to_int8(&stored, self.columns)?;
+            weights.fill(first, &numbers, &scales);
+            first += rows.next_multiple_of(self.align);
+        }
+        Ok(weights)
+    }
+
+    fn biases(&self, parts: &[(String, usize)]) -> Result<Vec<f32>, EngineError> {
+        let mut biases = vec![0.0; self.rows(parts).next_multiple_of(PANEL)];
+        let mut first = 0;
+        for (name, rows) in parts {
+            let bias = self.source.vector(&format!("{name}.bias"), *rows)?;
+            biases[first..first + rows].copy_from_slice(&bias);
+            first += rows.next_multiple_of(self.align);
+        }
+        Ok(biases)
     }
 }
 
-/// Refuses what the kernels cannot do, before anything is loaded.
-pub(super) fn check(config: &ModelConfig, dir: &Path) -> Result<(), EngineError> {
+/// Refuses what the kernels cannot do, before anything is loaded; what the layers' matrices will be.
+pub(super) fn check(
+    config: &ModelConfig,
+    dir: &Path,
+    wanted: Option<Quantisation>,
+) -> Result<Option<Quantisation>, EngineError> {
     // The packed form pairs inputs; an odd width does not occur in real networks.
     for (name, width) in [("hidden_size", config.hidden), ("intermediate_size", config.ffn)] {
         if width % 2 != 0 {
             return Err(EngineError::model(dir, format!("{name} {width} is odd")));
         }
     }
-    Ok(())
+    let kind = kind_of(wanted, config.quantised)?;
+    if kind == Some(Quantisation::Fp8) {
+        return Err(EngineError::Unsupported(
+            "FP8 on CPU cores: no CPU multiplies e4m3; take --quantize int8, the bf16 checkpoint or --device cuda".into(),
+        ));
+    }
+    if kind.is_some() && config.ffn > MOST_INPUTS {
+        let reason = format!("intermediate_size {}, INT8 sums hold at most {MOST_INPUTS}", config.ffn);
+        return Err(EngineError::model(dir, reason));
+    }
+    Ok(kind)
 }

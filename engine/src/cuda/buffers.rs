@@ -27,7 +27,7 @@ pub(super) struct Buffers {
     pub(super) gated: Memory,
     /// The wanted rows' residual stream.
     pub(super) x_wanted: Memory,
-    /// What goes into the next product, as e4m3 with a scale a row; empty without quantisation.
+    /// What goes into the next product, in eight bits with a scale a row; empty without quantisation.
     pub(super) quantised: Memory,
     pub(super) row_scales: Memory,
     /// `[wanted, vocab]` f32

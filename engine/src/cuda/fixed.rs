@@ -68,6 +68,9 @@ impl Fixed {
         if let Some(fast) = &kernels.fast {
             fast.prefill.allow_shared(portable_shared_bytes(config.head_dim))?;
         }
+        if let Some(rounding) = &kernels.quantise {
+            rounding.swiglu.allow_shared(2 * config.ffn)?;
+        }
         let mut fixed =
             Self { device, config, kernels, network, pool, buffers, angles, maps: None, capacity, attention };
         fixed.maps = fixed.hopper_maps(capacity.rows)?;
@@ -89,9 +92,7 @@ impl Fixed {
         for (pick, x, out, add) in kinds {
             let linear = pick(&network.layers[0]);
             let mut product = linear.product(x, out);
-            if linear.is_quantised() {
-                (product.x, product.scales.1) = (buffers.quantised.at, buffers.row_scales.at);
-            }
+            product.rounded = (buffers.quantised.at, buffers.row_scales.at);
             let weights: Vec<u64> =
                 network.layers.iter().map(|layer| pick(layer).product(x, out).weights).collect();
             gemms.tune(stream, pick(&network.layers[0]).shape(add, false), &within, &product, &weights)?;

@@ -13,6 +13,7 @@ use cudarc::cublaslt::{result as blas, sys};
 
 use super::driver::{Device, Event, Memory, Stream};
 use super::thin::Thin;
+use super::wide::Wide;
 use crate::EngineError;
 
 /// What NVIDIA advises for Hopper.
@@ -43,6 +44,8 @@ pub(super) struct Shape {
 enum Choice {
     Library(sys::cublasLtMatmulAlgo_t),
     Thin,
+    /// A variant of it.
+    Wide(usize),
 }
 
 /// What measuring found: up to that many rows.
@@ -54,6 +57,8 @@ struct Tuned {
 
 /// What a SwiGLU of its own costs a thin step: launch and a pass over little memory, as seen on an H100.
 const SWIGLU_MS: f32 = 0.003;
+/// What rounding x costs a step, which thin products do not need.
+const ROUNDING_MS: f32 = 0.002;
 
 /// Types of `x` and `weights`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,17 +66,22 @@ pub(super) enum Operands {
     Bf16,
     /// e4m3 with one f32 scale per row of `x` and per row of `weights`.
     Fp8,
+    /// INT8 with such scales. The library makes 32-bit whole numbers of it (`wide`), to be measured only.
+    Int8,
 }
 
 /// Where the parts of one product lie on the device.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Product {
     pub(super) weights: u64,
+    /// bf16.
     pub(super) x: u64,
+    /// x in the weights' eight bits, and the scales of its rows; for products that take it so.
+    pub(super) rounded: (u64, u64),
     pub(super) out: u64,
     pub(super) bias: u64,
-    /// One per row of `weights`, one per row of `x`; FP8 only.
-    pub(super) scales: (u64, u64),
+    /// One per row of `weights`; eight bits only.
+    pub(super) scales: u64,
 }
 
 /// The library, its scratch, and what is known of each shape.
@@ -79,16 +89,18 @@ pub(super) struct Gemms {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
     thin: Thin,
+    /// On Hopper.
+    wide: Option<Wide>,
     /// Per shape, ascending.
     tuned: HashMap<Shape, Vec<Tuned>>,
     plans: HashMap<(Shape, usize), Plan>,
 }
 
 impl Gemms {
-    pub(super) fn new(device: &Arc<Device>, thin: Thin) -> Result<Self, EngineError> {
+    pub(super) fn new(device: &Arc<Device>, thin: Thin, wide: Option<Wide>) -> Result<Self, EngineError> {
         let handle = blas::create_handle().map_err(failed("cuBLASLt"))?;
         let workspace = Memory::new(device, WORKSPACE_BYTES, "cuBLASLt's workspace")?;
-        Ok(Self { handle, workspace, thin, tuned: HashMap::new(), plans: HashMap::new() })
+        Ok(Self { handle, workspace, thin, wide, tuned: HashMap::new(), plans: HashMap::new() })
     }
 
     /// Queues one product.
@@ -102,8 +114,13 @@ impl Gemms {
         if rows == 0 {
             return Ok(());
         }
-        if matches!(self.tuned_for(shape, rows), Some(Choice::Thin)) {
+        let choice = self.tuned_for(shape, rows);
+        if matches!(choice, Some(Choice::Thin)) {
             return self.thin.run(stream, shape, rows, product);
+        }
+        if let Some(wide) = self.wide.as_ref().filter(|wide| wide.can(shape)) {
+            let variant = if let Some(Choice::Wide(known)) = choice { known } else { wide.usual(rows) };
+            return wide.run(stream, variant, shape, rows, product);
         }
         if self.plans.len() > MAX_PLANS {
             self.plans.clear();
@@ -121,10 +138,15 @@ impl Gemms {
         self.tuned_for(shape, rows).is_some()
     }
 
-    /// What was best for the next larger number of rows that was measured; beyond them all the library's last.
+    /// Whether this product takes x in eight bits.
+    pub(super) fn takes_rounded(&self, shape: Shape, rows: usize) -> bool {
+        shape.operands != Operands::Bf16 && !matches!(self.tuned_for(shape, rows), Some(Choice::Thin))
+    }
+
+    /// What was best for the next larger number of rows that was measured; beyond them all the last, unless that is thin.
     fn tuned_for(&self, shape: Shape, rows: usize) -> Option<Choice> {
         let known = self.tuned.get(&shape)?;
-        let beyond = known.last().filter(|last| matches!(last.choice, Choice::Library(_)));
+        let beyond = known.last().filter(|last| !matches!(last.choice, Choice::Thin));
         known.iter().find(|tuned| rows <= tuned.rows).or(beyond).map(|tuned| tuned.choice)
     }
 
@@ -139,29 +161,43 @@ impl Gemms {
         weights: &[u64],
     ) -> Result<(), EngineError> {
         for &rows in rows {
-            let mut plan = Plan::new(shape, rows)?;
             let mut best: Option<Tuned> = None;
+            let rounding = if shape.operands == Operands::Bf16 { 0.0 } else { ROUNDING_MS };
             let mut offer = |choice, ms: f32| {
+                let ms = if matches!(choice, Choice::Thin) { ms } else { ms + rounding };
                 if best.as_ref().is_none_or(|best| ms < best.ms) {
                     best = Some(Tuned { rows, choice, ms });
                 }
             };
-            for algorithm in self.candidates(&plan)? {
-                plan.algorithm = Some(algorithm);
-                let time = time(stream, rows, weights, |weights| {
-                    plan.run(self.handle, &self.workspace, stream, &Product { weights, ..*product })
-                });
-                // A candidate may turn out not to run: the others do.
-                if let Ok(ms) = time {
-                    offer(Choice::Library(algorithm), ms);
+            if let Some(wide) = self.wide.as_ref().filter(|wide| wide.can(shape)) {
+                for variant in wide.variants() {
+                    let run =
+                        |weights| wide.run(stream, variant, shape, rows, &Product { weights, ..*product });
+                    offer(Choice::Wide(variant), time(stream, rows, weights, run)?);
+                }
+            } else {
+                let mut plan = Plan::new(shape, rows)?;
+                for algorithm in self.candidates(&plan)? {
+                    plan.algorithm = Some(algorithm);
+                    let time = time(stream, rows, weights, |weights| {
+                        plan.run(self.handle, &self.workspace, stream, &Product { weights, ..*product })
+                    });
+                    // A candidate may turn out not to run: the others do.
+                    if let Ok(ms) = time {
+                        offer(Choice::Library(algorithm), ms);
+                    }
                 }
             }
             if self.thin.can(shape, rows) {
                 offer(Choice::Thin, self.time_thin(stream, shape, rows, product, weights)?);
             }
             if let Some(best) = best {
-                let (ms, thin) = (best.ms, matches!(best.choice, Choice::Thin));
-                tracing::debug!(?shape, rows, ms, thin, "product tuned");
+                let way = match best.choice {
+                    Choice::Library(_) => "library",
+                    Choice::Thin => "thin",
+                    Choice::Wide(_) => "wide",
+                };
+                tracing::debug!(?shape, rows, ms = best.ms, way, "product tuned");
                 self.tuned.entry(shape).or_default().push(best);
             }
         }
@@ -280,15 +316,21 @@ impl Plan {
         let operand = match shape.operands {
             Operands::Bf16 => Type::CUDA_R_16BF,
             Operands::Fp8 => Type::CUDA_R_8F_E4M3,
+            Operands::Int8 => Type::CUDA_R_8I,
         };
         let out = if shape.wide { Type::CUDA_R_32F } else { Type::CUDA_R_16BF };
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let (compute, numbers, out) = match shape.operands {
+            Operands::Int8 => {
+                (sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, Type::CUDA_R_32I, Type::CUDA_R_32I)
+            }
+            _ => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F, out),
+        };
         let (n, k, rows) = (shape.n as u64, shape.k as u64, rows as u64);
         let layout = |kind, rows: u64, columns| {
             blas::create_matrix_layout(kind, rows, columns, rows as i64).map_err(failed("a layout"))
         };
         let plan = Self {
-            operation: blas::create_matmul_desc(compute, Type::CUDA_R_32F).map_err(failed("a product"))?,
+            operation: blas::create_matmul_desc(compute, numbers).map_err(failed("a product"))?,
             a: layout(operand, k, n)?,
             b: layout(operand, k, rows)?,
             d: layout(out, n, rows)?,
@@ -357,10 +399,15 @@ impl Plan {
             self.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &product.bias)?;
         }
         if self.shape.operands == Operands::Fp8 {
-            self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &product.scales.0)?;
-            self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &product.scales.1)?;
+            self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &product.scales)?;
+            self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &product.rounded.1)?;
         }
-        let (alpha, beta) = (1.0f32, if self.shape.add { 1.0f32 } else { 0.0 });
+        let (alpha, beta) = match (self.shape.operands, self.shape.add) {
+            (Operands::Int8, add) => (1, u32::from(add)),
+            (_, true) => (1.0f32.to_bits(), 1.0f32.to_bits()),
+            (_, false) => (1.0f32.to_bits(), 0),
+        };
+        let x = if self.shape.operands == Operands::Bf16 { product.x } else { product.rounded.0 };
         let algorithm = self.algorithm.as_ref().map_or(ptr::null(), ptr::from_ref);
         // SAFETY: the descriptors say how large the matrices are; the engine's buffers are that large.
         unsafe {
@@ -371,7 +418,7 @@ impl Plan {
                 ptr::from_ref(&beta).cast(),
                 product.weights as *const c_void,
                 self.a,
-                product.x as *const c_void,
+                x as *const c_void,
                 self.b,
                 product.out as *const c_void,
                 self.d,

@@ -13,9 +13,12 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::driver::{Device, Kernel, Module};
 use super::thin::Thin;
+use super::wide::Wide;
 use crate::EngineError;
+use crate::model::Quantisation;
 
 const COMMON: &str = include_str!("kernels/common.cuh");
+const HOPPER: &str = include_str!("kernels/hopper.cuh");
 
 /// What a file of `kernels/` needs.
 struct Source {
@@ -35,6 +38,8 @@ const ROWS: Source = source!("rows", false);
 const BLOCKS: Source = source!("blocks", false);
 const ATTENTION_ANY: Source = source!("attention_any", false);
 const THIN: Source = source!("thin", false);
+const THIN8: Source = source!("thin8", false);
+const WIDE8_SM90: Source = source!("wide8_sm90", true);
 const QUANTISE: Source = source!("quantise", true);
 const DECODE: Source = source!("attention_decode", false);
 const PREFILL: Source = source!("attention_prefill", false);
@@ -55,10 +60,17 @@ pub(super) struct Kernels {
     pub(super) fork_blocks: Kernel,
     pub(super) checksums: Kernel,
     pub(super) attention_any: Kernel,
-    /// On Hopper.
-    pub(super) quantise: Option<Kernel>,
+    /// Rounding to eight bits, where the network is; on Hopper.
+    pub(super) quantise: Option<Rounding>,
     /// For the model's head size, where there is one.
     pub(super) fast: Option<FastAttention>,
+}
+
+/// Rows of bf16 to eight bits, alone or together with what makes the rows.
+pub(super) struct Rounding {
+    pub(super) rows: Kernel,
+    pub(super) norm: Kernel,
+    pub(super) swiglu: Kernel,
 }
 
 /// Attention through tensor cores.
@@ -72,11 +84,24 @@ pub(super) struct FastAttention {
 
 /// The kernels for products with few rows.
 pub(super) fn thin(device: &Arc<Device>) -> Result<Thin, EngineError> {
-    Thin::new(&Module::load(device, &compiled(device, &THIN)?)?)
+    let module = |source: &Source| Module::load(device, &compiled(device, source)?);
+    Thin::new(&module(&THIN)?, &module(&THIN8)?)
+}
+
+/// The kernels for INT8 products with many rows; on Hopper.
+pub(super) fn wide(device: &Arc<Device>) -> Result<Option<Wide>, EngineError> {
+    if device.capability != (9, 0) {
+        return Ok(None);
+    }
+    Wide::new(device, &Module::load(device, &compiled(device, &WIDE8_SM90)?)?).map(Some)
 }
 
 impl Kernels {
-    pub(super) fn load(device: &Arc<Device>, head_dim: usize) -> Result<Self, EngineError> {
+    pub(super) fn load(
+        device: &Arc<Device>,
+        head_dim: usize,
+        quantise: Option<Quantisation>,
+    ) -> Result<Self, EngineError> {
         let module = |source: &Source| Module::load(device, &compiled(device, source)?);
         let (rows, blocks, any) = (module(&ROWS)?, module(&BLOCKS)?, module(&ATTENTION_ANY)?);
         let fast = || -> Result<FastAttention, EngineError> {
@@ -87,6 +112,14 @@ impl Kernels {
                 join: decode.kernel("decode_join")?,
                 prefill: module(&PREFILL)?.kernel(&format!("prefill_attention_{head_dim}"))?,
                 prefill_sm90: (device.capability == (9, 0)).then(sm90).transpose()?,
+            })
+        };
+        let rounding = |kind: Quantisation| -> Result<Rounding, EngineError> {
+            let (module, kind) = (module(&QUANTISE)?, kind.name());
+            Ok(Rounding {
+                rows: module.kernel(&format!("quantise_rows_{kind}"))?,
+                norm: module.kernel(&format!("norm_rows_{kind}"))?,
+                swiglu: module.kernel(&format!("swiglu_rows_{kind}"))?,
             })
         };
         Ok(Self {
@@ -103,9 +136,7 @@ impl Kernels {
             fork_blocks: blocks.kernel("fork_blocks")?,
             checksums: blocks.kernel("checksums")?,
             attention_any: any.kernel("attention_any")?,
-            quantise: (device.capability == (9, 0))
-                .then(|| module(&QUANTISE)?.kernel("quantise_rows_e4m3"))
-                .transpose()?,
+            quantise: quantise.map(rounding).transpose()?,
             fast: matches!(head_dim, 64 | 128).then(fast).transpose()?,
         })
     }
@@ -136,7 +167,8 @@ fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
 }
 
 fn whole(source: &Source) -> String {
-    format!("{COMMON}\n{}", source.text)
+    let hopper = if source.hopper { HOPPER } else { "" };
+    format!("{COMMON}\n{hopper}\n{}", source.text)
 }
 
 /// `$XDG_CACHE_HOME/tandem/kernels`, or the same under `~/.cache`.
@@ -205,7 +237,8 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        for source in [&ROWS, &BLOCKS, &ATTENTION_ANY, &THIN, &QUANTISE, &DECODE, &PREFILL, &PREFILL_SM90] {
+        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &THIN, &THIN8, &DECODE, &PREFILL];
+        for source in anywhere.into_iter().chain([&QUANTISE, &WIDE8_SM90, &PREFILL_SM90]) {
             let architectures: &[&str] =
                 if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
             for architecture in architectures {

@@ -22,6 +22,7 @@ mod profile;
 mod step;
 mod tensor_map;
 mod thin;
+mod wide;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use std::sync::Arc;
 pub use self::ceilings::Ceilings;
 use self::driver::{Device, Event, Pinned, Stream};
 use self::fixed::Fixed;
-use self::gemm::{Gemms, Operands};
+use self::gemm::Gemms;
 use self::graphs::Graphs;
 use self::kernels::Kernels;
 use self::loads::Loads;
@@ -41,6 +42,7 @@ use self::pool::DevicePool;
 use self::profile::Profile;
 pub use self::profile::{Part, Span};
 use self::step::Step;
+use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
 use crate::sampling::{self, sample};
 use crate::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Loading, Sampled};
@@ -81,7 +83,10 @@ impl CudaEngine {
     /// A network of this shape with weights near N(0, 0.02), drawn on the device; equal to what the CPU engine
     /// draws from the seed.
     pub fn from_random(config: ModelConfig, seed: u64, options: CudaOptions) -> Result<Self, EngineError> {
-        Self::build(config, Origin::Random(RandomWeights { seed }), options)
+        // What a checkpoint of this shape is stored in is what is drawn and then rounded here.
+        let quantise = kind_of(options.quantise, config.quantised)?;
+        let config = ModelConfig { quantised: None, ..config };
+        Self::build(config, Origin::Random(RandomWeights { seed }), CudaOptions { quantise, ..options })
     }
 
     /// A network from any source.
@@ -104,25 +109,22 @@ impl CudaEngine {
             head_dim: config.head_dim,
             dtype: options.kv_dtype,
         };
-        if options.quantise_fp8 && device.capability != (9, 0) {
+        let kind = kind_of(options.quantise, config.quantised)?;
+        if let Some(kind) = kind.filter(|_| device.capability != (9, 0)) {
             let (name, (major, minor)) = (&device.name, device.capability);
             return Err(EngineError::Unsupported(format!(
-                "FP8 products need compute capability 9.0; {name} has {major}.{minor}; leave --quantize away"
+                "{} products need compute capability 9.0; {name} has {major}.{minor}; take the network in bf16",
+                kind.name()
             )));
         }
+        options::check_widths(&config, kind)?;
         check_memory(&device, &config, &layout)?;
-        let kernels = Kernels::load(&device, config.head_dim)?;
+        let kernels = Kernels::load(&device, config.head_dim, kind)?;
         let stream = Stream::new(&device)?;
-        let loader = Loader {
-            device: &device,
-            kernels: &kernels,
-            stream: &stream,
-            origin,
-            quantise: options.quantise_fp8,
-        };
+        let loader = Loader { device: &device, kernels: &kernels, stream: &stream, origin, quantise: kind };
         let network = Network::load(&loader, &config)?;
         stream.synchronize()?;
-        let capacity = capacity(&config, &options);
+        let capacity = capacity(&config, &options, kind.is_some());
         let pool = DevicePool::new(&device, layout, options.host_side || options.publish)?;
         let info = EngineInfo {
             backend: "cuda",
@@ -139,7 +141,7 @@ impl CudaEngine {
             inputs: Pinned::new(&device, capacity.inputs * 4, "the step's inputs")?,
             tokens: Pinned::new(&device, capacity.wanted * 4, "the drawn tokens")?,
             logits: Pinned::new(&device, logits, "logits")?,
-            gemms: Gemms::new(&device, kernels::thin(&device)?)?,
+            gemms: Gemms::new(&device, kernels::thin(&device)?, kernels::wide(&device)?)?,
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
             copies: Stream::new(&device)?,
             loads: Loads::new(&device)?,
@@ -196,7 +198,7 @@ impl CudaEngine {
     /// What the device reaches: products of the layers' type, and reads.
     pub fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
         self.fixed.device.enter()?;
-        let operands = if self.options.quantise_fp8 { Operands::Fp8 } else { Operands::Bf16 };
+        let operands = self.fixed.network.operands();
         ceilings::measure(&self.fixed.device, &self.stream, &self.fixed.kernels, &mut self.gemms, operands)
     }
 

@@ -8,7 +8,8 @@ use super::driver::{Device, Grid, Memory, Stream, args};
 use super::gemm::{Operands, Product, Shape};
 use super::kernels::Kernels;
 use crate::EngineError;
-use crate::model::{ModelConfig, RandomWeights, WeightSource};
+use crate::model::quantise::layer_matrix;
+use crate::model::{ModelConfig, Quantisation, RandomWeights, Stored, WeightSource};
 
 /// Where the weights come from.
 pub(super) enum Origin<'a> {
@@ -20,8 +21,8 @@ pub(super) enum Origin<'a> {
 /// A matrix `[n, k]`, row-major, with its bias.
 pub(super) struct Linear {
     weights: Memory,
-    /// Per row, where the weights are e4m3.
-    scales: Option<Memory>,
+    /// Per row, and what the weights are, where they are of eight bits.
+    scales: Option<(Quantisation, Memory)>,
     bias: Option<Memory>,
     n: usize,
     k: usize,
@@ -30,7 +31,7 @@ pub(super) struct Linear {
 impl Linear {
     /// What kind of product this matrix makes.
     pub(super) fn shape(&self, add: bool, wide: bool) -> Shape {
-        let operands = if self.scales.is_some() { Operands::Fp8 } else { Operands::Bf16 };
+        let operands = self.operands();
         let bias = self.bias.is_some();
         Shape { n: self.n, k: self.k, operands, bias, add, wide, gated: false }
     }
@@ -42,8 +43,8 @@ impl Linear {
 
     pub(super) fn product(&self, x: u64, out: u64) -> Product {
         let bias = self.bias.as_ref().map_or(0, |bias| bias.at);
-        let scales = (self.scales.as_ref().map_or(0, |scales| scales.at), 0);
-        Product { weights: self.weights.at, x, out, bias, scales }
+        let scales = self.scales.as_ref().map_or(0, |(_, scales)| scales.at);
+        Product { weights: self.weights.at, x, rounded: (0, 0), out, bias, scales }
     }
 
     /// Numbers of a row of x.
@@ -51,9 +52,12 @@ impl Linear {
         self.k
     }
 
-    /// Whether x must be e4m3.
-    pub(super) fn is_quantised(&self) -> bool {
-        self.scales.is_some()
+    fn operands(&self) -> Operands {
+        match self.scales.as_ref().map(|(kind, _)| *kind) {
+            None => Operands::Bf16,
+            Some(Quantisation::Fp8) => Operands::Fp8,
+            Some(Quantisation::Int8) => Operands::Int8,
+        }
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -102,6 +106,11 @@ impl Network {
         })
     }
 
+    /// What the layers' products are made of.
+    pub(super) fn operands(&self) -> Operands {
+        self.layers.first().map_or(Operands::Bf16, |layer| layer.qkv.operands())
+    }
+
     /// Bytes of weights that one decode step reads.
     pub(super) fn streamed_bytes(&self) -> usize {
         let layer = |l: &Layer| l.qkv.bytes() + l.o.bytes() + l.gate_up.bytes() + l.down.bytes();
@@ -115,8 +124,8 @@ pub(super) struct Loader<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) stream: &'a Stream,
     pub(super) origin: Origin<'a>,
-    /// Weights of the layers become e4m3; embedding and head stay bf16.
-    pub(super) quantise: bool,
+    /// What the weights of the layers become; embedding and head stay bf16.
+    pub(super) quantise: Option<Quantisation>,
 }
 
 impl Loader<'_> {
@@ -127,7 +136,10 @@ impl Loader<'_> {
         let linear = |parts: &[(&str, usize)], k, bias| {
             let names: Vec<_> = parts.iter().map(|&(part, n)| (name(part), n)).collect();
             let parts: Vec<_> = names.iter().map(|(name, n)| (name.as_str(), *n)).collect();
-            self.linear(&parts, k, bias).and_then(|linear| self.quantised(linear))
+            match (&self.origin, config.quantised) {
+                (Origin::Source(source), Some(kind)) => self.stored(*source, kind, &parts, k, bias),
+                _ => self.linear(&parts, k, bias).and_then(|linear| self.quantised(linear)),
+            }
         };
         let norm = |part: &str, length| self.vector(&name(part), length);
         let head_norms = || -> Result<_, EngineError> {
@@ -149,30 +161,62 @@ impl Loader<'_> {
     fn linear(&self, parts: &[(&str, usize)], k: usize, bias: bool) -> Result<Linear, EngineError> {
         let n = parts.iter().map(|part| part.1).sum();
         let weights = Memory::new(self.device, n * k * 2, "the weights")?;
-        let mut biases: Vec<bf16> = Vec::new();
         let mut at = weights.at;
         for &(name, rows) in parts {
             self.matrix(at, &format!("{name}.weight"), rows, k)?;
             at += (rows * k * 2) as u64;
-            if bias {
-                biases.extend(self.numbers(&format!("{name}.bias"), rows)?);
-            }
         }
-        let bias = bias.then(|| self.uploaded(&biases)).transpose()?;
+        let bias = bias.then(|| self.biases(parts)).transpose()?;
         Ok(Linear { weights, scales: None, bias, n, k })
     }
 
+    fn biases(&self, parts: &[(&str, usize)]) -> Result<Memory, EngineError> {
+        let mut all: Vec<bf16> = Vec::new();
+        for &(name, rows) in parts {
+            all.extend(self.numbers(&format!("{name}.bias"), rows)?);
+        }
+        self.uploaded(&all)
+    }
+
+    /// The same from a checkpoint of eight bits.
+    fn stored(
+        &self,
+        source: &dyn WeightSource,
+        kind: Quantisation,
+        parts: &[(&str, usize)],
+        k: usize,
+        bias: bool,
+    ) -> Result<Linear, EngineError> {
+        let n: usize = parts.iter().map(|part| part.1).sum();
+        let weights = Memory::new(self.device, n * k, "the weights")?;
+        let (mut at, mut scales) = (weights.at, Vec::with_capacity(n));
+        for &(name, rows) in parts {
+            let stored = layer_matrix(source, Some(kind), &format!("{name}.weight"), rows, k)?;
+            let Stored::Eight(eight) = stored else {
+                return Err(EngineError::Unsupported(format!("{name} is not {}", kind.name())));
+            };
+            self.stream.upload(at, eight.bytes.as_slice())?;
+            at += (rows * k) as u64;
+            scales.extend_from_slice(&eight.scales);
+        }
+        let on_device = Memory::new(self.device, n * 4, "the weights' scales")?;
+        self.stream.upload(on_device.at, &scales)?;
+        let bias = bias.then(|| self.biases(parts)).transpose()?;
+        Ok(Linear { weights, scales: Some((kind, on_device)), bias, n, k })
+    }
+
     fn quantised(&self, linear: Linear) -> Result<Linear, EngineError> {
-        let Some(kernel) = self.kernels.quantise.as_ref().filter(|_| self.quantise) else {
+        let (Some(kernels), Some(kind)) = (&self.kernels.quantise, self.quantise) else {
             return Ok(linear);
         };
         let weights = Memory::new(self.device, linear.n * linear.k, "the quantised weights")?;
         let scales = Memory::new(self.device, linear.n * 4, "the weights' scales")?;
         let (to, out, from, width) = (weights.at, scales.at, linear.weights.at, (linear.k / 8) as i32);
-        kernel.launch(self.stream, Grid::new((linear.n, 1, 1), 256), args![to, out, from, width])?;
+        let grid = Grid::new((linear.n, 1, 1), 256);
+        kernels.rows.launch(self.stream, grid, args![to, out, from, width])?;
         // The bf16 weights go now: a model may fit only without them.
         self.stream.synchronize()?;
-        Ok(Linear { weights, scales: Some(scales), ..linear })
+        Ok(Linear { weights, scales: Some((kind, scales)), ..linear })
     }
 
     fn matrix(&self, to: u64, name: &str, rows: usize, columns: usize) -> Result<(), EngineError> {

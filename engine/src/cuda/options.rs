@@ -2,7 +2,7 @@
 
 use super::buffers::Capacity;
 use super::driver::Device;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Quantisation};
 use crate::{EngineError, KvDtype, KvLayout};
 
 /// Attention kernels, for comparing them.
@@ -40,9 +40,9 @@ pub struct CudaOptions {
     pub host_side: bool,
     /// Every step's KV is brought to the host side before `on_layer`: for a worker that pushes.
     pub publish: bool,
-    /// Weights of the layers are rounded to e4m3 with a scale per output, activations per token: half the bytes, twice
+    /// Weights of the layers are rounded to eight bits with a scale per output, activations per token: half the bytes, twice
     /// the arithmetic. Hopper only.
-    pub quantise_fp8: bool,
+    pub quantise: Option<Quantisation>,
     /// Which kernels attend.
     pub attention: Attention,
 }
@@ -60,7 +60,7 @@ impl Default for CudaOptions {
             graphs: true,
             host_side: true,
             publish: false,
-            quantise_fp8: false,
+            quantise: None,
             attention: Attention::Best,
         }
     }
@@ -85,6 +85,20 @@ pub(super) fn check(config: &ModelConfig, options: &CudaOptions) -> Result<(), E
     Ok(())
 }
 
+/// The copy engine and the tensor cores take eight-bit numbers by sixteens.
+pub(super) fn check_widths(config: &ModelConfig, kind: Option<Quantisation>) -> Result<(), EngineError> {
+    let attended = config.heads * config.head_dim;
+    for (name, size) in
+        [("hidden_size", config.hidden), ("intermediate_size", config.ffn), ("heads", attended)]
+    {
+        if let Some(kind) = kind.filter(|_| size % 16 != 0) {
+            let what = format!("{} products of {name} {size}, not a multiple of 16", kind.name());
+            return Err(EngineError::Unsupported(format!("on a cuda device: {what}")));
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn check_memory(
     device: &Device,
     config: &ModelConfig,
@@ -102,7 +116,7 @@ pub(super) fn check_memory(
     Ok(())
 }
 
-pub(super) fn capacity(config: &ModelConfig, options: &CudaOptions) -> Capacity {
+pub(super) fn capacity(config: &ModelConfig, options: &CudaOptions, quantise: bool) -> Capacity {
     let rows = options.max_batch_tokens.max(options.max_sequences);
     let per_sequence = config.max_context.div_ceil(options.block_tokens);
     // Tables of all sequences at full length, and once more the blocks written; no more than the pool has, shared or not.
@@ -112,6 +126,6 @@ pub(super) fn capacity(config: &ModelConfig, options: &CudaOptions) -> Capacity 
         rows,
         wanted: options.max_sequences,
         inputs: lists + 2 * tables + 2 * options.kv_blocks,
-        quantise: options.quantise_fp8,
+        quantise,
     }
 }

@@ -20,6 +20,15 @@ pub(super) struct Step<'a> {
     pub(super) profile: Option<&'a mut Profile>,
 }
 
+/// What goes into a product.
+#[derive(Clone, Copy)]
+enum X {
+    /// bf16, there.
+    Brain(u64),
+    /// Eight bits, in their buffer.
+    Rounded,
+}
+
 impl Step<'_> {
     fn mark(&mut self, part: Part) -> Result<(), EngineError> {
         match &mut self.profile {
@@ -36,9 +45,9 @@ impl Step<'_> {
         self.embed()?;
         for (index, layer) in fixed.network.layers.iter().enumerate() {
             self.mark(Part::Norm)?;
-            self.norm(buffers.normed.at, buffers.x.at, layer.attention_norm.at, rows)?;
+            let normed = self.norm_for(&layer.qkv, buffers.x.at, layer.attention_norm.at, rows)?;
             self.mark(Part::Qkv)?;
-            self.linear(&layer.qkv, buffers.normed.at, buffers.qkv.at, rows, false, false)?;
+            self.linear(&layer.qkv, normed, buffers.qkv.at, rows, false, false)?;
             self.mark(Part::Rotate)?;
             self.rotate_and_store(index, layer)?;
             if let Some(events) = self.layer_events {
@@ -48,7 +57,7 @@ impl Step<'_> {
                 self.mark(Part::Attention)?;
                 self.attend(index)?;
                 self.mark(Part::Output)?;
-                self.linear(&layer.o, buffers.attended.at, buffers.x.at, rows, true, false)?;
+                self.linear(&layer.o, X::Brain(buffers.attended.at), buffers.x.at, rows, true, false)?;
                 self.mlp(layer, buffers.x.at, rows)?;
             } else if !self.plan.wanted.is_empty() {
                 self.mark(Part::Attention)?;
@@ -72,12 +81,13 @@ impl Step<'_> {
             self.pick(buffers.normed.at, attended, config.heads * config.head_dim)?;
             (x, attended) = (buffers.x_wanted.at, buffers.normed.at);
         }
-        self.linear(&layer.o, attended, x, rows, true, false)?;
+        self.linear(&layer.o, X::Brain(attended), x, rows, true, false)?;
         self.mlp(layer, x, rows)?;
         self.mark(Part::Norm)?;
         self.norm(buffers.normed.at, x, fixed.network.norm.at, rows)?;
         self.mark(Part::Head)?;
-        self.linear(&fixed.network.head, buffers.normed.at, buffers.logits.at, rows, false, true)?;
+        let (head, normed) = (&fixed.network.head, X::Brain(buffers.normed.at));
+        self.linear(head, normed, buffers.logits.at, rows, false, true)?;
         self.mark(Part::Draw)?;
         let (out, logits, columns) = (buffers.tokens.at, buffers.logits.at, config.vocab as i32);
         let grid = Grid::new((rows, 1, 1), 1024);
@@ -111,29 +121,51 @@ impl Step<'_> {
     fn linear(
         &mut self,
         linear: &Linear,
-        x: u64,
+        x: X,
         out: u64,
         rows: usize,
         add: bool,
         wide: bool,
     ) -> Result<(), EngineError> {
         let shape: Shape = linear.shape(add, wide);
-        let mut product = linear.product(x, out);
-        if linear.is_quantised() {
-            (product.x, product.scales.1) = self.quantise(x, rows, linear.inputs())?;
+        let buffers = &self.fixed.buffers;
+        let mut product = linear.product(if let X::Brain(x) = x { x } else { 0 }, out);
+        product.rounded = (buffers.quantised.at, buffers.row_scales.at);
+        if let X::Brain(x) = x
+            && self.gemms.takes_rounded(shape, rows)
+        {
+            self.quantise(x, rows, linear.inputs())?;
         }
         self.gemms.run(self.stream, shape, rows, &product)
     }
 
-    /// Rows of `width` numbers as e4m3: where they and their scales are.
-    fn quantise(&self, x: u64, rows: usize, width: usize) -> Result<(u64, u64), EngineError> {
+    /// Rows of `width` numbers in eight bits, into their buffer.
+    fn quantise(&self, x: u64, rows: usize, width: usize) -> Result<(), EngineError> {
         let (out, scales, width) =
             (self.fixed.buffers.quantised.at, self.fixed.buffers.row_scales.at, (width / 8) as i32);
-        if let Some(kernel) = &self.fixed.kernels.quantise {
-            let grid = Grid::new((rows, 1, 1), 256);
-            kernel.launch_chained(self.stream, grid, args![out, scales, x, width])?;
+        match &self.fixed.kernels.quantise {
+            Some(kernels) => {
+                let grid = Grid::new((rows, 1, 1), 256);
+                kernels.rows.launch_chained(self.stream, grid, args![out, scales, x, width])
+            }
+            None => Ok(()),
         }
-        Ok((out, scales))
+    }
+
+    /// A norm, in the form that the product after it takes.
+    fn norm_for(&mut self, next: &Linear, x: u64, weight: u64, rows: usize) -> Result<X, EngineError> {
+        let (buffers, width) = (&self.fixed.buffers, self.fixed.config.hidden / 8);
+        let kernels = self.fixed.kernels.quantise.as_ref();
+        let fused =
+            kernels.filter(|_| width <= 1024 && self.gemms.takes_rounded(next.shape(false, false), rows));
+        let Some(kernels) = fused else {
+            self.norm(buffers.normed.at, x, weight, rows)?;
+            return Ok(X::Brain(buffers.normed.at));
+        };
+        let (out, scales, eps) = (buffers.quantised.at, buffers.row_scales.at, self.fixed.config.rms_eps);
+        let (grid, width) = (Grid::new((rows, 1, 1), (width as u32).next_multiple_of(32)), width as i32);
+        kernels.norm.launch_chained(self.stream, grid, args![out, scales, x, weight, width, eps])?;
+        Ok(X::Rounded)
     }
 
     /// `x += down(silu(gate(norm(x))) · up(norm(x)))`.
@@ -141,19 +173,39 @@ impl Step<'_> {
         let fixed = self.fixed;
         let buffers = &fixed.buffers;
         self.mark(Part::Norm)?;
-        self.norm(buffers.normed.at, x, layer.mlp_norm.at, rows)?;
-        self.mark(Part::GateUp)?;
         let gated = layer.gate_up.gated_shape();
-        if self.gemms.knows(gated, rows) {
+        let fed = if self.gemms.knows(gated, rows) {
+            self.norm(buffers.normed.at, x, layer.mlp_norm.at, rows)?;
+            self.mark(Part::GateUp)?;
             let product = layer.gate_up.product(buffers.normed.at, buffers.gated.at);
             self.gemms.run(self.stream, gated, rows, &product)?;
+            X::Brain(buffers.gated.at)
         } else {
-            self.linear(&layer.gate_up, buffers.normed.at, buffers.gate_up.at, rows, false, false)?;
+            let normed = self.norm_for(&layer.gate_up, x, layer.mlp_norm.at, rows)?;
+            self.mark(Part::GateUp)?;
+            self.linear(&layer.gate_up, normed, buffers.gate_up.at, rows, false, false)?;
             self.mark(Part::Swiglu)?;
-            self.swiglu(rows)?;
-        }
+            self.swiglu_for(&layer.down, rows)?
+        };
         self.mark(Part::Down)?;
-        self.linear(&layer.down, buffers.gated.at, x, rows, true, false)
+        self.linear(&layer.down, fed, x, rows, true, false)
+    }
+
+    /// SwiGLU, in the form that the product after it takes.
+    fn swiglu_for(&self, next: &Linear, rows: usize) -> Result<X, EngineError> {
+        let (buffers, width) = (&self.fixed.buffers, self.fixed.config.ffn / 8);
+        let kernels = self.fixed.kernels.quantise.as_ref();
+        let Some(kernels) = kernels.filter(|_| self.gemms.takes_rounded(next.shape(true, false), rows))
+        else {
+            self.swiglu(rows)?;
+            return Ok(X::Brain(buffers.gated.at));
+        };
+        let (out, scales, gate_up) = (buffers.quantised.at, buffers.row_scales.at, buffers.gate_up.at);
+        let mut grid = Grid::new((rows, 1, 1), 512);
+        grid.shared = (16 * width) as u32;
+        let width = width as i32;
+        kernels.swiglu.launch_chained(self.stream, grid, args![out, scales, gate_up, width])?;
+        Ok(X::Rounded)
     }
 
     fn swiglu(&self, rows: usize) -> Result<(), EngineError> {

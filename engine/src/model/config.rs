@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use super::compressed;
+use super::quantise::Quantisation;
 use super::raw::{Ids, RawConfig, RawGeneration, RawRope, read_json};
 use super::rope::{Rope, RopeScaling};
 use crate::EngineError;
@@ -54,6 +56,8 @@ pub struct ModelConfig {
     pub windows: Vec<Option<usize>>,
     /// The output matrix is the embedding.
     pub tie_embeddings: bool,
+    /// What the layers' matrices are stored in, where it is not bf16.
+    pub quantised: Option<Quantisation>,
     /// First token of a sequence, if the model wants one.
     pub bos: Option<u32>,
     /// Tokens that end the output.
@@ -85,9 +89,8 @@ impl ModelConfig {
 
     fn resolve(raw: RawConfig, generation: RawGeneration) -> Result<Self, String> {
         let architecture = architecture(&raw)?;
-        if raw.quantization_config.is_some() {
-            return Err("quantization_config: quantised checkpoints are not read; use the bf16 one".into());
-        }
+        let quantised = raw.quantization_config.as_ref().filter(|config| !config.is_null());
+        let quantised = quantised.map(compressed::kind).transpose()?;
         if let Some(act) = raw.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(format!("hidden_act is {act}, only silu is known"));
         }
@@ -144,6 +147,7 @@ impl ModelConfig {
             qk_norm: architecture == Architecture::Qwen3,
             windows,
             tie_embeddings: raw.tie_word_embeddings.unwrap_or(false),
+            quantised,
             bos,
             eos,
         })

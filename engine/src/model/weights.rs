@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
+use super::quantise::{Bytes, Eight, Quantisation, Stored};
 use super::raw::read_json;
 use crate::EngineError;
 use crate::mapped::Mapped;
@@ -17,6 +18,10 @@ use crate::mapped::Mapped;
 pub trait WeightSource {
     /// A matrix `[rows, columns]` as bf16; f32 and f16 are rounded to nearest even.
     fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Matrix, EngineError>;
+    /// A matrix of a layer as it is stored: bf16, or eight bits with a scale per row.
+    fn stored(&self, name: &str, rows: usize, columns: usize) -> Result<Stored, EngineError> {
+        self.matrix(name, rows, columns).map(Stored::Brain)
+    }
     /// A vector as f32.
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, EngineError>;
     /// Whether there is a tensor of this name.
@@ -41,6 +46,27 @@ impl Matrix {
             }
             Storage::Owned(numbers) => numbers,
         }
+    }
+}
+
+/// Bytes of a mapped file, or owned.
+pub(super) enum ByteStorage {
+    Mapped(Arc<Mapped>, Range<usize>),
+    Owned(Vec<u8>),
+}
+
+impl ByteStorage {
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(file, range) => &file.bytes()[range.clone()],
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(ByteStorage::Owned(bytes))
     }
 }
 
@@ -113,6 +139,21 @@ impl Weights {
         }
         Ok((entry, file))
     }
+
+    /// `NAME_scale` beside a matrix of eight bits: one per row, or one for all.
+    fn scales(&self, name: &str, rows: usize) -> Result<Vec<f32>, EngineError> {
+        let name = format!("{name}_scale");
+        let shape = self.entries.get(&name).map(|entry| entry.shape.clone());
+        let one = shape.filter(|shape| shape.iter().product::<usize>() == 1);
+        let (entry, (path, map)) = self.find(&name, &one.unwrap_or_else(|| vec![rows, 1]))?;
+        let scales = convert(&map.bytes()[entry.range.clone()], entry.dtype, bf16::to_f32, |x| x);
+        let scales = scales.ok_or_else(|| dtype_error(path, &name, entry.dtype))?;
+        if let Some(scale) = scales.iter().find(|scale| !(scale.is_finite() && **scale >= 0.0)) {
+            let reason = format!("tensor {name}: a scale of {scale}, which no weight has");
+            return Err(EngineError::model(path, reason));
+        }
+        Ok(if scales.len() == rows { scales } else { vec![scales[0]; rows] })
+    }
 }
 
 impl WeightSource for Weights {
@@ -124,6 +165,17 @@ impl WeightSource for Weights {
         }
         let numbers = convert(bytes, entry.dtype, |x| x, bf16::from_f32);
         numbers.map(Matrix::from).ok_or_else(|| dtype_error(path, name, entry.dtype))
+    }
+
+    fn stored(&self, name: &str, rows: usize, columns: usize) -> Result<Stored, EngineError> {
+        let kind = match self.entries.get(name).map(|entry| entry.dtype) {
+            Some(Dtype::I8) => Quantisation::Int8,
+            Some(Dtype::F8_E4M3) => Quantisation::Fp8,
+            _ => return self.matrix(name, rows, columns).map(Stored::Brain),
+        };
+        let (entry, (_, map)) = self.find(name, &[rows, columns])?;
+        let bytes = Bytes(ByteStorage::Mapped(Arc::clone(map), entry.range.clone()));
+        Ok(Stored::Eight(Eight { kind, bytes, scales: self.scales(name, rows)? }))
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, EngineError> {

@@ -24,6 +24,7 @@ pub fn named(name: &str) -> Option<ModelConfig> {
         qk_norm: false,
         windows: vec![None; layers],
         tie_embeddings: false,
+        quantised: None,
         bos: None,
         eos: Vec::new(),
     };

@@ -84,8 +84,8 @@
 {{- if and (eq (toString $pool.maxSurge) "0") (eq (toString $pool.maxUnavailable) "0") -}}
 {{- fail (printf "%s: maxSurge and maxUnavailable cannot both be 0" $role) -}}
 {{- end -}}
-{{- if and $.Values.engine.quantize (ne $pool.device "cuda") -}}
-{{- fail (printf "engine.quantize needs device cuda, and %s.device is %s" $role $pool.device) -}}
+{{- if and (eq $.Values.engine.quantize "fp8") (ne $pool.device "cuda") -}}
+{{- fail (printf "engine.quantize=fp8 needs device cuda, and %s.device is %s" $role $pool.device) -}}
 {{- end -}}
 {{- if and (not $pool.rdma.enabled) (or $pool.rdma.require $pool.rdma.devices) -}}
 {{- fail (printf "%s.rdma.require and .devices: rdma.require needs %s.rdma.enabled=true" $role $role) -}}

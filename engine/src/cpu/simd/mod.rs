@@ -11,6 +11,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod gemm;
+pub(crate) mod int8;
 mod lanes;
 pub(crate) mod rows;
 mod tile;

@@ -4,52 +4,7 @@
 // box of a tensor map, so paging costs nothing), two warp groups compute 64 queries each and take turns: the products
 // of one run while the other takes its softmax, as in FlashAttention-3 (Shah et al. 2024, section 3.1).
 
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
-
 constexpr int QUERIES = 128, KEYS = 128, STAGES = 2;
-
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64 *barrier, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-}
-DEVICE void barrier_expect(u64 *barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void barrier_arrive(u64 *barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-DEVICE void barrier_wait(u64 *barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@done bra finished;\n"
-        "bra again;\n"
-        "finished:\n}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-DEVICE void load_box(void *to, const TensorMap *map, int column, int row, u64 *barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-}
-
-// Matrices in shared memory are 64 elements (128 bytes) wide, rows below each other, 128-byte swizzled.
-// `leading` is the distance between two such columns of 64, used only where they run along the n side (values).
-DEVICE u64 descriptor(u32 address, u32 leading) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-DEVICE void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
 
 #define F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define F32(d, i) F8(d, i), F8(d, i + 8), F8(d, i + 16), F8(d, i + 24)

@@ -1,0 +1,97 @@
+//! INT8 products: `out [rows, n] = (a · wᵀ) · scale of the row · scale of the column`, a and w in eight bits.
+//!
+//! Sums are whole numbers, so every instruction set gives the same ones however it orders them; scales come in afterwards, in
+//! f32, in one order. Kernels: VNNI (512 bits, four products an instruction and lane), AVX2, plain code; chosen at run time.
+//! Bounds: a decode step reads each weight once (one byte), the bound is memory; a prompt multiplies 128 numbers per cycle with
+//! VNNI on Zen 4 (two operations each), the bound is that rate.
+
+mod gemm;
+mod rows;
+#[cfg(test)]
+mod tests;
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tile_x86;
+
+pub(crate) use gemm::{Gemm8, MOST_INPUTS, Packed8};
+pub(crate) use rows::{EightRow, Finish};
+use tile::Tile8;
+
+/// One instruction set's kernels. All are unsafe to call, as those of `super::Kernels` are.
+pub(crate) struct Kernels8 {
+    pub(crate) name: &'static str,
+    /// By rows of the tile, from 1.
+    tile: &'static [unsafe fn(&Tile8)],
+    /// Rounds a row of activations.
+    pub(crate) quantise: unsafe fn(&EightRow) -> (f32, i32),
+    finish: unsafe fn(&Finish<'_>),
+    /// What the tiles take the weights to be too large by.
+    shift: i32,
+}
+
+static SCALAR: Kernels8 = Kernels8 {
+    name: "scalar",
+    tile: &[tile::plain::<1>, tile::plain::<2>],
+    quantise: rows::quantise,
+    finish: rows::finish,
+    shift: 128,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX2: Kernels8 = Kernels8 {
+    name: "avx2",
+    tile: &[tile_x86::avx2::<1>, tile_x86::avx2::<2>, tile_x86::avx2::<3>, tile_x86::avx2::<4>],
+    quantise: rows::quantise_avx2,
+    finish: rows::finish_avx2,
+    shift: 0,
+};
+
+#[cfg(target_arch = "x86_64")]
+static VNNI: Kernels8 = Kernels8 {
+    name: "avx512_vnni",
+    tile: &[
+        tile_x86::vnni::<1>,
+        tile_x86::vnni::<2>,
+        tile_x86::vnni::<3>,
+        tile_x86::vnni::<4>,
+        tile_x86::vnni::<5>,
+        tile_x86::vnni::<6>,
+        tile_x86::vnni::<7>,
+        tile_x86::vnni::<8>,
+        tile_x86::vnni::<9>,
+        tile_x86::vnni::<10>,
+        tile_x86::vnni::<11>,
+        tile_x86::vnni::<12>,
+    ],
+    quantise: rows::quantise_avx512,
+    finish: rows::finish_avx512,
+    shift: 128,
+};
+
+impl Kernels8 {
+    /// What this CPU can run, best first.
+    pub(crate) fn supported() -> Vec<&'static Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if avx2 && avx512 && is_x86_feature_detected!("avx512vnni") {
+                found.push(&VNNI);
+            }
+            if avx2 {
+                found.push(&AVX2);
+            }
+        }
+        found.push(&SCALAR);
+        found
+    }
+
+    /// The best of them.
+    pub(crate) fn best() -> &'static Self {
+        Self::supported()[0]
+    }
+}
