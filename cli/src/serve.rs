@@ -109,6 +109,7 @@ pub fn router_config(args: &PlacementArgs, drain_deadline: Duration) -> RouterCo
     RouterConfig {
         max_running: args.max_running,
         max_connections: args.max_connections,
+        prefix_index_bytes: args.prefix_index_mib << 20,
         max_waiting: args.max_queued,
         queue_patience: Duration::from_secs(args.queue_seconds),
         worker_silence: WORKER_SILENCE,

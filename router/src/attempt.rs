@@ -53,8 +53,13 @@ impl Journey {
         failpoints::at("placed", 0, || {
             format!("{} {}", placement.prefill.as_deref().unwrap_or_default(), placement.decode)
         });
+        // Counted from here on, or prompts that come together would all go to the worker that is least busy now.
+        let tokens = self.prepared.sequence.prompt.len();
+        let promised = placement.prefill.as_deref().and_then(|name| self.shared.fleet.get(name));
+        let promised = promised.map(|worker| worker.assign(tokens));
         let (mut decoding, reserved) = self.reserve(&placement, placed_at).await?;
         let prefill = self.prefill(&placement, reserved.ticket)?;
+        drop(promised);
         self.shared.metrics.placements.of(&self.timeline.known.placement_reason).increment(1);
         let mut prefilling = prefill.is_some();
         let mut prefill: OptionFuture<_> = prefill.into();
@@ -160,8 +165,10 @@ impl Journey {
     fn place(&mut self) -> Result<Placement, Status> {
         let sequence = &self.prepared.sequence;
         let fleet = &self.shared.fleet;
-        let mut pool =
-            |role| fleet.candidates(role, &sequence.prompt, &mut self.chains, self.losses.workers());
+        let mut pool = |role| {
+            let lost = self.losses.workers();
+            fleet.candidates(role, &sequence.prompt, &mut self.chains, lost, &mut rand::rng())
+        };
         let (prefill, decode) = (pool(Role::Prefill), pool(Role::Decode));
         let prompt_tokens = sequence.prompt.len() + self.relay.sent();
         let demand = Demand { prompt_tokens, salt: rand::random::<u32>() as usize };
@@ -257,10 +264,7 @@ impl Journey {
     }
 
     fn note_prefix(&mut self, worker: &str) {
-        if let Some(w) = self.shared.fleet.get(worker) {
-            let chain = self.chains.of(&self.prepared.sequence.prompt, &w.member);
-            self.shared.fleet.note_prefix(worker, chain);
-        }
+        self.shared.fleet.note_prefix(worker, &self.prepared.sequence.prompt, &mut self.chains);
     }
 
     /// Passes one event on to the client; true at the end.

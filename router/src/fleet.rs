@@ -3,13 +3,14 @@
 //! A vanished key is a suspicion: the worker is probed, and goes when it does not answer or says that it
 //! is leaving. With the registry away the last picture stays.
 
+mod candidates;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Load, Member, Picture, Role};
-use engine::kv::hash::BlockHash;
+use cluster::{Load, Member, Picture};
 use parking_lot::{Mutex, RwLock};
 use proto::v1;
 use tls::{ClusterFiles, Part};
@@ -17,16 +18,15 @@ use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use crate::placement::Candidate;
-use crate::prefix_index::PrefixIndex;
+use crate::prefix_index::{self, PrefixIndex, Slot};
+
+pub use candidates::Chains;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 /// How long a worker rests after a failed connection.
 const COOLING: Duration = Duration::from_secs(2);
-/// Blocks that the prefix index remembers.
-const INDEX_BLOCKS: usize = 1 << 20;
 
 /// A worker the router can use.
 #[derive(Clone)]
@@ -44,6 +44,10 @@ pub struct Worker {
     told: Option<(bool, Instant)>,
     /// Prompt tokens on their way to it, which its own load may not show yet.
     assigned: Arc<Mutex<Assigned>>,
+    /// Its number in the prefix index.
+    slot: Slot,
+    name: Arc<str>,
+    compat: Arc<str>,
 }
 
 #[derive(Default)]
@@ -117,7 +121,7 @@ struct Inner {
     workers: RwLock<BTreeMap<String, Worker>>,
     /// Members that cannot be used, by incarnation: said once.
     refused: Mutex<BTreeMap<String, u64>>,
-    prefixes: Mutex<PrefixIndex>,
+    prefixes: RwLock<PrefixIndex>,
     changed: tokio::sync::Notify,
     connected: AtomicBool,
 }
@@ -128,7 +132,7 @@ impl Default for Inner {
             tls: None,
             refused: Mutex::default(),
             workers: RwLock::default(),
-            prefixes: Mutex::new(PrefixIndex::new(INDEX_BLOCKS)),
+            prefixes: RwLock::new(PrefixIndex::new(prefix_index::DEFAULT_BYTES)),
             changed: tokio::sync::Notify::new(),
             connected: AtomicBool::new(false),
         }
@@ -137,8 +141,10 @@ impl Default for Inner {
 
 impl Fleet {
     /// Reaches its workers over TLS if there are certificates; then those without are not used, nor the other way round.
-    pub fn new(tls: Option<ClusterFiles>) -> Self {
-        Self { inner: Arc::new(Inner { tls, ..Inner::default() }) }
+    /// Its prefix index uses at most so many bytes.
+    pub fn new(tls: Option<ClusterFiles>, index_bytes: usize) -> Self {
+        let prefixes = RwLock::new(PrefixIndex::new(index_bytes));
+        Self { inner: Arc::new(Inner { tls, prefixes, ..Inner::default() }) }
     }
 
     /// Why a member cannot be reached as we reach workers, if so.
@@ -193,8 +199,14 @@ impl Fleet {
                 _ => match connect(&entry.member, self.inner.tls.clone()) {
                     Ok(channel) => {
                         tracing::info!(worker = %name, role = entry.member.role.name(), address = %entry.member.address, "worker joined");
-                        self.inner.prefixes.lock().forget(name);
+                        let mut prefixes = self.inner.prefixes.write();
+                        if let Some(old) = workers.get(name) {
+                            prefixes.leave(old.slot);
+                        }
                         let worker = Worker {
+                            slot: prefixes.join(entry.member.total_blocks as usize),
+                            name: name.as_str().into(),
+                            compat: entry.member.compat_hash.as_str().into(),
                             member: entry.member.clone(),
                             channel,
                             load: entry.load.clone(),
@@ -233,8 +245,9 @@ impl Fleet {
         let mut workers = self.inner.workers.write();
         if workers.get(name).is_some_and(|w| w.member.incarnation == incarnation && w.suspect) {
             tracing::info!(worker = %name, "worker left");
-            workers.remove(name);
-            self.inner.prefixes.lock().forget(name);
+            if let Some(worker) = workers.remove(name) {
+                self.inner.prefixes.write().leave(worker.slot);
+            }
         }
     }
 
@@ -273,47 +286,6 @@ impl Fleet {
         }
     }
 
-    /// The worker holds these blocks now.
-    pub fn note_prefix(&self, name: &str, chain: &[BlockHash]) {
-        self.inner.prefixes.lock().insert(name, chain);
-    }
-
-    /// Workers of a pool that take requests. Those that the request lost already, and those that are gone
-    /// from the registry, come into question only when there is nobody else.
-    pub fn candidates(
-        &self,
-        role: Role,
-        prompt: &[u32],
-        chains: &mut Chains,
-        lost: &[String],
-    ) -> Vec<Candidate> {
-        let workers = self.inner.workers.read();
-        let prefixes = self.inner.prefixes.lock();
-        let pool: Vec<&Worker> =
-            workers.values().filter(|w| w.member.role == role && w.load.is_open()).collect();
-        let good = |w: &&&Worker| w.is_good() && !lost.contains(&w.member.worker);
-        let any_good = pool.iter().any(|w| good(&w));
-        pool.iter()
-            .filter(|w| !any_good || good(w))
-            .map(|w| {
-                let block_tokens = w.member.block_tokens.max(1) as usize;
-                let chain = chains.of(prompt, &w.member);
-                let assigned = w.assigned.lock();
-                Candidate {
-                    worker: w.member.worker.clone(),
-                    compat_hash: w.member.compat_hash.clone(),
-                    cached_tokens: prefixes.hits(&w.member.worker, chain) * block_tokens,
-                    queued_tokens: assigned.tokens.max(w.load.queued_tokens as usize),
-                    sequences: assigned.sequences.max((w.load.running + w.load.waiting) as usize),
-                    running: w.load.running as usize,
-                    free_blocks: w.load.free_blocks as usize,
-                    block_tokens,
-                    tokens_per_second: w.load.tokens_per_second,
-                }
-            })
-            .collect()
-    }
-
     /// Resolves when the fleet changed, or after `patience`.
     pub async fn changed(&self, patience: Duration) {
         let _ = tokio::time::timeout(patience, self.inner.changed.notified()).await;
@@ -348,26 +320,6 @@ impl Fleet {
                 auto_role: w.member.auto_role,
             })
             .collect()
-    }
-}
-
-/// One prompt's hash chains, each made once per compatibility hash and block size.
-#[derive(Default)]
-pub struct Chains {
-    made: Vec<(String, u32, Vec<BlockHash>)>,
-}
-
-impl Chains {
-    /// The prompt's chain as this member names it.
-    pub fn of(&mut self, prompt: &[u32], member: &Member) -> &[BlockHash] {
-        let is_known = |(c, b, _): &(String, u32, _)| *c == member.compat_hash && *b == member.block_tokens;
-        let at = self.made.iter().position(is_known).unwrap_or_else(|| {
-            let root = BlockHash::root(member.compat_hash.as_bytes());
-            let chain = engine::kv::hash::chain(root, prompt, member.block_tokens.max(1) as usize);
-            self.made.push((member.compat_hash.clone(), member.block_tokens, chain));
-            self.made.len() - 1
-        });
-        &self.made[at].2
     }
 }
 

@@ -25,6 +25,7 @@ pub mod registry_service;
 pub mod relay;
 pub mod request;
 pub mod service;
+pub mod shortlist;
 pub mod status;
 pub mod text;
 pub mod timeline;
@@ -78,6 +79,8 @@ pub struct RouterConfig {
     pub worker_silence: Duration,
     /// Connections from one address. Default 4096.
     pub max_connections: usize,
+    /// What the prefix index may use. Default 128 MiB.
+    pub prefix_index_bytes: usize,
 }
 
 /// Where the fleet is found.
@@ -149,7 +152,7 @@ pub async fn run(
             () = stop.cancelled() => return Ok(()),
         },
     };
-    let fleet = Fleet::new(deps.cluster_tls.clone());
+    let fleet = Fleet::new(deps.cluster_tls.clone(), config.prefix_index_bytes);
     let registry = telemetry::Metrics::default();
     let counters = metrics::Metrics::new(&registry, &deps.text.name);
     let turned_away = counters.turned_away.clone();

@@ -249,7 +249,13 @@ pub fn collect(
     let help = "Seconds until a plane's certificate, or the authority it trusts, ends; 0 when it cannot be read, +Inf when the plane has none.";
     let planes = tls::Expiry::PLANES;
     let certificates = m.gauges("tandem_certificate_expiry_seconds", help, "plane", &planes);
+    let index =
+        m.gauge("tandem_prefix_index_bytes", "Memory of which worker holds which prompt's beginning.");
+    let most = m.gauge("tandem_prefix_index_max_bytes", "What that memory may use.");
     move || {
+        let (bytes, max_bytes) = fleet.prefix_bytes();
+        index.set(bytes as f64);
+        most.set(max_bytes as f64);
         planes.iter().for_each(|plane| certificates.of(plane).set(expiry.seconds_left(plane)));
         running.set(admission.running() as f64);
         queued.set(admission.queued() as f64);

@@ -107,8 +107,9 @@ impl Journey {
     fn begin_move(&mut self, from: &Decoding) -> Option<BoxFuture<'static, Result<Decoding, Status>>> {
         let prompt = &self.prepared.sequence.prompt;
         let fleet = self.shared.fleet.clone();
-        let mut others = fleet.candidates(Role::Decode, prompt, &mut self.chains, self.losses.workers());
-        others.retain(|c| c.worker != from.name() && c.compat_hash == from.worker.member.compat_hash);
+        let lost = self.losses.workers();
+        let mut others = fleet.candidates(Role::Decode, prompt, &mut self.chains, lost, &mut rand::rng());
+        others.retain(|c| *c.worker != *from.name() && *c.compat_hash == *from.worker.member.compat_hash);
         let demand =
             Demand { prompt_tokens: prompt.len() + self.relay.sent(), salt: rand::random::<u32>() as usize };
         let model = *self.shared.model.lock();

@@ -5,13 +5,15 @@
 //! is short, when nobody else can do it, or when it would be faster there: a choice with a reason, never
 //! an accident.
 
+use std::sync::Arc;
+
 /// A worker as placement sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
     /// Its name.
-    pub worker: String,
+    pub worker: Arc<str>,
     /// Only equal hashes are paired.
-    pub compat_hash: String,
+    pub compat_hash: Arc<str>,
     /// Prompt tokens that it holds in its prefix cache, as far as the router knows.
     pub cached_tokens: usize,
     /// Prompt tokens accepted and not yet computed.
@@ -26,6 +28,8 @@ pub struct Candidate {
     pub block_tokens: usize,
     /// Measured; 0 before any work.
     pub tokens_per_second: f64,
+    /// How often its pool is taken anew while the average pool is once.
+    pub churn: f64,
 }
 
 /// What is placed.
@@ -87,6 +91,13 @@ const SEQUENCE_TOKENS: f64 = 64.0;
 /// is the bound (bench/RESULTS-simulator.md).
 const HARM: f64 = 1.0 / 32.0;
 
+/// How much of what a prompt drives out of a pool is wanted again, where its pool turns over as fast as the average one.
+const REUSE: f64 = 1.0 / 8.0;
+
+/// Measured speeds that differ by less than this say how the work differed: a worker that finds most of its prompts cached computes
+/// few tokens a step, and looks slow for being useful.
+const ALIKE: f64 = 4.0;
+
 /// Chooses among `prefill` and `decode` workers.
 pub fn place(
     demand: &Demand,
@@ -98,10 +109,10 @@ pub fn place(
     let d = best(decode, demand.salt, |c| decode_cost(demand, c)).ok_or(NoPlace::NoDecodeWorker)?;
     let partners = prefill.iter().filter(|p| p.compat_hash == d.compat_hash);
     let partners = with_speeds(partners, model);
-    let p = best(&partners, demand.salt, |c| prefill_ms(demand, c));
+    let p = best(&partners, demand.salt, |c| prefill_cost(demand, c));
     let local = |reason| {
         Ok(Placement {
-            decode: d.worker.clone(),
+            decode: d.worker.to_string(),
             prefill: None,
             local_prefill_max_tokens: proto::ALWAYS_LOCAL,
             reason,
@@ -109,8 +120,8 @@ pub fn place(
     };
     let remote = |p: &Candidate, local_prefill_max_tokens, reason| {
         Ok(Placement {
-            decode: d.worker.clone(),
-            prefill: Some(p.worker.clone()),
+            decode: d.worker.to_string(),
+            prefill: Some(p.worker.to_string()),
             local_prefill_max_tokens,
             reason,
         })
@@ -136,13 +147,14 @@ pub fn place(
     }
 }
 
-/// A worker that has not measured itself counts as fast as the fastest of its peers: taken for slower, it would get no
-/// work while they have room, and never measure.
+/// A worker counts as fast as the fastest of its peers unless it is far slower ([`ALIKE`]), also where it has not measured itself: taken
+/// for slower, that one would get no work while they have room, and never measure.
 fn with_speeds<'a>(pool: impl Iterator<Item = &'a Candidate>, model: &Model) -> Vec<Candidate> {
     let mut pool: Vec<Candidate> = pool.cloned().collect();
     let fastest = pool.iter().map(|c| c.tokens_per_second).fold(0.0, f64::max);
     let assumed = if fastest > 0.0 { fastest } else { model.default_tokens_per_second };
-    pool.iter_mut().filter(|c| c.tokens_per_second <= 0.0).for_each(|c| c.tokens_per_second = assumed);
+    let like_it = |c: &&mut Candidate| c.tokens_per_second <= 0.0 || c.tokens_per_second * ALIKE >= assumed;
+    pool.iter_mut().filter(like_it).for_each(|c| c.tokens_per_second = assumed);
     pool
 }
 
@@ -150,6 +162,17 @@ fn with_speeds<'a>(pool: impl Iterator<Item = &'a Candidate>, model: &Model) -> 
 fn prefill_ms(demand: &Demand, p: &Candidate) -> f64 {
     let work = p.queued_tokens + demand.prompt_tokens.saturating_sub(p.cached_tokens);
     work as f64 / p.tokens_per_second * 1e3
+}
+
+/// What is compared among prefill workers: that time, and what the prompt drives out of the pool.
+fn prefill_cost(demand: &Demand, p: &Candidate) -> f64 {
+    prefill_ms(demand, p) + driven_out(demand, p) / p.tokens_per_second * 1e3
+}
+
+/// Tokens to compute again some day because the prompt takes the place of others. Without it everybody follows what all prompts begin
+/// with to the few that have it already, whose pools turn over while the others' stand empty.
+fn driven_out(demand: &Demand, c: &Candidate) -> f64 {
+    demand.prompt_tokens.saturating_sub(c.cached_tokens) as f64 * c.churn * REUSE
 }
 
 /// The same on the decode worker: every running sequence waits while this prompt computes, and that
@@ -170,7 +193,11 @@ fn decode_cost(demand: &Demand, d: &Candidate) -> f64 {
     let uncached = demand.prompt_tokens.saturating_sub(d.cached_tokens);
     let needed = uncached.div_ceil(d.block_tokens.max(1));
     let no_room = if needed > d.free_blocks { 1e12 } else { 0.0 };
-    no_room + uncached as f64 + d.sequences as f64 * SEQUENCE_TOKENS + d.queued_tokens as f64
+    no_room
+        + uncached as f64
+        + driven_out(demand, d)
+        + d.sequences as f64 * SEQUENCE_TOKENS
+        + d.queued_tokens as f64
 }
 
 /// The cheapest; among equals the one that the salt points at.
@@ -203,6 +230,7 @@ mod tests {
             free_blocks: 100,
             block_tokens: 16,
             tokens_per_second: 1000.0,
+            churn: 0.0,
         }
     }
 
@@ -251,6 +279,28 @@ mod tests {
     }
 
     #[test]
+    fn what_all_prompts_share_does_not_draw_them_all_to_few() {
+        let d = [candidate("d")];
+        let busy = [Candidate { sequences: 40, running: 32, ..d[0].clone() }];
+        let hot = Candidate { cached_tokens: 512, churn: 3.0, ..candidate("hot") };
+        let cold = candidate("cold");
+        let place = |hot: Candidate| adaptive(12_000, &[hot, cold.clone()], &busy).prefill.unwrap();
+        assert_eq!(place(hot.clone()), "cold");
+        // Most of a conversation is worth following all the same.
+        assert_eq!(place(Candidate { cached_tokens: 8000, ..hot }), "hot");
+    }
+
+    #[test]
+    fn small_steps_are_no_slow_worker() {
+        let d = [Candidate { sequences: 40, running: 32, ..candidate("d") }];
+        let known = Candidate { tokens_per_second: 40_000.0, ..candidate("known") };
+        let holder = Candidate { tokens_per_second: 12_000.0, cached_tokens: 6000, ..candidate("holder") };
+        assert_eq!(adaptive(9000, &[known.clone(), holder.clone()], &d).prefill.unwrap(), "holder");
+        let slow = Candidate { tokens_per_second: 2_000.0, ..holder };
+        assert_eq!(adaptive(9000, &[known, slow], &d).prefill.unwrap(), "known");
+    }
+
+    #[test]
     fn different_versions_are_never_paired() {
         let other = Candidate { compat_hash: "b".into(), ..candidate("p") };
         assert_eq!(adaptive(500, &[other], &[candidate("d")]).prefill, None);
@@ -263,13 +313,13 @@ mod tests {
             prompt_tokens in 1usize..2000, salt in any::<usize>(),
         ) {
             let workers: Vec<Candidate> = raw.iter().enumerate().map(|(i, &(compat, queued_tokens, sequences, free_blocks))| Candidate {
-                compat_hash: compat.to_string(), queued_tokens, sequences, free_blocks, ..candidate(&i.to_string())
+                compat_hash: compat.to_string().into(), queued_tokens, sequences, free_blocks, ..candidate(&i.to_string())
             }).collect();
             let (p, d) = workers.split_at(workers.len() / 2);
             let placed = place(&Demand { prompt_tokens, salt }, p, d, Policy::Adaptive, &MODEL).unwrap();
-            let chosen = d.iter().find(|c| c.worker == placed.decode).unwrap();
+            let chosen = d.iter().find(|c| *c.worker == *placed.decode).unwrap();
             if let Some(name) = placed.prefill {
-                let partner = p.iter().find(|c| c.worker == name).unwrap();
+                let partner = p.iter().find(|c| *c.worker == *name).unwrap();
                 prop_assert_eq!(&partner.compat_hash, &chosen.compat_hash);
             }
         }

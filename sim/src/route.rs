@@ -1,18 +1,18 @@
 //! The router: its real placement and prefix index over a picture of the workers as of their last steps.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use engine::kv::hash::BlockHash;
 use rand::Rng;
 use rand::rngs::StdRng;
 use router::placement::{self, Candidate, Demand, Model, Policy};
-use router::prefix_index::PrefixIndex;
+use router::prefix_index::{PrefixIndex, Slot};
+use router::shortlist::shortlist;
 
 use crate::Strategy;
 use crate::clock::{Ns, ms};
 
-/// Blocks that the prefix index remembers, as in the router.
-const INDEX_BLOCKS: usize = 1 << 20;
 /// Weight of the newest sample in the learned speeds, as in the router.
 const LEARN: f64 = 0.1;
 
@@ -35,13 +35,17 @@ struct Side {
     /// Tokens and sequences on their way, which a worker's own load may not show yet.
     assigned: Vec<(usize, usize)>,
     reported: Vec<(usize, usize)>,
+    slots: Vec<Slot>,
+    /// Whose number in the index is whose; somebody else's is none.
+    by_slot: Vec<Option<usize>>,
 }
 
 impl Side {
-    fn new(letter: char, count: usize, block_tokens: usize, blocks: u32) -> Self {
+    fn new(letter: char, count: usize, block_tokens: usize, blocks: u32, index: &mut PrefixIndex) -> Self {
+        let compat: Arc<str> = "sim".into();
         let candidate = |number: usize| Candidate {
-            worker: format!("{letter}{number}"),
-            compat_hash: "sim".into(),
+            worker: format!("{letter}{number}").into(),
+            compat_hash: compat.clone(),
             cached_tokens: 0,
             queued_tokens: 0,
             sequences: 0,
@@ -49,22 +53,37 @@ impl Side {
             free_blocks: blocks as usize,
             block_tokens,
             tokens_per_second: 0.0,
+            churn: 0.0,
         };
+        let slots: Vec<Slot> = (0..count).map(|_| index.join(blocks as usize)).collect();
+        let mut by_slot = vec![None; slots.iter().map(|slot| slot.index() + 1).max().unwrap_or(0)];
+        slots.iter().enumerate().for_each(|(number, slot)| by_slot[slot.index()] = Some(number));
         Self {
             candidates: (0..count).map(candidate).collect(),
             assigned: vec![(0, 0); count],
             reported: vec![(0, 0); count],
+            slots,
+            by_slot,
         }
     }
 
-    fn look(&mut self, index: &PrefixIndex, chain: &[BlockHash]) {
-        for (number, candidate) in self.candidates.iter_mut().enumerate() {
+    /// As the router's fleet does it: holders of the prompt and a sample.
+    fn look(&self, index: &PrefixIndex, holders: &[(Slot, usize)], random: &mut StdRng) -> Vec<Candidate> {
+        let own = |&(slot, blocks): &(Slot, usize)| Some(((*self.by_slot.get(slot.index())?)?, blocks));
+        let holders = holders.iter().filter_map(own).collect();
+        let candidate = |(number, blocks): (usize, usize)| {
             let (assigned, reported) = (self.assigned[number], self.reported[number]);
-            candidate.cached_tokens = index.hits(&candidate.worker, chain) * candidate.block_tokens;
-            candidate.queued_tokens = assigned.0.max(reported.0);
-            candidate.sequences = assigned.1.max(reported.1);
-            candidate.running = reported.1;
-        }
+            let known = &self.candidates[number];
+            Candidate {
+                cached_tokens: blocks * known.block_tokens,
+                queued_tokens: assigned.0.max(reported.0),
+                sequences: assigned.1.max(reported.1),
+                running: reported.1,
+                churn: index.churn(self.slots[number]),
+                ..known.clone()
+            }
+        };
+        shortlist(self.candidates.len(), holders, random).into_iter().map(candidate).collect()
     }
 }
 
@@ -91,10 +110,11 @@ impl Router {
             Strategy::Adaptive => Policy::Adaptive,
             _ => Policy::Local,
         };
+        let mut index = PrefixIndex::new(router::prefix_index::DEFAULT_BYTES);
         Self {
-            prefill: Side::new('p', workers[0], block_tokens, blocks),
-            decode: Side::new('d', workers[1], block_tokens, blocks),
-            index: PrefixIndex::new(INDEX_BLOCKS),
+            prefill: Side::new('p', workers[0], block_tokens, blocks, &mut index),
+            decode: Side::new('d', workers[1], block_tokens, blocks, &mut index),
+            index,
             // What the router begins with.
             model: Model { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0 },
             policy,
@@ -105,13 +125,14 @@ impl Router {
 
     /// Chooses; `None` when there is nobody.
     pub(crate) fn place(&mut self, prompt: usize, chain: &[BlockHash]) -> Option<Placed> {
-        self.decode.look(&self.index, chain);
-        if self.policy != Policy::Local {
-            self.prefill.look(&self.index, chain);
-        }
+        let holders = self.index.holders(chain);
+        let decode = self.decode.look(&self.index, &holders, &mut self.random);
+        let prefill = match self.policy {
+            Policy::Local => Vec::new(),
+            _ => self.prefill.look(&self.index, &holders, &mut self.random),
+        };
         let demand = Demand { prompt_tokens: prompt, salt: self.random.random::<u32>() as usize };
-        let (prefill, decode) = (&self.prefill.candidates, &self.decode.candidates);
-        let placed = placement::place(&demand, prefill, decode, self.policy, &self.model).ok()?;
+        let placed = placement::place(&demand, &prefill, &decode, self.policy, &self.model).ok()?;
         *self.reasons.entry(placed.reason).or_default() += 1;
         let number = |name: &str| name[1..].parse::<u32>().ok();
         Some(Placed {
@@ -152,8 +173,8 @@ impl Router {
 
     /// The worker holds these blocks now.
     pub(crate) fn holds(&mut self, pool: Pool, worker: u32, chain: &[BlockHash]) {
-        let name = self.side(pool).candidates[worker as usize].worker.clone();
-        self.index.insert(&name, chain);
+        let slot = self.side(pool).slots[worker as usize];
+        self.index.insert(slot, chain);
     }
 
     /// What a remote prefill cost beside queueing and computing, and how fast it was; as the router learns it.

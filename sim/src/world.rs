@@ -224,6 +224,10 @@ impl World {
         let Some(placed) = self.router.place(live.prompt, &live.chain) else { return };
         (live.decode, live.prefill, live.local_max) = (placed.decode, placed.prefill, placed.local_max);
         self.router.assign(Pool::Decode, placed.decode, 0);
+        if let Some(prefill) = placed.prefill {
+            self.router.assign(Pool::Prefill, prefill, live.prompt);
+            live.is_assigned = true;
+        }
         self.clock.after(self.hop, Event::Reserve(request));
     }
 
@@ -244,7 +248,10 @@ impl World {
             self.record.local += 1;
             self.record.wanted_tokens += live.prompt as u64;
             self.record.hit_tokens += cached_tokens;
-            live.prefill = None;
+            if let Some(prefill) = live.prefill.take() {
+                self.router.unassign(Pool::Prefill, prefill, live.prompt);
+                live.is_assigned = false;
+            }
             let chain = Rc::clone(&live.chain);
             let mut choice = Choice::new(request, live.prompt, live.output, chain, live.arrived);
             choice.published = cached.len();
@@ -262,10 +269,6 @@ impl World {
         self.record.remote_blocks += (missing + cached.len()) as u64;
         self.record.saved_blocks += cached.len() as u64;
         (live.cached, live.reserved) = (cached, reserved);
-        if let Some(prefill) = live.prefill {
-            self.router.assign(Pool::Prefill, prefill, live.prompt);
-            live.is_assigned = true;
-        }
         // The ticket goes back to the router, the prompt on to the prefill worker.
         self.clock.after(2 * self.hop, Event::Submit(request));
     }
@@ -274,6 +277,9 @@ impl World {
     fn try_again(&mut self, request: u32) {
         let Some(live) = self.live.get_mut(&request) else { return };
         self.router.unassign(Pool::Decode, live.decode, 0);
+        if let Some(prefill) = live.prefill.filter(|_| std::mem::take(&mut live.is_assigned)) {
+            self.router.unassign(Pool::Prefill, prefill, live.prompt);
+        }
         self.record.retries += 1;
         let now = self.clock.now();
         if now - live.looking_since >= ns(self.cluster.patience_seconds) {

@@ -164,6 +164,7 @@ impl Cluster {
             max_running: spec.max_running,
             max_waiting: spec.max_queued,
             max_connections: 4096,
+            prefix_index_bytes: 1 << 20,
             queue_patience: spec.queue_patience,
             worker_silence: spec.worker_silence,
             policy: spec.policy,

@@ -54,6 +54,9 @@ pub struct PlacementArgs {
     /// Connections of the router from one address, at most; more when a proxy stands before it
     #[arg(long, default_value_t = 4096)]
     pub max_connections: usize,
+    /// MiB of the router's memory of which worker holds which prompt's beginning; the least recently used goes first
+    #[arg(long, default_value_t = router::prefix_index::DEFAULT_BYTES >> 20, value_parser = prefix_index_mib)]
+    pub prefix_index_mib: usize,
     /// Longest wait for room on a worker, seconds
     #[arg(long, default_value_t = 30)]
     pub queue_seconds: u64,
@@ -273,4 +276,11 @@ pub struct WorkerArgs {
     /// Stop when standard input ends (set by `up` on its children)
     #[arg(long, hide = true)]
     pub stop_with_parent: bool,
+}
+
+fn prefix_index_mib(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(mib @ 1..=65_536) => Ok(mib),
+        _ => Err("not between 1 and 65536".into()),
+    }
 }
