@@ -14,6 +14,7 @@ use engine::model::quantise::kind_of;
 use engine::sim::{self, Profile, SimEngine, SimOptions};
 use engine::{Engine, KvDtype, KvLayout};
 use telemetry::trace::Tracer;
+use worker::config::MAX_BLOCK_TOKENS;
 
 use crate::args::{Device, EngineArgs, KvType, Quantize};
 
@@ -48,8 +49,8 @@ pub struct Plan {
 /// Checks the settings against the model of `dir`, for steps of up to `step_tokens` tokens.
 pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result<Plan> {
     let config = ModelConfig::load(dir)?;
-    if !matches!(args.block_tokens, 1..=256) {
-        bail!("--block-tokens: {} is not between 1 and 256", args.block_tokens);
+    if !(1..=MAX_BLOCK_TOKENS).contains(&args.block_tokens) {
+        bail!("--block-tokens: {} is not between 1 and {MAX_BLOCK_TOKENS}", args.block_tokens);
     }
     let kv_dtype = match args.kv_dtype {
         KvType::Bf16 => KvDtype::Bf16,
@@ -84,11 +85,12 @@ pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result
     let quantise = args.quantize.map(Quantize::kind);
     let quantised =
         kind_of(quantise, config.quantised)?.map_or_else(String::new, |k| format!(",{}", k.name()));
-    // What only pretends must never be paired with what computes.
+    // What only pretends must never be paired with what computes, nor be converted.
     let pretends = simulated.as_ref().map_or_else(String::new, |(shape, profile)| {
-        format!(",sim={}x{}x{}", shape.layers, shape.kv_heads, shape.head_dim / profile.cell_divisor)
+        let one = format!("{}x{}x{}", shape.layers, shape.kv_heads, shape.head_dim / profile.cell_divisor);
+        format!(",sim={one},kv={},block={}", kv_dtype.name(), args.block_tokens)
     });
-    let suffix = format!("kv={},block={}{quantised}{pretends}", kv_dtype.name(), args.block_tokens);
+    let suffix = format!("{quantised}{pretends}");
     let compat_hash = config.compat_hash(dir, &suffix)?;
     let max_batch_tokens = step_tokens.max(args.max_sequences);
     Ok(Plan {

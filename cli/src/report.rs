@@ -73,7 +73,12 @@ pub fn timeline_text(complete: &v1::Complete) -> String {
     let kv = complete.kv.clone().unwrap_or_default();
     let moved = match kv.blocks {
         0 => "nothing moved".to_owned(),
-        blocks => format!("{blocks} blocks, {:.2} MiB over {}", kv.bytes as f64 / 1048576.0, kv.transport),
+        blocks => format!(
+            "{blocks} {}blocks, {:.2} MiB over {}",
+            if kv.converted { "converted " } else { "" },
+            kv.bytes as f64 / 1048576.0,
+            kv.transport
+        ),
     };
     let rows = [
         ("tokenize", format!("{:9.2} ms", t.tokenize_ms)),

@@ -160,7 +160,11 @@ pub async fn turn(
     let deps = built.deps(registry, tracer.clone(), expiry);
     let ended: anyhow::Result<()> = match role {
         Role::Prefill => {
-            let config = PrefillConfig { worker: config, max_prompts: args.engine.max_sequences.min(64) };
+            let config = PrefillConfig {
+                worker: config,
+                max_prompts: args.engine.max_sequences.min(64),
+                convert_bytes: args.engine.convert_mib << 20,
+            };
             prefill_worker::run(config, deps, listener, stop).await.map_err(Into::into)
         }
         Role::Decode => {

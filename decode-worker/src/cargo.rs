@@ -2,6 +2,7 @@
 
 use proto::v1;
 use worker::Request;
+use worker::request::Limits;
 
 /// Room for the tokens that a choice puts out while its full blocks are pushed. What does not fit is computed again.
 const MEANWHILE_TOKENS: usize = 48;
@@ -48,7 +49,7 @@ impl Cargo {
     }
 
     /// For the ticket.
-    pub fn to_meta(&self, held: usize, compat_hash: &str) -> v1::TicketMeta {
+    pub fn to_meta(&self, held: usize, limits: &Limits) -> v1::TicketMeta {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let own = |own: &Own| v1::MovingChoice {
             choice: own.choice,
@@ -57,7 +58,8 @@ impl Cargo {
         };
         v1::TicketMeta {
             first_block: count(held),
-            compat_hash: compat_hash.to_owned(),
+            compat_hash: limits.compat_hash.clone(),
+            form: Some(limits.form()),
             shared_blocks: count(self.shared),
             choices: self.choices.iter().map(own).collect(),
         }

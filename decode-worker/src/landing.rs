@@ -50,11 +50,11 @@ impl DecodeService {
     ) -> Result<Waiting, Status> {
         let held = cached.len();
         let (missing, meta) = match &cargo {
-            Some(cargo) => (cargo.slots(held), cargo.to_meta(held, &self.limits.compat_hash)),
+            Some(cargo) => (cargo.slots(held), cargo.to_meta(held, &self.limits)),
             None => {
                 let first_block = u32::try_from(held).unwrap_or(u32::MAX);
-                let compat_hash = self.limits.compat_hash.clone();
-                let meta = v1::TicketMeta { first_block, compat_hash, ..v1::TicketMeta::default() };
+                let (compat_hash, form) = (self.limits.compat_hash.clone(), Some(self.limits.form()));
+                let meta = v1::TicketMeta { first_block, compat_hash, form, ..v1::TicketMeta::default() };
                 (self.limits.layout.blocks_for(request.stem.len()) - held, meta)
             }
         };

@@ -73,7 +73,7 @@ pub async fn run(
     let sender = Sender::new(
         config.worker.identity(),
         region.clone(),
-        worker::pool::grid(kv.as_ref()),
+        worker::pool::grid(&layout),
         ways.sender(SenderConfig {
             progress_timeout: config.worker.progress_timeout,
             ..SenderConfig::default()
@@ -82,7 +82,7 @@ pub async fn run(
     let receiver = Receiver::new(
         config.worker.identity(),
         region,
-        worker::pool::grid(kv.as_ref()),
+        worker::pool::grid(&layout),
         ways.receiver(ReceiverConfig {
             endpoints: vec![address.clone()],
             // Every sequence that is let in may wait for a transfer: the bounds add up.

@@ -65,6 +65,12 @@ impl DecodeService {
         if meta.compat_hash != self.limits.compat_hash {
             return Err(bad("made for another model or version"));
         }
+        // What runs is not converted: it would stand still for as long as that takes.
+        if meta.form.as_ref().is_some_and(|form| *form != self.limits.form()) {
+            return Err(Status::failed_precondition(
+                "the other worker's KV has another block size or type: only equal ones move",
+            ));
+        }
         let (cargo, held) =
             Cargo::from_meta(&meta, ticket.slots.len()).ok_or_else(|| bad("its slots do not add up"))?;
         Ok(Plan { cargo, held })
@@ -92,6 +98,7 @@ impl DecodeService {
             cached_blocks: 0,
             transport: report.transport.to_string(),
             refetched: count(report.refetched),
+            converted: false,
         })
     }
 

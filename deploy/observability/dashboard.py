@@ -125,7 +125,7 @@ SECTIONS = [
          [(rate("tandem_kv_sent_bytes_total"), "sent"), (rate("tandem_kv_received_bytes_total"), "received"),
           (rate("tandem_kv_discarded_bytes_total"), "discarded"), (rate("tandem_kv_verified_bytes_total"), "verified before the first step")]),
         ("Pushes and landings", "ops", "How they ended.",
-         [(rate("tandem_kv_pushes_total", by="outcome"), "push {{outcome}}"), (rate("tandem_kv_landings_total", by="outcome"), "landing {{outcome}}")]),
+         [(rate("tandem_kv_converted_blocks_total"), "blocks converted"), (rate("tandem_kv_pushes_total", by="outcome"), "push {{outcome}}"), (rate("tandem_kv_landings_total", by="outcome"), "landing {{outcome}}")]),
         ("Damage", "ops", "Wrong checksums on arrival, cells sent again, blocks that changed in memory, duplicates.",
          [(rate("tandem_kv_checksum_failures_total"), "checksum failures"), (rate("tandem_kv_refetched_cells_total"), "sent again"),
           (rate("tandem_kv_corrupt_blocks_total"), "changed in memory"), (rate("tandem_kv_duplicate_cells_total"), "duplicates")]),

@@ -108,7 +108,22 @@ impl Peer {
 impl Sender {
     /// A sender of cells laid out as `grid` in `region`.
     pub fn new(identity: Identity, region: Region, grid: Grid, config: SenderConfig) -> Self {
-        let counters = Arc::default();
+        Self::counting(Arc::default(), identity, region, grid, config)
+    }
+
+    /// Another sender of the same worker, from other memory. It has connections of its own; what it does is counted with what
+    /// this one does, but for the gauges.
+    pub fn beside(&self, region: Region, grid: Grid, config: SenderConfig) -> Self {
+        Self::counting(Arc::clone(&self.shared.counters), self.shared.identity.clone(), region, grid, config)
+    }
+
+    fn counting(
+        counters: Arc<SenderCounters>,
+        identity: Identity,
+        region: Region,
+        grid: Grid,
+        config: SenderConfig,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 identity,

@@ -177,7 +177,7 @@ impl EngineLoop {
             }
             if is_new && p.cached_tokens > 0 {
                 for layer in 0..self.layout.layers {
-                    job.push(kv.as_ref(), layer, 0, p.cached_tokens / self.layout.block_tokens);
+                    job.push(kv.as_ref(), layer, 0, p.cached_tokens);
                 }
             }
             run.push((index, count.min(job.request.stem.len() - p.computed)));
@@ -219,8 +219,8 @@ impl EngineLoop {
         let mut on_layer = |layer| {
             for &(index, count) in run {
                 let job = &jobs[index];
-                let from = job.progress.computed / layout.block_tokens;
-                job.push(kv.as_ref(), layer, from, job.final_blocks_after(count, layout));
+                let (from, to) = (job.final_tokens_after(0, layout), job.final_tokens_after(count, layout));
+                job.push(kv.as_ref(), layer, from, to);
             }
         };
         self.engine.forward(&Batch { segments }, &mut on_layer)

@@ -12,6 +12,7 @@ use tonic::Status;
 use worker::Request;
 
 use crate::scheduler::View;
+use crate::stage::Stage;
 
 /// The blocks that a push reads from. The transport keeps them until no read can be in flight.
 #[derive(Default)]
@@ -34,6 +35,10 @@ pub(crate) struct Job {
     pub cells: CellQueue,
     /// Prompt block that the ticket's first slot stands for; earlier ones are at the receiver already.
     pub first_block: usize,
+    /// Where blocks are made for the receiver, when its layout is not ours.
+    pub stage: Option<Arc<Stage>>,
+    /// The slots of the stage, from `first_block` on.
+    pub staged: Vec<u32>,
     pub done: oneshot::Sender<Result<Computed, Status>>,
     pub submitted: Instant,
     pub progress: Progress,
@@ -79,10 +84,18 @@ impl Job {
         }
     }
 
-    /// Takes cached blocks and allocates the rest. False when the pool has not enough.
+    /// Takes cached blocks and allocates the rest, those of the stage included. False when a pool has not enough.
     pub fn start(&mut self, pool: &Arc<BlockPool>, layout: &KvLayout) -> bool {
         if self.progress.started.is_some() {
             return true;
+        }
+        let mut staged = Vec::new();
+        if let Some(stage) = &self.stage {
+            let wanted = stage.conversion.to().blocks_for(self.request.stem.len());
+            match stage.pool.alloc(wanted.saturating_sub(self.first_block), BlockState::Running) {
+                Ok(slots) => staged = slots,
+                Err(_) => return false,
+            }
         }
         let mut blocks = pool.lookup(self.request.reusable(layout.block_tokens));
         let cached = blocks.len();
@@ -96,19 +109,37 @@ impl Job {
         p.cached_tokens = p.computed;
         p.published = cached;
         p.started = Some(Instant::now());
+        self.staged = staged.iter().map(Block::id).collect();
+        blocks.extend(staged);
         *self.source.0.lock() = blocks;
         true
     }
 
-    /// Queues one layer of the blocks `from..to` of the stem for the push.
+    /// Queues one layer of what is final of the stem's tokens up to `to` and was not up to `from`, for the push.
     pub fn push(&self, kv: &dyn KvMemory, layer: usize, from: usize, to: usize) {
-        let cells: Vec<Cell> = (from.max(self.first_block)..to)
-            .map(|at| Cell {
-                index: (at - self.first_block) as u32,
-                src_slot: self.progress.table[at],
-                checksum: kv.source_checksum(layer, self.progress.table[at]),
+        let tokens = self.request.stem.len();
+        let target = self.stage.as_ref().map_or(kv.layout(), |stage| stage.conversion.to());
+        let end = if to == tokens { target.blocks_for(to) } else { to / target.block_tokens };
+        let cells: Option<Vec<Cell>> = ((from / target.block_tokens).max(self.first_block)..end)
+            .map(|at| {
+                let index = (at - self.first_block) as u32;
+                let (src_slot, checksum) = match &self.stage {
+                    None => {
+                        let block = self.progress.table[at];
+                        (block, kv.source_checksum(layer, block))
+                    }
+                    Some(stage) => {
+                        let slot = self.staged[at - self.first_block];
+                        (slot, stage.fill(kv, (layer, at, tokens), &self.progress.table, slot)?)
+                    }
+                };
+                Some(Cell { index, src_slot, checksum })
             })
             .collect();
+        // Without its cells the push can never commit; it ends when nothing more comes.
+        let Some(cells) = cells else {
+            return tracing::error!(request = %self.request.id, layer, "KV changed before it could be converted");
+        };
         if !cells.is_empty() {
             // A push that failed says so to whoever waits for its commit; the job is dropped then.
             let _ = self.cells.send(layer as u32, cells);
@@ -116,10 +147,10 @@ impl Job {
         }
     }
 
-    /// Blocks that are final once `count` more tokens are computed.
-    pub fn final_blocks_after(&self, count: usize, layout: &KvLayout) -> usize {
+    /// Tokens of the stem whose KV is final once `count` more are computed: those of full blocks, and at the end all.
+    pub fn final_tokens_after(&self, count: usize, layout: &KvLayout) -> usize {
         let end = self.progress.computed + count;
-        if end == self.request.stem.len() { layout.blocks_for(end) } else { end / layout.block_tokens }
+        if end == self.request.stem.len() { end } else { end / layout.block_tokens * layout.block_tokens }
     }
 
     /// Notes that `count` more tokens are computed, and offers full blocks to the prefix cache.

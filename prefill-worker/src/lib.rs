@@ -8,6 +8,7 @@ mod job;
 mod metrics;
 pub mod scheduler;
 mod service;
+mod stage;
 
 use std::sync::Arc;
 
@@ -36,6 +37,8 @@ pub struct PrefillConfig {
     pub worker: WorkerConfig,
     /// Most prompts in one engine step.
     pub max_prompts: usize,
+    /// Memory for KV converted for each other layout among decode workers, bytes.
+    pub convert_bytes: usize,
 }
 
 /// Serves until `stop`; then takes nothing new, lets accepted prompts end (at most the drain deadline)
@@ -55,19 +58,27 @@ pub async fn run(
         .ok_or_else(|| LifeError::Broken("the KV pool is not in host memory".into()))?;
     let ways = config.worker.transport.open(&region, config.worker.tls.as_ref());
     let ways = ways.map_err(|e| LifeError::Broken(e.to_string()))?;
+    let sending =
+        SenderConfig { progress_timeout: config.worker.progress_timeout, ..SenderConfig::default() };
     let sender = Sender::new(
         config.worker.identity(),
         region,
-        worker::pool::grid(kv.as_ref()),
-        ways.sender(SenderConfig {
-            progress_timeout: config.worker.progress_timeout,
-            ..SenderConfig::default()
-        }),
+        worker::pool::grid(&layout),
+        ways.sender(sending.clone()),
     );
     let load = Arc::new(watch::channel(Load::default()).0);
     let progress = Progress::default();
     let shown = telemetry::Metrics::default();
     config.worker.tell(&shown, Role::Prefill);
+    let stages = Arc::new(stage::Stages {
+        layout,
+        bytes: config.convert_bytes,
+        transport: config.worker.transport.clone(),
+        tls: config.worker.tls.clone(),
+        config: sending,
+        made: parking_lot::Mutex::default(),
+        converted: metrics::converted(&shown),
+    });
     let counters = metrics::LoopMetrics::new(&shown);
     let refusals = worker::metrics::Refusals::new(&shown);
     let collect = worker::metrics::collect(&shown, Arc::clone(&deps.pool), load.subscribe());
@@ -83,6 +94,7 @@ pub async fn run(
     let service = service::PrefillService {
         limits: config.worker.limits(layout, &info, deps.vocabulary),
         sender,
+        stages,
         engine: inbox,
         slots: config.worker.slots(),
         attempts: attempts.clone(),

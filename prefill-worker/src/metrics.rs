@@ -14,6 +14,14 @@ pub(crate) struct LoopMetrics {
     pub budget: Gauge,
 }
 
+/// Of prompts whose KV was converted.
+pub(crate) fn converted(m: &Metrics) -> Counter {
+    m.counter(
+        "tandem_kv_converted_blocks_total",
+        "KV blocks made for decode workers whose blocks have another size or element type.",
+    )
+}
+
 impl LoopMetrics {
     pub fn new(m: &Metrics) -> Self {
         Self {

@@ -21,12 +21,14 @@ use worker::{Request, pulse, serve};
 
 use crate::error;
 use crate::job::{Computed, Job, Progress, Source};
+use crate::stage::{Stage, Stages};
 
 /// The gRPC face of a prefill worker.
 #[derive(Clone)]
 pub(crate) struct PrefillService {
     pub limits: Arc<Limits>,
     pub sender: Sender,
+    pub stages: Arc<Stages>,
     pub engine: Inbox<Job>,
     pub slots: Arc<Semaphore>,
     pub attempts: Attempts,
@@ -67,11 +69,17 @@ impl PrefillService {
         let began = Instant::now();
         let work = async {
             let source = Arc::new(Source::default());
-            let push = self.sender.open(ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
-            let computed = self.compute(&request, &push, source).await?;
+            let stage = self.stages.wanted(&ticket, &self.sender)?;
+            let sender = stage.as_ref().map_or(&self.sender, |stage| &stage.sender);
+            let push = sender.open(ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
+            let is_converted = stage.is_some();
+            let computed = self.compute(&request, &push, source, stage).await?;
             let (report, exposed) = self.commit(&request, push, &computed).await?;
             trace(&span, began, &computed, &report);
-            Ok(self.reply(&computed, &report, exposed))
+            if is_converted {
+                self.stages.converted.increment(report.cells / self.limits.layout.layers as u64);
+            }
+            Ok(self.reply(&computed, &report, exposed, is_converted))
         };
         tokio::select! {
             reply = work => reply,
@@ -97,11 +105,19 @@ impl PrefillService {
         request: &Arc<Request>,
         push: &Push,
         source: Arc<Source>,
+        stage: Option<Arc<Stage>>,
     ) -> Result<Computed, Status> {
         let meta = v1::TicketMeta::decode(push.meta().clone())
             .map_err(|e| Status::invalid_argument(format!("ticket.meta: {e}")))?;
         let first_block = meta.first_block as usize;
-        let blocks = self.limits.layout.blocks_for(request.stem.len());
+        let target = stage.as_ref().map_or(&self.limits.layout, |stage| stage.conversion.to());
+        let blocks = target.blocks_for(request.stem.len());
+        if stage.is_some() && blocks - first_block.min(blocks) > target.blocks {
+            return Err(serve::shed(&format!(
+                "{blocks} converted blocks are wanted and --convert-mib has room for {}",
+                target.blocks
+            )));
+        }
         if meta.compat_hash != self.limits.compat_hash || first_block + push.slots() != blocks {
             return Err(Status::invalid_argument(format!(
                 "ticket: {} slots from block {first_block} on do not fit a prompt of {blocks} blocks of this model",
@@ -117,6 +133,8 @@ impl PrefillService {
             source,
             cells: push.queue(),
             first_block,
+            stage,
+            staged: Vec::new(),
             done,
             submitted: Instant::now(),
             progress: Progress::default(),
@@ -146,7 +164,13 @@ impl PrefillService {
         Ok((report, computed.at.elapsed().as_secs_f64() * 1e3))
     }
 
-    fn reply(&self, computed: &Computed, report: &PushReport, exposed_transfer_ms: f64) -> v1::PrefillReply {
+    fn reply(
+        &self,
+        computed: &Computed,
+        report: &PushReport,
+        exposed_transfer_ms: f64,
+        converted: bool,
+    ) -> v1::PrefillReply {
         let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         v1::PrefillReply {
             timing: Some(v1::PrefillTiming {
@@ -161,6 +185,7 @@ impl PrefillService {
                 cached_blocks: 0,
                 transport: report.transport.to_string(),
                 refetched: count(report.refetched),
+                converted,
             }),
             load: Some(load_to_wire(&self.load.borrow())),
         }

@@ -240,6 +240,7 @@ impl Journey {
             self.kv.blocks += kv.blocks;
             self.kv.refetched += kv.refetched;
             self.kv.transport = kv.transport;
+            self.kv.converted |= kv.converted;
         }
         let Some(timing) = reply.timing else { return };
         self.note_timing(&timing);

@@ -109,7 +109,11 @@ impl Journey {
         let fleet = self.shared.fleet.clone();
         let lost = self.losses.workers();
         let mut others = fleet.candidates(Role::Decode, prompt, &mut self.chains, lost, &mut rand::rng());
-        others.retain(|c| *c.worker != *from.name() && *c.compat_hash == *from.worker.member.compat_hash);
+        let own = &from.worker.member;
+        let fits = |c: &placement::Candidate| {
+            *c.compat_hash == *own.compat_hash && c.block_tokens == own.block_tokens as usize
+        };
+        others.retain(|c| *c.worker != *from.name() && fits(c));
         let demand =
             Demand { prompt_tokens: prompt.len() + self.relay.sent(), salt: rand::random::<u32>() as usize };
         let model = *self.shared.model.lock();

@@ -48,6 +48,8 @@ pub struct Spec {
     pub decode_step: usize,
     /// How prompts share steps with decoding sequences.
     pub local_prefill: LocalPrefill,
+    /// How the pools of prefill and of decode workers hold KV: tokens of a block, element type.
+    pub forms: [(usize, KvDtype); 2],
     /// Blocks of each pool.
     pub kv_blocks: usize,
     /// Sequences at once on one worker.
@@ -83,6 +85,7 @@ impl Default for Spec {
             prefill_step: 512,
             decode_step: 256,
             local_prefill: LocalPrefill::Priority,
+            forms: [(16, KvDtype::Bf16); 2],
             kv_blocks: 600,
             max_sequences: 64,
             max_waiting: 64,
@@ -224,10 +227,11 @@ impl Cluster {
         join: &Arc<dyn Join>,
         is_prefill: bool,
     ) -> Node {
+        let (block_tokens, kv_dtype) = spec.forms[usize::from(!is_prefill)];
         let options = CpuOptions {
             kv_blocks: spec.kv_blocks,
-            block_tokens: 16,
-            kv_dtype: KvDtype::Bf16,
+            block_tokens,
+            kv_dtype,
             threads: 1,
             max_batch_tokens: step_tokens.max(spec.max_sequences),
             quantise: None,
@@ -265,7 +269,7 @@ impl Cluster {
         let registry = Arc::clone(join);
         let vocabulary = Vocabulary::of(model, config.vocab, &config.eos);
         let ended: BoxFuture<'static, Result<(), String>> = if is_prefill {
-            let config = PrefillConfig { worker, max_prompts: 16 };
+            let config = PrefillConfig { worker, max_prompts: 16, convert_bytes: 3 << 20 };
             let deps = worker::Deps {
                 engine,
                 pool: Arc::clone(&pool),

@@ -16,6 +16,9 @@ use tokio::sync::{Semaphore, watch};
 use crate::request::Limits;
 use crate::transport::{TransportConfig, Ways};
 
+/// Largest block, in tokens.
+pub const MAX_BLOCK_TOKENS: usize = 256;
+
 /// What a worker works with.
 pub struct Deps {
     /// The model on its device.

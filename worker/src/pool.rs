@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use engine::KvMemory;
+use engine::{KvLayout, KvMemory};
 use kv_transport::{Grid, Region};
 
 /// A cell is one block of one layer; a plane is a layer, a slot is a block.
-pub fn grid(kv: &dyn KvMemory) -> Grid {
-    let layout = kv.layout();
+pub fn grid(layout: &KvLayout) -> Grid {
     Grid {
         planes: u32::try_from(layout.layers).unwrap_or(u32::MAX),
         plane_stride: layout.layer_bytes() as u64,

@@ -23,12 +23,20 @@ pub struct Limits {
     pub max_context_tokens: usize,
     /// Blocks in the pool.
     pub layout: KvLayout,
-    /// Requests made for another model, layout or version are refused.
+    /// Requests made for another model or version are refused.
     pub compat_hash: String,
     /// Requests meant for another start of this worker are refused.
     pub incarnation: u64,
     /// For grammars.
     pub vocabulary: Vocabulary,
+}
+
+impl Limits {
+    /// What a sender of KV must know of the pool besides the compatibility hash.
+    pub fn form(&self) -> v1::KvForm {
+        let block_tokens = u32::try_from(self.layout.block_tokens).unwrap_or(u32::MAX);
+        v1::KvForm { block_tokens, dtype: self.layout.dtype.name().to_owned() }
+    }
 }
 
 /// A request on a worker: clients choose ids, and several routers may see the same one.

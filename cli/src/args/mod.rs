@@ -220,10 +220,14 @@ pub struct EngineArgs {
     /// KV blocks of a worker's pool, instead of --kv-mib
     #[arg(long)]
     pub kv_blocks: Option<usize>,
-    /// Tokens per KV block; equal on every worker
+    /// Tokens per KV block. Where the pools differ, prefill workers convert
     #[arg(long, default_value_t = 16)]
     pub block_tokens: usize,
-    /// Element type of the KV pool; equal on every worker
+    /// Prefill worker: memory for KV that is converted for decode workers of another --block-tokens or --kv-dtype, MiB, taken when
+    /// the first one is met; the longest prompt must fit
+    #[arg(long, default_value_t = 512)]
+    pub convert_mib: usize,
+    /// Element type of the KV pool. Where the pools differ, prefill workers convert
     #[arg(long, value_enum, default_value_t = KvType::Bf16)]
     pub kv_dtype: KvType,
     /// Tokens in one engine step [default: prefill 512 on a CPU, 8192 on a GPU; decode 256, with --strategy shared 2048

@@ -18,6 +18,11 @@ impl KvDtype {
         }
     }
 
+    /// The type of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [KvDtype::Bf16, KvDtype::F32].into_iter().find(|dtype| dtype.name() == name)
+    }
+
     /// The name used in configuration and compatibility hashes.
     pub fn name(self) -> &'static str {
         match self {

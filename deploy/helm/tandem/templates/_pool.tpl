@@ -115,8 +115,8 @@ spec:
 {{- end }}
 - --device={{ $pool.device }}
 - --kv-mib={{ $pool.kvMib }}
-- --block-tokens={{ $top.Values.engine.blockTokens }}
-- --kv-dtype={{ $top.Values.engine.kvDtype }}
+- --block-tokens={{ $pool.blockTokens | default $top.Values.engine.blockTokens }}
+- --kv-dtype={{ $pool.kvDtype | default $top.Values.engine.kvDtype }}
 {{- with $top.Values.engine.quantize }}
 - --quantize={{ . }}
 {{- end }}
