@@ -10,6 +10,7 @@ Exit code 1 when something does not hold.
 
 import argparse
 import json
+import os
 import resource
 import select
 import socket
@@ -27,10 +28,11 @@ MEMORY_MIB = 768
 
 
 class Honest(threading.Thread):
-    """One who asks and is answered, whatever others do."""
+    """One who asks and is answered, whatever others do. It names itself: those who do not wait in one queue together."""
 
     def __init__(self, cluster):
         super().__init__(daemon=True)
+        os.environ["TANDEM_API_KEY"] = "honest"
         self.cluster, self.over, self.bad, self.answers, self.slowest = cluster, threading.Event(), [], 0, 0.0
         self.prompts = [{"id": "0", "text": "The lamp burned and the wind blew."}]
         self.expected = tokens_of(cluster.ask(self.prompts, tokens=16)["0"])

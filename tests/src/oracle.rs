@@ -82,7 +82,7 @@ impl Mixed {
         let conversion = Conversion::between(*from.layout(), *to.layout()).unwrap();
         for layer in 0..to.layout().layers {
             for block in 0..to.layout().blocks_for(prompt.len()) {
-                let source = |block| bytes(from.as_ref(), layer, block as u32);
+                let source = |block| &*bytes(from.as_ref(), layer, block as u32);
                 conversion.fill(block, prompt.len(), source, bytes(to.as_ref(), layer, block as u32));
             }
         }
