@@ -20,6 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".tandem.v1.Reserved.ticket")
         .bytes(".tandem.v1.PrefillRequest.ticket")
         .bytes(".tandem.v1.MoveRequest.ticket")
+        .bytes(".tandem.v1.ReserveProbeReply.ticket")
+        .bytes(".tandem.v1.PushProbeRequest.ticket")
         .compile_fds(open)?;
     // The same package once more: these services only, over the messages that are there already.
     fs::create_dir_all(out.join("sealed"))?;
@@ -34,8 +36,24 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Between router and workers; see `sealed.rs`.
 const SEALED: [&str; 2] = ["PrefillWorker", "DecodeWorker"];
 
+/// Leaves some services out, with what is said of them: locations name a service by its place in the file.
 fn keep_services(descriptors: &mut FileDescriptorSet, keep: impl Fn(&str) -> bool) {
+    const SERVICE: i32 = 6; // FileDescriptorProto.service
     for file in &mut descriptors.file {
+        let mut next = 0..;
+        let mut place = |is_kept: bool| if is_kept { next.next() } else { None };
+        let places: Vec<Option<i32>> = file.service.iter().map(|s| place(keep(s.name()))).collect();
         file.service.retain(|service| keep(service.name()));
+        let Some(info) = &mut file.source_code_info else { continue };
+        info.location.retain_mut(|location| match location.path.as_mut_slice() {
+            [SERVICE, place, ..] => match places.get(*place as usize) {
+                Some(Some(now)) => {
+                    *place = *now;
+                    true
+                }
+                _ => false,
+            },
+            _ => true,
+        });
     }
 }

@@ -108,6 +108,7 @@ async fn who_shows_no_key_gets_nothing_and_limits_hold() {
 
     let (_, said) = keyed.cluster.call(&["doctor"]);
     assert!(said.contains("decode") && said.contains("to connect"), "{said}");
+    assert!(said.contains("GB/s over") || said.contains("operator's API key"), "{said}");
     for arguments in [&["status"][..], &["top", "--json"]] {
         let (code, said) = keyed.cluster.call(arguments);
         assert!(code == Some(0) && said.contains("tiny"), "{arguments:?}: {said}");

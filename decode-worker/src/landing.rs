@@ -63,8 +63,8 @@ impl DecodeService {
             .alloc(missing, BlockState::Reserved)
             .map_err(|e| serve::shed(&format!("out of KV blocks on this decode worker: {e}")))?;
         let slots = blocks.iter().map(Block::id).collect();
-        let blocks = Arc::new(Reserved(Mutex::new(blocks)));
-        let reserved = QuarantineOnDrop(Arc::downgrade(&blocks));
+        let blocks = Arc::new(Reserved::new(blocks));
+        let reserved = QuarantineOnDrop::of(&blocks);
         let latest = Instant::now() + self.reservation;
         let landing = self
             .receiver
@@ -153,18 +153,28 @@ impl DecodeService {
 pub(crate) struct Reserved(Mutex<Vec<Block>>);
 
 impl Reserved {
+    pub fn new(blocks: Vec<Block>) -> Self {
+        Self(Mutex::new(blocks))
+    }
+
     fn set_state(&self, state: BlockState) {
         self.0.lock().iter().for_each(|block| block.set_state(state));
     }
 
-    fn take(&self, state: BlockState) -> Vec<Block> {
+    pub fn take(&self, state: BlockState) -> Vec<Block> {
         self.set_state(state);
         std::mem::take(&mut *self.0.lock())
     }
 }
 
 /// A reservation that ends without landing: what the transport still keeps is in quarantine.
-struct QuarantineOnDrop(Weak<Reserved>);
+pub(crate) struct QuarantineOnDrop(Weak<Reserved>);
+
+impl QuarantineOnDrop {
+    pub fn of(reserved: &Arc<Reserved>) -> Self {
+        Self(Arc::downgrade(reserved))
+    }
+}
 
 impl Drop for QuarantineOnDrop {
     fn drop(&mut self) {

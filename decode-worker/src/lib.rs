@@ -11,6 +11,7 @@ mod metrics;
 mod moving;
 mod order;
 mod outlook;
+mod probe;
 pub mod scheduler;
 mod seal;
 mod service;
@@ -23,7 +24,7 @@ use engine::EngineError;
 use kv_transport::{Receiver, ReceiverConfig, Sender, SenderConfig};
 use proto::v1::decode_worker_server::DecodeWorkerServer;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::service::RoutesBuilder;
 use worker::WorkerConfig;
@@ -130,6 +131,14 @@ pub async fn run(
         refusals,
         tracer: deps.tracer,
     };
+    let probe = Arc::new(probe::DecodeProbe {
+        limits: Arc::clone(&service.limits),
+        pool: Arc::clone(&service.pool),
+        kv: Arc::clone(&service.kv),
+        receiver: receiver.clone(),
+        sender: service.sender.clone(),
+        turn: Arc::new(Semaphore::new(probe::AT_ONCE)),
+    });
     let rules = scheduler::Rules {
         step_tokens: config.worker.step_tokens,
         max_choices: config.worker.max_sequences,
@@ -152,8 +161,16 @@ pub async fn run(
     let mut routes = RoutesBuilder::default();
     routes.add_service(DecodeWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Decode, &address, &layout, &info, &ways);
-    let life =
-        Life { config: config.worker, member, registry: deps.registry, load, attempts, progress, page };
+    let life = Life {
+        config: config.worker,
+        member,
+        registry: deps.registry,
+        load,
+        attempts,
+        progress,
+        page,
+        probe,
+    };
     let on_kv = {
         let receiver = receiver.clone();
         move |stream| {

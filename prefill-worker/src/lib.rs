@@ -6,6 +6,7 @@ mod engine_loop;
 mod error;
 mod job;
 mod metrics;
+mod probe;
 pub mod scheduler;
 mod service;
 mod stage;
@@ -102,6 +103,8 @@ pub async fn run(
         refusals,
         tracer: deps.tracer,
     };
+    let probe =
+        Arc::new(probe::PrefillProbe { pool: Arc::clone(&deps.pool), kv, sender: service.sender.clone() });
     let rules = scheduler::Rules {
         step_tokens: config.worker.step_tokens,
         max_prompts: config.max_prompts,
@@ -121,8 +124,16 @@ pub async fn run(
     let mut routes = RoutesBuilder::default();
     routes.add_service(PrefillWorkerServer::new(service).max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
     let member = config.worker.member(Role::Prefill, &address, &layout, &info, &ways);
-    let life =
-        Life { config: config.worker, member, registry: deps.registry, load, attempts, progress, page };
+    let life = Life {
+        config: config.worker,
+        member,
+        registry: deps.registry,
+        load,
+        attempts,
+        progress,
+        page,
+        probe,
+    };
     // Nothing is pushed to a prefill worker; a KV connection to it is closed.
     life.run(listener, routes, |_stream| async {}, engine, stop).await
 }

@@ -20,6 +20,7 @@ mod moving;
 pub mod operator_service;
 pub mod placement;
 pub mod prefix_index;
+mod probing;
 mod receiving;
 pub mod registry_service;
 pub mod relay;

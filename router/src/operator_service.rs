@@ -8,6 +8,7 @@ use proto::v1::worker_control_client::WorkerControlClient;
 use tonic::{Code, Request, Response, Status};
 
 use crate::fleet::{Fleet, Worker};
+use crate::probing;
 use crate::status::Board;
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -45,12 +46,17 @@ impl OperatorService {
 }
 
 /// A worker's answer, or why there is none.
-async fn told<T>(
+pub(crate) async fn told<T>(
     worker: &str,
     call: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<Response<T>, Status> {
     match tokio::time::timeout(PATIENCE, call).await {
-        Ok(Err(status)) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
+        Ok(Err(status))
+            if matches!(
+                status.code(),
+                Code::FailedPrecondition | Code::InvalidArgument | Code::ResourceExhausted
+            ) =>
+        {
             Err(Status::new(status.code(), format!("worker {worker}: {}", status.message())))
         }
         Ok(Err(status)) => {
@@ -79,6 +85,12 @@ impl v1::operator_server::Operator for OperatorService {
         let reply = told(&call.worker, client.set_draining(call.clone())).await?;
         self.fleet.note_draining(&call.worker, call.draining);
         Ok(reply)
+    }
+
+    async fn probe(&self, call: Request<v1::ProbeRequest>) -> Result<Response<v1::ProbeReply>, Status> {
+        let call = call.into_inner();
+        let (from, to) = (self.worker(&call.from)?, self.worker(&call.to)?);
+        probing::probe(&from, &to, call.bytes).await.map(Response::new)
     }
 
     async fn set_role(

@@ -8,12 +8,16 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::probe::{self, Probe};
+
 /// On every worker.
 pub(crate) struct Control {
     /// What the engine's loop, the registry and health follow.
     pub load: Arc<watch::Sender<Load>>,
     /// Set once the worker is told to end, or to go on in the other pool.
     pub stop: CancellationToken,
+    /// Test pushes.
+    pub probe: Arc<dyn Probe>,
     /// Its role.
     pub role: Role,
     /// Where the next one is told, when it may change.
@@ -66,6 +70,26 @@ impl v1::worker_control_server::WorkerControl for Control {
             self.stop.cancel();
         }
         Ok(Response::new(v1::SetRoleReply { switching, sequences: self.sequences() }))
+    }
+
+    async fn clock(&self, _call: Request<v1::ClockRequest>) -> Result<Response<v1::ClockReply>, Status> {
+        Ok(Response::new(v1::ClockReply { unix_ms: probe::unix_ms() }))
+    }
+
+    async fn reserve_probe(
+        &self,
+        call: Request<v1::ReserveProbeRequest>,
+    ) -> Result<Response<v1::ReserveProbeReply>, Status> {
+        let call = call.into_inner();
+        let (ticket, bytes) = self.probe.reserve(call.bytes, call.from)?;
+        Ok(Response::new(v1::ReserveProbeReply { ticket, bytes }))
+    }
+
+    async fn push_probe(
+        &self,
+        call: Request<v1::PushProbeRequest>,
+    ) -> Result<Response<v1::PushProbeReply>, Status> {
+        self.probe.push(call.into_inner().ticket).await.map(Response::new)
     }
 }
 

@@ -10,6 +10,7 @@ mod control;
 pub mod form;
 pub mod metrics;
 pub mod pool;
+pub mod probe;
 pub mod progress;
 pub mod pulse;
 pub mod rate;

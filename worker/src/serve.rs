@@ -23,6 +23,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use crate::WorkerConfig;
 use crate::attempts::Attempts;
 use crate::control::{Control, follow_readiness};
+use crate::probe::Probe;
 use crate::progress::{self, Progress};
 use crate::secure;
 
@@ -68,6 +69,8 @@ pub struct Life {
     pub progress: Progress,
     /// What it shows of itself.
     pub page: telemetry::http::Page,
+    /// Test pushes.
+    pub probe: Arc<dyn Probe>,
 }
 
 /// Why a life ended badly.
@@ -107,6 +110,7 @@ impl Life {
         let control = Control {
             load: Arc::clone(&self.load),
             stop: stop.clone(),
+            probe: self.probe,
             role: self.member.role,
             next_role: self.config.next_role.clone(),
         };

@@ -165,6 +165,10 @@ pub struct DoctorArgs {
     pub addr: Option<String>,
     #[command(flatten)]
     pub dial: DialArgs,
+    /// With --addr: MiB that every prefill worker pushes to every decode worker, to measure them; takes up to a quarter of the free
+    /// blocks for a moment. 0: nothing is pushed
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(0..=1024))]
+    pub probe_mib: u64,
     /// The pool that is tried to be registered, MiB
     #[arg(long, default_value_t = 1024)]
     pub kv_mib: usize,

@@ -2,15 +2,18 @@
 //!
 //! Facts are gathered first ([`Facts::here`]), then judged by plain code ([`judge`]), so that every verdict has a test.
 
+mod pairs;
+
 use std::path::Path;
 
 use kv_transport::verbs::{PortInfo, ports};
 use kv_transport::{Fabric, FabricConfig, Region};
 use proto::v1::ListWorkersRequest;
 use proto::v1::inference_client::InferenceClient;
+use proto::v1::operator_client::OperatorClient;
 use serde::Serialize;
 
-use crate::args::{DialArgs, DoctorArgs};
+use crate::args::DoctorArgs;
 use crate::dial;
 
 /// How bad it is.
@@ -60,7 +63,7 @@ pub async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     })
     .await?;
     if let Some(addr) = &args.addr {
-        findings.extend(members(addr, &args.dial).await);
+        findings.extend(members(addr, &args).await);
     }
     if args.json {
         println!("{}", serde_json::to_string(&findings)?);
@@ -202,13 +205,14 @@ fn port(port: &PortInfo) -> Finding {
 }
 
 /// How the members of a cluster are reached from here.
-async fn members(addr: &str, dial: &DialArgs) -> Vec<Finding> {
+async fn members(addr: &str, args: &DoctorArgs) -> Vec<Finding> {
     let workers = async {
-        let mut client = InferenceClient::new(dial::router(addr, dial).await?);
-        anyhow::Ok(client.list_workers(ListWorkersRequest {}).await?.into_inner().workers)
+        let channel = dial::router(addr, &args.dial).await?;
+        let mut client = InferenceClient::new(channel.clone());
+        anyhow::Ok((client.list_workers(ListWorkersRequest {}).await?.into_inner().workers, channel))
     };
-    let workers = match workers.await {
-        Ok(workers) => workers,
+    let (workers, channel) = match workers.await {
+        Ok(found) => found,
         Err(error) => {
             let fix = "--addr is the router's host:port; is it running?";
             return vec![finding("router", Verdict::Broken, format!("{addr}: {error:#}"), fix)];
@@ -245,6 +249,9 @@ async fn members(addr: &str, dial: &DialArgs) -> Vec<Finding> {
             seen,
             "run doctor on the others: their KV goes over TCP",
         ));
+    }
+    if args.probe_mib > 0 {
+        all.extend(pairs::measure(OperatorClient::new(channel), &workers, args.probe_mib).await);
     }
     all
 }
