@@ -219,6 +219,11 @@ async fn members(addr: &str, args: &DoctorArgs) -> Vec<Finding> {
         }
     };
     let mut all = Vec::new();
+    if workers.is_empty() {
+        let fix =
+            "start workers with its --registry or --etcd and --cluster; they join once their model is loaded";
+        all.push(finding("members", Verdict::Note, "the router knows no worker", fix));
+    }
     for worker in &workers {
         let mut times = Vec::new();
         for _ in 0..5 {
