@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs every fuzz target so many times and prints a row of bench/RESULTS-faults.md for each: `make fuzz RUNS=1000000`.
 
-Each target works on a copy of its seeds, so the folder of seeds stays small. A crash leaves its input beside the build, in
-fuzz/artifacts, and ends the campaign with an error.
+Each target works on a copy of its seeds, so the folder of seeds stays small. A crash leaves its input in fuzz/artifacts;
+the campaign goes on and ends with an error.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
     bad = 0
     for target in args.targets or known:
         done, peak, crashed, took = run(target, args.runs, args.jobs, args.seconds)
-        outcome = "**crashed**" if crashed else "clean" if done >= args.runs else "clean, stopped after its time"
+        outcome = "**ended with an error**" if crashed else "clean" if done >= args.runs else "clean, stopped after its time"
         print(f"| {target} | {done:,} | {outcome} | {peak} MiB | {took:.0f} s |", flush=True)
         for said in crashed:
             print(said, file=sys.stderr, flush=True)

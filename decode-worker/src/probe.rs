@@ -38,7 +38,7 @@ pub(crate) struct DecodeProbe {
 }
 
 impl Probe for DecodeProbe {
-    fn reserve(&self, bytes: u64, from: String) -> Result<(Bytes, u64), Status> {
+    fn reserve(&self, bytes: u64, from: String) -> Result<Bytes, Status> {
         let busy = |_| Status::resource_exhausted("another probe is under way on this worker");
         let turn = Arc::clone(&self.turn).try_acquire_owned().map_err(busy)?;
         let block_bytes = (self.limits.layout.block_bytes() * self.limits.layout.layers) as u64;
@@ -46,7 +46,6 @@ impl Probe for DecodeProbe {
         let blocks = self.pool.alloc(wanted.min(self.pool.available() / SHARE).max(1), BlockState::Reserved);
         let blocks =
             blocks.map_err(|e| serve::shed(&format!("out of KV blocks on this decode worker: {e}")))?;
-        let bytes = blocks.len() as u64 * block_bytes;
         let slots = blocks.iter().map(Block::id).collect();
         let blocks = Arc::new(Reserved::new(blocks));
         let quarantine = QuarantineOnDrop::of(&blocks);
@@ -70,7 +69,7 @@ impl Probe for DecodeProbe {
             drop(landing.committed().await.map(|landed| landed.hold.take(BlockState::Running)));
             drop((landing, quarantine, turn));
         });
-        Ok((ticket, bytes))
+        Ok(ticket)
     }
 
     fn push(&self, ticket: Bytes) -> BoxFuture<'_, Result<v1::PushProbeReply, Status>> {

@@ -81,8 +81,8 @@ impl v1::worker_control_server::WorkerControl for Control {
         call: Request<v1::ReserveProbeRequest>,
     ) -> Result<Response<v1::ReserveProbeReply>, Status> {
         let call = call.into_inner();
-        let (ticket, bytes) = self.probe.reserve(call.bytes, call.from)?;
-        Ok(Response::new(v1::ReserveProbeReply { ticket, bytes }))
+        let ticket = self.probe.reserve(call.bytes, call.from)?;
+        Ok(Response::new(v1::ReserveProbeReply { ticket }))
     }
 
     async fn push_probe(

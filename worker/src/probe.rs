@@ -17,9 +17,9 @@ const SOURCES: usize = 4;
 
 /// What a worker does for a probe.
 pub trait Probe: Send + Sync {
-    /// Makes room for about so many bytes from the worker `from`; the right to write them, and how many they are. The room is
-    /// free again as soon as they have come, or did not.
-    fn reserve(&self, bytes: u64, from: String) -> Result<(Bytes, u64), Status> {
+    /// Makes room for about so many bytes from the worker `from`; the right to write them. The room is free again as soon as
+    /// they have come, or did not.
+    fn reserve(&self, bytes: u64, from: String) -> Result<Bytes, Status> {
         let _ = (bytes, from);
         Err(Status::failed_precondition("nothing can be pushed to a prefill worker"))
     }
@@ -52,7 +52,6 @@ pub async fn push(
         (0..layers).map(|layer| ids.iter().map(|id| kv.checksum(layer, *id)).collect()).collect();
     let began = Instant::now();
     let push = sender.open(ticket, Arc::new(Mutex::new(blocks))).await.map_err(status)?;
-    let opened_ms = began.elapsed().as_secs_f64() * 1e3;
     for (layer, sums) in sums.iter().enumerate() {
         let cell = |index: usize| {
             let at = index % ids.len();
@@ -64,7 +63,6 @@ pub async fn push(
     let report = push.commit(Bytes::new()).await.map_err(status)?;
     Ok(v1::PushProbeReply {
         bytes: report.bytes,
-        opened_ms,
         total_ms: began.elapsed().as_secs_f64() * 1e3,
         transport: report.transport.to_owned(),
     })

@@ -11,8 +11,6 @@ use proto::v1::{ClockSkew, ProbeReply, ProbeRequest, WorkerStatus};
 const MAX_PAIRS: usize = 64;
 /// A clock that is off by more should be put right: traces and logs of several machines no longer fit together.
 const SKEW_MS: f64 = 100.0;
-/// Best first.
-const WAYS: [&str; 3] = ["shm", "rdma", "tcp"];
 
 /// Every prefill worker with every decode worker.
 pub(super) async fn measure(
@@ -57,15 +55,13 @@ fn pair(what: &str, reply: &ProbeReply, from: &WorkerStatus, to: &WorkerStatus) 
         reply.small_ms,
         reply.small_bytes >> 10,
     );
-    let both = |way: &&str| [from, to].iter().all(|w| w.transports.iter().any(|t| t == way));
     // Shared memory is for one host: two workers that can do it need not be on the same.
-    match WAYS.into_iter().skip(1).find(|way| both(way)) {
-        Some(better) if reply.transport == "tcp" && better != "tcp" => {
-            let fix = "its queue pairs fail: see tandem_kv_fallbacks_total and the workers' logs";
-            finding(what, Verdict::Broken, format!("{seen}; both can do {better}"), fix)
-        }
-        _ => finding(what, Verdict::Good, seen, ""),
+    let can_rdma = [from, to].iter().all(|w| w.transports.iter().any(|way| way == "rdma"));
+    if reply.transport == "tcp" && can_rdma {
+        let fix = "its queue pairs fail: see tandem_kv_fallbacks_total and the workers' logs";
+        return finding(what, Verdict::Broken, format!("{seen}; both can do rdma"), fix);
     }
+    finding(what, Verdict::Good, seen, "")
 }
 
 fn refused(what: &str, status: &tonic::Status) -> Finding {
