@@ -105,7 +105,7 @@ impl DecodeService {
         hold.span.event("kv landed");
         let blocks = landed.hold.take(BlockState::Running);
         drop(reserved);
-        let seal = Some(Seal::new(&blocks, landed.checksums));
+        let seal = Some(Seal::new(&blocks, landed.checksums, landed.on_device));
         let held = cached.len();
         let commit = v1::Commit::decode(landed.payload)
             .map_err(|e| Status::data_loss(format!("the commit is unreadable: {e}")))?;

@@ -102,6 +102,8 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
         m.counter("tandem_kv_rdma_received_bytes_total", "Of the KV bytes received, those written by RDMA.");
     let help = "Of the KV bytes received, those copied from the memory of a peer on this host.";
     let shm = m.counter("tandem_kv_shm_received_bytes_total", help);
+    let help = "Of the KV bytes received, those copied from the device of a peer on this host to ours.";
+    let cuda_ipc = m.counter("tandem_kv_cuda_ipc_received_bytes_total", help);
     let lost = m.counter("tandem_kv_queue_pairs_lost_total", "Queue pairs that broke on this side.");
     let connections = m.gauge("tandem_kv_connections", "Open KV connections.");
     move || {
@@ -113,6 +115,7 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
         bytes.absolute(stats.bytes_total);
         rdma.absolute(stats.rdma_bytes_total);
         shm.absolute(stats.shm_bytes_total);
+        cuda_ipc.absolute(stats.cuda_ipc_bytes_total);
         lost.absolute(stats.queue_pairs_lost_total);
         discarded.absolute(stats.discarded_bytes_total);
         duplicates.absolute(stats.duplicate_cells_total);

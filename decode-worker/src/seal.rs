@@ -10,19 +10,26 @@ pub(crate) struct Seal {
     blocks: Vec<u32>,
     /// Layer after layer, in the order of the blocks.
     sums: Vec<u32>,
+    /// In the same order: what came to the device directly.
+    on_device: Vec<bool>,
     next: usize,
     bad: Vec<usize>,
 }
 
 impl Seal {
     /// Over what has just landed.
-    pub fn new(blocks: &[Block], sums: Vec<u32>) -> Self {
-        Self { blocks: blocks.iter().map(Block::id).collect(), sums, next: 0, bad: Vec::new() }
+    pub fn new(blocks: &[Block], sums: Vec<u32>, on_device: Vec<bool>) -> Self {
+        Self { blocks: blocks.iter().map(Block::id).collect(), sums, on_device, next: 0, bad: Vec::new() }
     }
 
     /// The blocks under it.
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
+    }
+
+    /// Which of their cells came to the device directly, layer after layer.
+    pub fn on_device(&self) -> &[bool] {
+        &self.on_device
     }
 
     /// Compares up to `cells` more; how many it did.
@@ -80,7 +87,7 @@ mod tests {
         let mut sums: Vec<u32> =
             (0..3).flat_map(|layer| blocks.iter().map(move |b| layer * 100 + b.id())).collect();
         sums[4 + 2] ^= 1;
-        let mut seal = Seal::new(&blocks, sums);
+        let mut seal = Seal::new(&blocks, sums, Vec::new());
         let memory = Memory(layout);
         assert_eq!([seal.check(&memory, 5), seal.check(&memory, 5), seal.check(&memory, 5)], [5, 5, 2]);
         assert!(seal.is_checked());

@@ -39,6 +39,11 @@ pub trait KvMemory: Send + Sync {
     fn shared_file(&self) -> Option<Arc<OwnedFd>> {
         None
     }
+    /// The pool on its device, for pools of other processes of this host to copy from and into. None where it is on none, or
+    /// cannot be shared.
+    fn on_device(self: Arc<Self>) -> Option<Arc<dyn DeviceKv>> {
+        None
+    }
     /// CRC-32C of one block of one layer, as it stands in host memory now.
     fn checksum(&self, layer: usize, block: u32) -> u32;
     /// CRC-32C of one block of one layer, as close to where it was computed as the device can: what a push sends
@@ -46,6 +51,22 @@ pub trait KvMemory: Send + Sync {
     fn source_checksum(&self, layer: usize, block: u32) -> u32 {
         self.checksum(layer, block)
     }
+}
+
+/// A pool in device memory that is a file, so that other processes of this host can map it.
+pub trait DeviceKv: Send + Sync {
+    /// A file that stands for the memory, which lives as long as somebody holds or maps it.
+    fn file(&self) -> Result<OwnedFd, EngineError>;
+    /// Maps another pool, of at least `bytes` bytes, beside this one. An error where the devices cannot reach each other, or the
+    /// file is something else.
+    fn open(self: Arc<Self>, file: OwnedFd, bytes: usize) -> Result<Arc<dyn PeerKv>, EngineError>;
+}
+
+/// Another process's pool of the same layout, mapped.
+pub trait PeerKv: Send + Sync {
+    /// Copies blocks of layers, each from an offset in the other pool's bytes to one in ours, and makes their CRC-32C as they
+    /// stand on this device then, in the same order. Blocks until both is done.
+    fn copy(&self, cells: &[(usize, usize)], cell_bytes: usize) -> Result<Vec<u32>, EngineError>;
 }
 
 /// How blocks come to where steps read them.
@@ -107,8 +128,9 @@ pub trait Engine: Send {
 
     /// The reverse, after a transport has written the host side: begins to bring the blocks to where steps read them, beside
     /// the steps. Until it is done they are neither used nor given away; then their [`KvMemory::source_checksum`] speaks
-    /// of what steps will read. Nothing to do where the pool is in host memory.
-    fn begin_load(&mut self, _blocks: &[u32]) -> Result<Loading, EngineError> {
+    /// of what steps will read. Nothing to do where the pool is in host memory. `on_device`: what came to the device directly and
+    /// is not on the host side, layer after layer in the order of the blocks; empty where nothing did.
+    fn begin_load(&mut self, _blocks: &[u32], _on_device: &[bool]) -> Result<Loading, EngineError> {
         Ok(Loading::Done)
     }
 

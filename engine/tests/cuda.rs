@@ -342,7 +342,7 @@ fn blocks_go_to_the_host_and_back_with_their_checksums() {
             }
         }
     }
-    let Loading::Queued(load) = receiver.begin_load(&blocks[..21]).unwrap() else {
+    let Loading::Queued(load) = receiver.begin_load(&blocks[..21], &[]).unwrap() else {
         panic!("they are on the host")
     };
     while !receiver.is_loaded(load).unwrap() {}
@@ -355,6 +355,66 @@ fn blocks_go_to_the_host_and_back_with_their_checksums() {
     let last = Batch { segments: vec![segment(332)] };
     let (here, there) = (sender.forward_logits(&last).unwrap(), receiver.forward_logits(&last).unwrap());
     assert_eq!(here, there);
+}
+
+#[test]
+fn blocks_go_from_device_to_device_and_some_through_the_host() {
+    let config = shape(128, 8, 2);
+    let Some(mut sender) = cuda(&config, CudaOptions { publish: true, ..options() }) else {
+        return;
+    };
+    let mut receiver = cuda(&config, options()).unwrap();
+    let prompt = prompt(333, 3);
+    let (blocks, theirs) = (table(0, 400), table(1, 400));
+    let at =
+        |position: usize, blocks| Segment { tokens: &prompt[position..], position, blocks, samples: &[] };
+    let first = Batch { segments: vec![Segment { tokens: &prompt[..332], ..at(0, &blocks) }] };
+    sender.forward(&first, &mut |_| ()).unwrap();
+    let (from, to) = (sender.kv(), receiver.kv());
+    let layout = *from.layout();
+    let Some(device) = std::sync::Arc::clone(&to).on_device() else {
+        panic!("this driver makes no files of device memory")
+    };
+    let file = std::sync::Arc::clone(&from).on_device().unwrap().file().unwrap();
+    let peer = std::sync::Arc::clone(&device).open(file, layout.total_bytes()).unwrap();
+    let bytes = layout.block_bytes();
+    // Every third cell takes the way over the host.
+    let cells: Vec<_> = (0..layout.layers).flat_map(|layer| (0..21).map(move |at| (layer, at))).collect();
+    let on_device: Vec<bool> = (0..cells.len()).map(|cell| cell % 3 != 1).collect();
+    let place = |layer, at: usize| (layout.offset(layer, blocks[at]), layout.offset(layer, theirs[at]));
+    let directly: Vec<_> =
+        cells.iter().zip(&on_device).filter(|(_, there)| **there).map(|(cell, _)| *cell).collect();
+    let ways: Vec<_> = directly.iter().map(|&(layer, at)| place(layer, at)).collect();
+    let sums = peer.copy(&ways, bytes).unwrap();
+    for (&(layer, at), sum) in directly.iter().zip(sums) {
+        assert_eq!(sum, from.source_checksum(layer, blocks[at]), "layer {layer}, block {at}");
+    }
+    for (&(layer, at), _) in cells.iter().zip(&on_device).filter(|(_, there)| !**there) {
+        let (source, target) = place(layer, at);
+        // SAFETY: both pools have this layout, and neither engine runs.
+        unsafe {
+            let (from, to) = (from.host_address().unwrap(), to.host_address().unwrap());
+            std::ptr::copy_nonoverlapping(from.add(source), to.add(target), bytes);
+        }
+    }
+    let Loading::Queued(load) = receiver.begin_load(&theirs[..21], &on_device).unwrap() else {
+        panic!("some are on the host")
+    };
+    while !receiver.is_loaded(load).unwrap() {}
+    for (layer, at) in cells {
+        assert_eq!(to.source_checksum(layer, theirs[at]), from.source_checksum(layer, blocks[at]));
+    }
+    let here = sender.forward_logits(&Batch { segments: vec![at(332, &blocks)] }).unwrap();
+    // The peer's memory outlives its engine while it is mapped.
+    drop((sender, from));
+    assert_eq!(peer.copy(&ways[..1], bytes).unwrap().len(), 1);
+    let there = receiver.forward_logits(&Batch { segments: vec![at(332, &theirs)] }).unwrap();
+    assert_eq!(here, there);
+    for outside in [(layout.total_bytes(), 0), (0, layout.total_bytes()), (8, 0), (usize::MAX - 15, 0)] {
+        assert!(peer.copy(&[outside], bytes).is_err(), "{outside:?}");
+    }
+    let not_memory: std::os::fd::OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    assert!(device.open(not_memory, layout.total_bytes()).is_err());
 }
 
 #[test]

@@ -13,10 +13,12 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use memmap2::{Mmap, MmapOptions};
+use parking_lot::Mutex;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use crate::Region;
+use crate::device::{DeviceMemory, PeerMemory};
 use crate::incoming::{Arriving, Plan};
 use crate::landing_shared::Checked;
 use crate::landing_state::{LandingPhase, Settled};
@@ -30,20 +32,27 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const COPY_BYTES: usize = 256 << 10;
 
 /// A peer's memory, to be read.
-#[derive(Debug)]
 pub(crate) struct Borrowed {
     key: [u8; 16],
     map: Mmap,
+    /// The device memory that stands behind it, as long as reading it works.
+    device: Mutex<Option<Arc<dyn PeerMemory>>>,
+}
+
+impl std::fmt::Debug for Borrowed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Borrowed").field("bytes", &self.map.len()).finish_non_exhaustive()
+    }
 }
 
 impl Borrowed {
-    /// Fetches and maps what is lent. Blocks for at most about [`PATIENCE`].
-    fn fetch(lend: &Lend) -> io::Result<Self> {
+    /// Fetches and maps what is lent, on our device too where there are both. Blocks for at most about [`PATIENCE`].
+    fn fetch(lend: &Lend, device: Option<Arc<dyn DeviceMemory>>) -> io::Result<Self> {
         let mut stream = UnixStream::connect_addr(&SocketAddr::from_abstract_name(&lend.name)?)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.write_all(&lend.key)?;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         recvmsg(&stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
@@ -53,7 +62,8 @@ impl Borrowed {
                 files.extend(rights);
             }
         }
-        let file = files.pop().ok_or(io::ErrorKind::InvalidData)?;
+        let mut files = files.into_iter();
+        let file = files.next().ok_or(io::ErrorKind::InvalidData)?;
         // A file that could shrink would turn reads behind its end into a signal.
         let bytes = usize::try_from(lend.bytes).map_err(|_| io::ErrorKind::InvalidData)?;
         let is_fixed = fcntl_get_seals(&file)?.contains(SealFlags::SHRINK);
@@ -62,7 +72,25 @@ impl Borrowed {
         }
         // SAFETY: the file is sealed against shrinking and at least this long; the mapping is read by raw copies only.
         let map = unsafe { MmapOptions::new().len(bytes).map(&file)? };
-        Ok(Self { key: lend.key, map })
+        let opened = device.zip(files.next()).map(|(device, file)| device.open(file, bytes));
+        let device = opened.and_then(|opened| {
+            opened.inspect_err(|error| tracing::info!(%error, "no way from the peer's device to ours")).ok()
+        });
+        Ok(Self { key: lend.key, map, device: Mutex::new(device) })
+    }
+
+    pub(crate) fn device(&self) -> Option<Arc<dyn PeerMemory>> {
+        self.device.lock().clone()
+    }
+
+    /// From now on cells are copied from the host's memory.
+    pub(crate) fn give_up_device(&self) {
+        *self.device.lock() = None;
+    }
+
+    /// Whether a cell lies within it.
+    pub(crate) fn holds(&self, offset: u64, bytes: usize) -> bool {
+        usize::try_from(offset).is_ok_and(|at| at.checked_add(bytes).is_some_and(|end| end <= self.map.len()))
     }
 
     /// Copies a range into a region; an error when it lies outside of either.
@@ -89,25 +117,30 @@ impl Connection {
         if let Err(error) = &outcome {
             tracing::debug!(peer = %self.peer.worker, %error, "no shared memory");
         }
-        self.reply(Kind::Borrowed, 0, header.seq, u64::from(outcome.is_err()));
+        self.reply(Kind::Borrowed, 0, header.seq, outcome.unwrap_or(1));
         Ok(())
     }
 
-    async fn borrow(&mut self, lend: Lend) -> io::Result<()> {
+    /// What the answer says: from where cells will be read.
+    async fn borrow(&mut self, lend: Lend) -> io::Result<u64> {
+        let answer = |borrowed: &Borrowed| if borrowed.device().is_some() { 2 } else { 0 };
         let known =
             |list: &[Weak<Borrowed>]| list.iter().filter_map(Weak::upgrade).find(|b| b.key == lend.key);
         if let Some(borrowed) = known(&self.receiver.borrowed.lock()) {
+            let answer = answer(&borrowed);
             self.borrowed = Some(borrowed);
-            return Ok(());
+            return Ok(answer);
         }
-        let fetched =
-            tokio::task::spawn_blocking(move || Borrowed::fetch(&lend)).await.map_err(io::Error::other)??;
+        let device = self.receiver.region.device();
+        let fetch = move || Borrowed::fetch(&lend, device);
+        let fetched = tokio::task::spawn_blocking(fetch).await.map_err(io::Error::other)??;
         let borrowed = Arc::new(fetched);
         let mut list = self.receiver.borrowed.lock();
         list.retain(|old| old.strong_count() > 0);
         list.push(Arc::downgrade(&borrowed));
+        let answer = answer(&borrowed);
         self.borrowed = Some(borrowed);
-        Ok(())
+        Ok(answer)
     }
 
     /// Cells that lie in lent memory: copies, verifies and acknowledges them, or says why not.
@@ -129,7 +162,7 @@ impl Connection {
         let descriptors: Vec<_> = cells.iter().map(|lent| lent.cell).collect();
         let mut plan = self.plan(landing, &descriptors)?;
         let committed_before = plan.landing.phase() == LandingPhase::Committed;
-        let mut at = 0;
+        let mut at = if self.copy_on_device(&mut plan, &cells, &borrowed).await? { cells.len() } else { 0 };
         while at < cells.len() {
             let Some((next, bytes)) = self.copy_some(&mut plan, &cells, at, &borrowed)? else { break };
             at = next;

@@ -21,13 +21,15 @@ pub struct Landed<H> {
     pub bytes: u64,
     /// Number of cells.
     pub cells: u64,
-    /// How they came: `tcp`, `rdma`, `shm`, or several joined by `+` when the transfer moved.
+    /// How they came: `tcp`, `rdma`, `shm`, `cuda_ipc`, or several joined by `+` when the transfer moved.
     pub transport: &'static str,
     /// Cells that had to be sent again.
     pub refetched: u64,
     /// The producer's checksum of every cell, plane after plane, in the order of the slots: for whoever wants to
     /// look again later.
     pub checksums: Vec<u32>,
+    /// In the same order, whether a cell lies on the device ([`crate::DeviceMemory`]) and not in the region.
+    pub on_device: Vec<bool>,
 }
 
 /// A reservation and, later, what arrives in it. Dropping it revokes it.
@@ -68,6 +70,7 @@ impl<H: Send + 'static> Landing<H> {
                         transport: self.shared.used.name(),
                         refetched,
                         checksums: parts.checksums,
+                        on_device: parts.on_device,
                     });
                 }
             };

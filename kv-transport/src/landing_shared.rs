@@ -50,6 +50,7 @@ pub(crate) struct Parts {
     pub(crate) payload: Bytes,
     pub(crate) refetched: u64,
     pub(crate) checksums: Vec<u32>,
+    pub(crate) on_device: Vec<bool>,
 }
 
 /// A cell whose bytes are all there.
@@ -99,6 +100,8 @@ struct Inner {
     progress: Instant,
     /// By cell, once it is verified.
     checksums: Vec<u32>,
+    /// By cell, whether it was verified on the device.
+    on_device: Vec<bool>,
     connections: Vec<mpsc::Sender<Notice>>,
 }
 
@@ -139,6 +142,7 @@ impl LandingShared {
             sender: None,
             progress: Instant::now(),
             checksums: vec![0; facts.cells],
+            on_device: vec![false; facts.cells],
             connections: Vec::new(),
         };
         Self { facts, receiver, used: Used::default(), inner: Mutex::new(inner), changed: Notify::new() }
@@ -217,7 +221,9 @@ impl LandingShared {
                 Some(hold) => {
                     let payload = inner.payload.take().unwrap_or_default();
                     let checksums = std::mem::take(&mut inner.checksums);
-                    Poll::Done(Parts { hold, payload, refetched: inner.state.refetched(), checksums })
+                    let on_device = std::mem::take(&mut inner.on_device);
+                    let refetched = inner.state.refetched();
+                    Poll::Done(Parts { hold, payload, refetched, checksums, on_device })
                 }
                 None => Poll::Failed(LandingError::Revoked),
             },
@@ -350,8 +356,9 @@ impl Write<'_> {
                 let outcome = inner.state.settle(*cell, *good);
                 if outcome == Settled::Verified
                     && let Some(kept) = inner.checksums.get_mut(*cell)
+                    && let Some(on_device) = inner.on_device.get_mut(*cell)
                 {
-                    *kept = *checksum;
+                    (*kept, *on_device) = (*checksum, way == Transport::CudaIpc);
                 }
                 settled(*at, outcome);
             }

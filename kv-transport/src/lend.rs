@@ -1,6 +1,7 @@
-//! The sender's side of shared memory: its region lies in a file, which a peer on this host may fetch and read from.
+//! The sender's side of shared memory: its region lies in a file, and its device's memory in another, which a peer on this
+//! host may fetch and read from.
 //!
-//! The file is handed out over a socket in the kernel's abstract namespace, to processes of the same user that show
+//! They are handed out over a socket in the kernel's abstract namespace, to processes of the same user that show
 //! a key told over the KV connection. Reaching it proves that both run on one host (and in one network namespace).
 
 use std::io::{self, IoSlice};
@@ -17,12 +18,13 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::socket::Socket;
+use crate::transport::Transport;
 use crate::wire::{HEADER_BYTES, Header, Kind, Lend};
 
 /// The key must be shown by then.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Hands out the file of a region for as long as it lives.
+/// Hands out the files of a region, of its device's memory last, for as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Lender {
     lend: Lend,
@@ -30,7 +32,7 @@ pub(crate) struct Lender {
 }
 
 impl Lender {
-    pub(crate) fn start(file: Arc<OwnedFd>, bytes: usize) -> io::Result<Self> {
+    pub(crate) fn start(files: Vec<Arc<OwnedFd>>, bytes: usize) -> io::Result<Self> {
         let lend = Lend {
             key: rand::random(),
             bytes: bytes as u64,
@@ -42,7 +44,7 @@ impl Lender {
         let key = lend.key;
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                if let Err(error) = hand_out(stream, &key, &file).await {
+                if let Err(error) = hand_out(stream, &key, &files).await {
                     tracing::debug!(%error, "the KV pool was not lent");
                 }
             }
@@ -50,8 +52,8 @@ impl Lender {
         Ok(Self { lend, task: task.abort_handle() })
     }
 
-    /// Offers the region on a fresh connection; true when the receiver reads from it from now on.
-    pub(crate) async fn offer(&self, socket: &mut Socket) -> io::Result<bool> {
+    /// Offers the region on a fresh connection; how the receiver reads from it from now on, if it does.
+    pub(crate) async fn offer(&self, socket: &mut Socket) -> io::Result<Option<Transport>> {
         let mut frame = Vec::new();
         let body = self.lend.encode().ok_or(io::ErrorKind::InvalidInput)?;
         Header::bare(Kind::Lend, 0, 0, 0).put_with_body(&body, &mut frame);
@@ -59,7 +61,7 @@ impl Lender {
         let mut answer = [0; HEADER_BYTES];
         socket.read_exact(&mut answer).await?;
         match Header::parse(&answer) {
-            Some(Header { kind: Kind::Borrowed, arg, .. }) => Ok(arg == 0),
+            Some(Header { kind: Kind::Borrowed, arg, .. }) => Ok(way(arg)),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
@@ -71,7 +73,16 @@ impl Drop for Lender {
     }
 }
 
-async fn hand_out(mut stream: UnixStream, key: &[u8; 16], file: &OwnedFd) -> io::Result<()> {
+/// What an answer to an offer says.
+fn way(arg: u64) -> Option<Transport> {
+    match arg {
+        0 => Some(Transport::Shm),
+        2 => Some(Transport::CudaIpc),
+        _ => None,
+    }
+}
+
+async fn hand_out(mut stream: UnixStream, key: &[u8; 16], files: &[Arc<OwnedFd>]) -> io::Result<()> {
     let peer = stream.peer_cred()?.uid();
     if peer != rustix::process::geteuid().as_raw() {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {peer} asked for it")));
@@ -81,8 +92,8 @@ async fn hand_out(mut stream: UnixStream, key: &[u8; 16], file: &OwnedFd) -> io:
     if shown != *key {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "with a wrong key"));
     }
-    let files = [file.as_fd()];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(&files));
     let send = || Ok(sendmsg(&stream, &[IoSlice::new(&[1])], &mut ancillary, SendFlags::DONTWAIT)?);

@@ -1,4 +1,4 @@
-//! Bytes from one registered memory to another, over RDMA, shared memory or TCP, with proof of arrival.
+//! Bytes from one registered memory to another, over RDMA, memory that processes of a host share, or TCP, with proof of arrival.
 //!
 //! A [`Receiver`] owns a [`Region`] laid out as a [`Grid`] of *cells*. It reserves slots for a transfer and issues
 //! a ticket: the right to write them. A [`Sender`] opens the ticket, pushes the cells with the checksums their
@@ -22,6 +22,7 @@ compile_error!("a sabotaged transport is for showing that the checks catch it, n
 mod bits;
 mod borrow;
 mod control;
+mod device;
 mod dial;
 pub mod error;
 pub mod fence;
@@ -52,6 +53,7 @@ mod transport;
 pub mod verbs;
 pub mod wire;
 
+pub use device::{DeviceMemory, PeerMemory};
 pub use error::{LandingError, PushError, Refusal, ReserveError, TicketError};
 pub use grid::Grid;
 pub use landing::{Landed, Landing, Revoking};

@@ -13,6 +13,7 @@ use crate::error::{PushError, Refusal};
 use crate::job::Job;
 use crate::push::PushShared;
 use crate::stats::SenderCounters;
+use crate::transport::Transport;
 
 /// Warm connections to one incarnation of one receiver. Each is served by a task of its own; all take frames from
 /// the same pushes in turn, so an idle connection helps a busy push. Losing one connection ends the link.
@@ -27,8 +28,8 @@ pub(crate) struct Link {
     lanes: watch::Sender<usize>,
     /// Why the peer is used over TCP although RDMA was wanted.
     why_tcp: Mutex<String>,
-    /// Whether the peer reads our memory.
-    pub(crate) is_lent: bool,
+    /// How the peer reads our memory, if it does.
+    pub(crate) lent: Option<Transport>,
     inner: Mutex<Inner>,
 }
 
@@ -40,14 +41,14 @@ struct Inner {
 }
 
 impl Link {
-    pub(crate) fn new(counters: Arc<SenderCounters>, lanes: usize, is_lent: bool) -> Self {
+    pub(crate) fn new(counters: Arc<SenderCounters>, lanes: usize, lent: Option<Transport>) -> Self {
         Self {
             counters,
             work: Notify::new(),
             stop: CancellationToken::new(),
             lanes: watch::Sender::new(lanes),
             why_tcp: Mutex::default(),
-            is_lent,
+            lent,
             inner: Mutex::default(),
         }
     }

@@ -36,7 +36,12 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     /// The frame of a job, behind an attach if this connection has not shown the ticket yet. Nothing when a cell
     /// lies outside the source, which was checked when it was queued. Cells are sent, or only named when the source is lent.
-    pub(crate) fn new(push: Arc<PushShared>, job: Job, attach: bool, is_lent: bool) -> Option<Self> {
+    pub(crate) fn new(
+        push: Arc<PushShared>,
+        job: Job,
+        attach: bool,
+        lent: Option<Transport>,
+    ) -> Option<Self> {
         let transfer = push.ticket.transfer;
         let (mut head, mut places, mut answers, mut bytes) = (Vec::new(), Vec::new(), 0, 0);
         if attach {
@@ -56,14 +61,14 @@ impl Outgoing {
                     bytes += place.len() as u64;
                     let QueuedCell { plane, index, checksum, .. } = *queued;
                     let cell = CellDescriptor { plane, index, checksum };
-                    if is_lent {
+                    if lent.is_some() {
                         LentCell { cell, offset: place.start as u64 }.put(&mut body);
                     } else {
                         cell.put(&mut body);
                         places.push(place);
                     }
                 }
-                let kind = if is_lent { Kind::Lent } else { Kind::Write };
+                let kind = if lent.is_some() { Kind::Lent } else { Kind::Write };
                 let mut header = Header::bare(kind, transfer, seq, 0);
                 header.count = u16::try_from(cells.len()).ok()?;
                 header.payload_bytes = u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
@@ -79,7 +84,7 @@ impl Outgoing {
             }
         }
         let total = head.len() + places.iter().map(Range::len).sum::<usize>();
-        let way = if is_lent { Transport::Shm } else { Transport::Tcp };
+        let way = lent.unwrap_or(Transport::Tcp);
         Some(Self { push, head, places, sent: 0, total, bytes, way, answers })
     }
 

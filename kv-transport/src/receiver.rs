@@ -236,6 +236,7 @@ impl Receiver {
             duplicate_cells_total: counters.duplicate_cells.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),
             shm_bytes_total: counters.shm_bytes.get(),
+            cuda_ipc_bytes_total: counters.cuda_ipc_bytes.get(),
             queue_pairs_total: counters.queue_pairs.get(),
             queue_pairs_lost_total: counters.queue_pairs_lost.get(),
             checksum_failures_total: counters.checksum_failures.get(),

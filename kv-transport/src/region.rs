@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use crate::device::DeviceMemory;
+
 /// Pieces one system call moves at most, the head or tail buffer included. Linux allows 1024.
 pub(crate) const MAX_PIECES: usize = 72;
 
@@ -20,6 +22,7 @@ pub struct Region {
     base: NonNull<u8>,
     len: usize,
     file: Option<Arc<OwnedFd>>,
+    device: Option<Arc<dyn DeviceMemory>>,
     _keepalive: Arc<dyn Any + Send + Sync>,
 }
 
@@ -61,7 +64,7 @@ impl Region {
     /// to it; other bytes of the region are the owner's business.
     pub unsafe fn from_raw(base: *mut u8, len: usize, keepalive: Arc<dyn Any + Send + Sync>) -> Self {
         let (base, len) = NonNull::new(base).map_or((NonNull::dangling(), 0), |base| (base, len));
-        Self { base, len, file: None, _keepalive: keepalive }
+        Self { base, len, file: None, device: None, _keepalive: keepalive }
     }
 
     /// The file of which the memory is a mapping, from its beginning, sealed against shrinking: peers on this host may be
@@ -69,6 +72,21 @@ impl Region {
     #[must_use]
     pub fn backed_by(self, file: Arc<OwnedFd>) -> Self {
         Self { file: Some(file), ..self }
+    }
+
+    /// Where its cells really live: a peer on this host whose cells do so too copies them there, and not through this memory.
+    #[must_use]
+    pub fn on_device(self, device: Arc<dyn DeviceMemory>) -> Self {
+        Self { device: Some(device), ..self }
+    }
+
+    /// Whether its cells live on a device that peers on this host may reach.
+    pub fn is_on_device(&self) -> bool {
+        self.device.is_some()
+    }
+
+    pub(crate) fn device(&self) -> Option<Arc<dyn DeviceMemory>> {
+        self.device.clone()
     }
 
     /// Whether peers on this host can be let read it.
@@ -87,7 +105,7 @@ impl Region {
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(raw) else { handle_alloc_error(layout) };
         let len = len.min(layout.size());
-        Self { base, len, file: None, _keepalive: Arc::new(Pages { base, layout }) }
+        Self { base, len, file: None, device: None, _keepalive: Arc::new(Pages { base, layout }) }
     }
 
     /// Length in bytes.

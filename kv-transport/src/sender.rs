@@ -20,6 +20,7 @@ use crate::stats::{Fallback, SenderCounters, SenderStats};
 use crate::stream::{Limits, Stream};
 use crate::stream_rdma::{Lane, LaneConfig};
 use crate::ticket::Ticket;
+use crate::transport::Transport;
 use crate::wire;
 use crate::{Fabric, Grid, Identity, Region};
 
@@ -189,6 +190,7 @@ impl Sender {
     pub fn stats(&self) -> SenderStats {
         let links: Vec<_> = self.shared.peers.lock().values().filter_map(|peer| peer.now()).collect();
         let counters = &self.shared.counters;
+        let lent = |way| links.iter().filter(|link| link.lent == Some(way)).count();
         SenderStats {
             pushes: links.iter().map(|link| link.pushes()).sum(),
             peers: links.len(),
@@ -199,7 +201,9 @@ impl Sender {
             connects_total: counters.connects.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),
             shm_bytes_total: counters.shm_bytes.get(),
-            shm_peers: links.iter().filter(|link| link.is_lent).count(),
+            shm_peers: lent(Transport::Shm),
+            cuda_ipc_bytes_total: counters.cuda_ipc_bytes.get(),
+            cuda_ipc_peers: lent(Transport::CudaIpc),
             rdma_peers: links.iter().filter(|link| link.has_lanes()).count(),
             queue_pairs_total: counters.queue_pairs.get(),
             fallbacks_total: std::array::from_fn(|at| {
@@ -280,7 +284,7 @@ impl Shared {
                 Ok(Ok(mut sockets)) => {
                     let lent = timeout_at(until, self.lend(&mut sockets)).await;
                     match lent {
-                        Ok(Ok(is_lent)) => return Ok(self.start(sockets, is_lent)),
+                        Ok(Ok(lent)) => return Ok(self.start(sockets, lent)),
                         Ok(Err(error)) => reason = format!("{endpoint}: lending it our memory: {error}"),
                         Err(_) => reason = format!("{endpoint}: no answer about shared memory in time"),
                     }
@@ -293,30 +297,33 @@ impl Shared {
         Err(PushError::Connect { endpoints: ticket.endpoints.join(", "), reason })
     }
 
-    /// Lets a peer on this host read our memory; false where it is elsewhere or cannot.
-    async fn lend(&self, sockets: &mut [Socket]) -> std::io::Result<bool> {
+    /// Lets a peer on this host read our memory, and how; nothing where it is elsewhere or cannot.
+    async fn lend(&self, sockets: &mut [Socket]) -> std::io::Result<Option<Transport>> {
         let wanted = self.config.lend && !self.config.require_rdma && sockets.iter().all(Socket::is_local);
-        let Some(file) = self.region.file().filter(|_| wanted) else { return Ok(false) };
-        let start = || match Lender::start(file, self.region.len()) {
+        let Some(file) = self.region.file().filter(|_| wanted) else { return Ok(None) };
+        let files = || [file].into_iter().chain(self.region.device().map(|device| device.file())).collect();
+        let start = || match Lender::start(files(), self.region.len()) {
             Ok(lender) => Some(lender),
             Err(error) => {
                 tracing::info!(%error, "no shared memory with peers on this host");
                 None
             }
         };
-        let Some(lender) = self.lender.get_or_init(start) else { return Ok(false) };
+        let Some(lender) = self.lender.get_or_init(start) else { return Ok(None) };
+        let mut lent = None;
         for socket in sockets {
-            if !lender.offer(socket).await? {
-                return Ok(false);
+            match lender.offer(socket).await? {
+                None => return Ok(None),
+                way => lent = way,
             }
         }
-        Ok(true)
+        Ok(lent)
     }
 
-    fn start(&self, sockets: Vec<Socket>, is_lent: bool) -> Arc<Link> {
+    fn start(&self, sockets: Vec<Socket>, lent: Option<Transport>) -> Arc<Link> {
         // Reading our memory beats every other way.
-        let lanes = if is_lent { 0 } else { self.lanes() };
-        let link = Arc::new(Link::new(self.counters.clone(), lanes, is_lent));
+        let lanes = if lent.is_some() { 0 } else { self.lanes() };
+        let link = Arc::new(Link::new(self.counters.clone(), lanes, lent));
         let limits = Limits { progress: self.config.progress_timeout, idle: self.config.idle_timeout };
         for (rail, socket) in sockets.into_iter().enumerate() {
             self.counters.connects.add(1);

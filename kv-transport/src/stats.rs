@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::landing_state::LandingEnd;
+use crate::transport::Transport;
 
 /// A counter that only grows.
 #[derive(Debug, Default)]
@@ -26,6 +27,7 @@ pub(crate) struct ReceiverCounters {
     pub(crate) bytes: Counter,
     pub(crate) rdma_bytes: Counter,
     pub(crate) shm_bytes: Counter,
+    pub(crate) cuda_ipc_bytes: Counter,
     pub(crate) queue_pairs: Counter,
     pub(crate) queue_pairs_lost: Counter,
     /// Times that queue pairs were to be broken on purpose.
@@ -71,6 +73,8 @@ pub struct ReceiverStats {
     pub rdma_bytes_total: u64,
     /// Of these, bytes copied from memory that a sender on this host lent.
     pub shm_bytes_total: u64,
+    /// Of these, bytes copied from the device of such a sender to ours.
+    pub cuda_ipc_bytes_total: u64,
     /// Queue pairs connected.
     pub queue_pairs_total: u64,
     /// Queue pairs that broke.
@@ -110,6 +114,7 @@ pub(crate) struct SenderCounters {
     pub(crate) connects: Counter,
     pub(crate) rdma_bytes: Counter,
     pub(crate) shm_bytes: Counter,
+    pub(crate) cuda_ipc_bytes: Counter,
     pub(crate) queue_pairs: Counter,
     /// Times that queue pairs were to be broken on purpose.
     pub(crate) breaks: Counter,
@@ -137,10 +142,14 @@ pub struct SenderStats {
     pub rdma_bytes_total: u64,
     /// Of the bytes, those that lay in lent memory.
     pub shm_bytes_total: u64,
+    /// Of the bytes, those that lay in lent memory of a device.
+    pub cuda_ipc_bytes_total: u64,
     /// Peers reached now over RDMA; those in neither count, of `peers`, over TCP.
     pub rdma_peers: usize,
     /// Peers on this host that read our memory.
     pub shm_peers: usize,
+    /// Peers on this host that read our device's memory.
+    pub cuda_ipc_peers: usize,
     /// Queue pairs connected.
     pub queue_pairs_total: u64,
     /// Times that a peer was used over TCP although RDMA was wanted, by reason.
@@ -179,6 +188,11 @@ impl Fallback {
 }
 
 impl SenderCounters {
+    /// Of what lay in memory lent that way.
+    pub(crate) fn lent(&self, way: Transport) -> &Counter {
+        if way == Transport::CudaIpc { &self.cuda_ipc_bytes } else { &self.shm_bytes }
+    }
+
     pub(crate) fn fell_back(&self, why: Fallback) {
         if let Some(at) = Fallback::ALL.iter().position(|f| *f == why)
             && let Some(counter) = self.fallbacks.get(at)

@@ -121,7 +121,7 @@ impl Stream {
             }
             // An attach that was asked for is always said: its answer tells whether the ticket still stands.
             let attach = self.attached.insert(push.ticket.transfer) || matches!(job, Job::Attach);
-            let frame = Outgoing::new(push, job, attach, self.link.is_lent);
+            let frame = Outgoing::new(push, job, attach, self.link.lent);
             self.unanswered += frame.as_ref().map_or(0, |frame| frame.answers);
             self.current = frame;
         }
@@ -131,8 +131,8 @@ impl Stream {
         let Some(n) = frame.send(&mut self.socket).map_err(|_| Lost::Gone)? else { return Ok(0) };
         if frame.is_sent() {
             self.link.counters.bytes.add(frame.bytes);
-            if self.link.is_lent {
-                self.link.counters.shm_bytes.add(frame.bytes);
+            if let Some(way) = self.link.lent {
+                self.link.counters.lent(way).add(frame.bytes);
             }
             self.current = None;
         }

@@ -11,11 +11,13 @@ pub enum Transport {
     Rdma,
     /// Copied by the receiver from memory that both map.
     Shm,
+    /// Copied on the receiver's device from memory of the sender's.
+    CudaIpc,
 }
 
 impl Transport {
     /// All of them, the best first.
-    pub const ALL: [Self; 3] = [Self::Shm, Self::Rdma, Self::Tcp];
+    pub const ALL: [Self; 4] = [Self::CudaIpc, Self::Shm, Self::Rdma, Self::Tcp];
 
     /// Short name, as in `ListWorkers` and metrics.
     pub fn name(self) -> &'static str {
@@ -23,6 +25,7 @@ impl Transport {
             Self::Tcp => "tcp",
             Self::Rdma => "rdma",
             Self::Shm => "shm",
+            Self::CudaIpc => "cuda_ipc",
         }
     }
 
@@ -31,6 +34,7 @@ impl Transport {
             Self::Tcp => 1,
             Self::Rdma => 2,
             Self::Shm => 4,
+            Self::CudaIpc => 8,
         }
     }
 }
@@ -46,14 +50,26 @@ impl Used {
 
     /// Their names; a transfer that moved from one to the other names both. One without bytes says tcp.
     pub(crate) fn name(&self) -> &'static str {
-        match self.0.load(Ordering::Relaxed) {
-            2 => "rdma",
-            3 => "rdma+tcp",
-            4 => "shm",
-            5 => "shm+tcp",
-            6 => "shm+rdma",
-            7 => "shm+rdma+tcp",
-            _ => "tcp",
-        }
+        NAMES.get(usize::from(self.0.load(Ordering::Relaxed))).copied().unwrap_or("tcp")
     }
 }
+
+/// By the bits of the ways.
+const NAMES: [&str; 16] = [
+    "tcp",
+    "tcp",
+    "rdma",
+    "rdma+tcp",
+    "shm",
+    "shm+tcp",
+    "shm+rdma",
+    "shm+rdma+tcp",
+    "cuda_ipc",
+    "cuda_ipc+tcp",
+    "cuda_ipc+rdma",
+    "cuda_ipc+rdma+tcp",
+    "cuda_ipc+shm",
+    "cuda_ipc+shm+tcp",
+    "cuda_ipc+shm+rdma",
+    "cuda_ipc+shm+rdma+tcp",
+];

@@ -83,7 +83,7 @@ pub enum Kind {
     /// Receiver: its queue pair is gone, and everything that arrived before was answered; nothing of it can be
     /// written any more.
     Down = 23,
-    /// Receiver: lent memory will be read when `arg` is 0, else it cannot be.
+    /// Receiver: lent memory will be read when `arg` is 0, the device's when it is 2, else it cannot be.
     Borrowed = 24,
 }
 

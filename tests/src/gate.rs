@@ -106,8 +106,8 @@ impl Engine for Gated {
         self.engine.publish_blocks(blocks)
     }
 
-    fn begin_load(&mut self, blocks: &[u32]) -> Result<Loading, EngineError> {
-        self.engine.begin_load(blocks)
+    fn begin_load(&mut self, blocks: &[u32], on_device: &[bool]) -> Result<Loading, EngineError> {
+        self.engine.begin_load(blocks, on_device)
     }
 
     fn is_loaded(&mut self, load: u64) -> Result<bool, EngineError> {

@@ -130,8 +130,10 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
     let rdma = m.counter("tandem_kv_rdma_sent_bytes_total", "Of the KV bytes sent, those written by RDMA.");
     let help = "Of the KV bytes sent, those that a peer on this host copied from our memory.";
     let shm = m.counter("tandem_kv_shm_sent_bytes_total", help);
+    let help = "Of the KV bytes sent, those that a peer on this host copied from our device to its own.";
+    let cuda_ipc = m.counter("tandem_kv_cuda_ipc_sent_bytes_total", help);
     let help = "Peers with warm connections, by the way that KV takes to them.";
-    let peers_by = m.gauges("tandem_kv_peers", help, "transport", &["rdma", "shm", "tcp"]);
+    let peers_by = m.gauges("tandem_kv_peers", help, "transport", &["cuda_ipc", "rdma", "shm", "tcp"]);
     let help = "Times that a peer was used over TCP although RDMA was wanted.";
     let fallbacks =
         m.counters("tandem_kv_fallbacks_total", help, "reason", &Fallback::ALL.map(Fallback::name));
@@ -146,6 +148,8 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
             rdma_peers,
             shm_bytes_total,
             shm_peers,
+            cuda_ipc_bytes_total,
+            cuda_ipc_peers,
             peers,
             fallbacks_total,
             ..
@@ -159,8 +163,10 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         peers_by.of("rdma").set(rdma_peers as f64);
         shm.absolute(shm_bytes_total);
         peers_by.of("shm").set(shm_peers as f64);
+        cuda_ipc.absolute(cuda_ipc_bytes_total);
+        peers_by.of("cuda_ipc").set(cuda_ipc_peers as f64);
         // The counts are taken one after the other: links come and go meanwhile.
-        peers_by.of("tcp").set(peers.saturating_sub(rdma_peers + shm_peers) as f64);
+        peers_by.of("tcp").set(peers.saturating_sub(rdma_peers + shm_peers + cuda_ipc_peers) as f64);
         for (why, total) in fallbacks_total {
             fallbacks.of(why.name()).absolute(total);
         }

@@ -1,9 +1,11 @@
 //! The KV pool as the transport sees it: a registered region and a grid of cells.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use engine::{KvLayout, KvMemory};
-use kv_transport::{Grid, Region};
+use engine::{DeviceKv, EngineError, KvLayout, KvMemory, PeerKv};
+use kv_transport::{DeviceMemory, Grid, PeerMemory, Region};
 
 /// A cell is one block of one layer; a plane is a layer, a slot is a block.
 pub fn grid(layout: &KvLayout) -> Grid {
@@ -21,8 +23,42 @@ pub fn region(kv: &Arc<dyn KvMemory>) -> Option<Region> {
     // SAFETY: `host_address` promises `total_bytes` valid, unmoved bytes while the `KvMemory` lives, and
     // the region holds a reference to it.
     let region = unsafe { Region::from_raw(start, kv.layout().total_bytes(), keepalive) };
-    Some(match kv.shared_file() {
+    let region = match kv.shared_file() {
         Some(file) => region.backed_by(file),
         None => region,
+    };
+    let device = Arc::clone(kv).on_device().map(|device| (device.file(), device));
+    Some(match device {
+        Some((Ok(file), device)) => region.on_device(Arc::new(OnDevice { file: Arc::new(file), device })),
+        Some((Err(error), _)) => {
+            tracing::info!(%error, "KV goes through host memory");
+            region
+        }
+        None => region,
     })
+}
+
+/// The pool on its device as the transport sees it.
+struct OnDevice {
+    file: Arc<OwnedFd>,
+    device: Arc<dyn DeviceKv>,
+}
+
+impl DeviceMemory for OnDevice {
+    fn file(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.file)
+    }
+
+    fn open(&self, file: OwnedFd, bytes: usize) -> io::Result<Arc<dyn PeerMemory>> {
+        let peer = Arc::clone(&self.device).open(file, bytes).map_err(io::Error::other)?;
+        Ok(Arc::new(Peer(peer)))
+    }
+}
+
+struct Peer(Arc<dyn PeerKv>);
+
+impl PeerMemory for Peer {
+    fn copy(&self, cells: &[(usize, usize)], cell_bytes: usize) -> io::Result<Vec<u32>> {
+        self.0.copy(cells, cell_bytes).map_err(|error: EngineError| io::Error::other(error))
+    }
 }

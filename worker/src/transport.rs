@@ -13,7 +13,7 @@ use crate::secure::KvSecure;
 /// What an operator wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TransportChoice {
-    /// Shared memory with peers on this host, RDMA where this machine has it, else TCP.
+    /// Device to device or shared memory with peers on this host, RDMA where this machine has it, else TCP.
     #[default]
     Auto,
     /// Only TCP.
@@ -42,8 +42,9 @@ pub struct Ways {
     require_rdma: bool,
     /// Memory is shared with peers on this host.
     shares: bool,
-    /// The pool can be shared.
+    /// The pool can be shared, and its device's memory.
     is_shareable: bool,
+    is_on_device: bool,
     tls: Option<ClusterFiles>,
 }
 
@@ -53,9 +54,10 @@ impl TransportConfig {
     pub fn open(&self, region: &Region, tls: Option<&ClusterFiles>) -> Result<Ways, FabricError> {
         let required = self.require_rdma || self.choice == TransportChoice::Rdma;
         let (is_secure, tls) = (tls.is_some(), tls.cloned());
-        let (shares, is_shareable) =
-            (self.choice == TransportChoice::Auto && !required, region.is_shareable());
-        let ways = |fabric, require_rdma| Ways { fabric, require_rdma, shares, is_shareable, tls };
+        let shares = self.choice == TransportChoice::Auto && !required;
+        let (is_shareable, is_on_device) = (region.is_shareable(), region.is_on_device());
+        let ways =
+            |fabric, require_rdma| Ways { fabric, require_rdma, shares, is_shareable, is_on_device, tls };
         if self.choice == TransportChoice::Tcp {
             return Ok(ways(None, false));
         }
@@ -93,6 +95,7 @@ impl Ways {
             Transport::Rdma => self.fabric.is_some(),
             Transport::Tcp => !self.require_rdma,
             Transport::Shm => self.shares && self.is_shareable,
+            Transport::CudaIpc => self.shares && self.is_shareable && self.is_on_device,
         };
         Transport::ALL.iter().filter(|way| usable(way)).map(|way| way.name().to_owned()).collect()
     }

@@ -81,7 +81,7 @@ impl EngineLoop {
     fn begin_loads(&mut self) -> Result<(), EngineError> {
         for sealed in self.sealed.iter_mut().take(LOADS) {
             if sealed.loading.is_none() && sealed.is_wanted() {
-                sealed.loading = Some(self.engine.begin_load(sealed.seal.blocks())?);
+                sealed.loading = Some(self.engine.begin_load(sealed.seal.blocks(), sealed.seal.on_device())?);
             }
         }
         Ok(())

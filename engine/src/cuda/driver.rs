@@ -20,6 +20,7 @@ pub(super) fn failed(what: &str) -> impl Fn(DriverError) -> EngineError {
 /// One GPU, with its primary context.
 pub(super) struct Device {
     handle: sys::CUdevice,
+    pub(super) ordinal: i32,
     context: sys::CUcontext,
     pub(super) name: String,
     /// Compute capability, e.g. (9, 0).
@@ -59,7 +60,15 @@ impl Device {
             let total = result::device::total_mem(handle).map_err(failed("the device's memory"))?;
             (result::primary_ctx::retain(handle).map_err(failed("the device's context"))?, total)
         };
-        let device = Arc::new(Self { handle, context, name, capability, multiprocessors, total_bytes });
+        let device = Arc::new(Self {
+            handle,
+            ordinal: index,
+            context,
+            name,
+            capability,
+            multiprocessors,
+            total_bytes,
+        });
         device.enter()?;
         Ok(device)
     }
@@ -434,6 +443,8 @@ impl Kernel {
 
 // SAFETY: kernel handles have no thread affinity.
 unsafe impl Send for Kernel {}
+// SAFETY: as above; only read.
+unsafe impl Sync for Kernel {}
 
 /// Addresses of a kernel's parameters.
 macro_rules! args {

@@ -25,7 +25,7 @@ const STAGES_SM90: usize = 2;
 pub(super) struct Fixed {
     pub(super) device: Arc<Device>,
     pub(super) config: ModelConfig,
-    pub(super) kernels: Kernels,
+    pub(super) kernels: Arc<Kernels>,
     pub(super) network: Network,
     pub(super) pool: Arc<DevicePool>,
     pub(super) buffers: Buffers,
@@ -47,7 +47,7 @@ impl Fixed {
     pub(super) fn new(
         device: Arc<Device>,
         config: ModelConfig,
-        kernels: Kernels,
+        kernels: Arc<Kernels>,
         network: Network,
         pool: Arc<DevicePool>,
         capacity: Capacity,

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use super::driver::{Device, Event, Pinned, Stream};
-use super::kernels::Kernels;
 use super::pool::DevicePool;
 use crate::EngineError;
 
@@ -29,35 +28,53 @@ impl Loads {
         Ok(Self { device: Arc::clone(device), stream: Stream::new(device)?, slots: Vec::new(), last: 0 })
     }
 
-    /// Queues all layers of the blocks, each with its checksum as it stands on the device.
+    /// Queues all layers of the blocks, but for the cells that are on the device already (`on_device`, layer after layer; empty: none),
+    /// each with its checksum as it stands on the device.
     pub(super) fn begin(
         &mut self,
-        kernels: &Kernels,
         pool: &DevicePool,
         blocks: Vec<i32>,
+        on_device: &[bool],
     ) -> Result<u64, EngineError> {
-        let slot =
-            match self.slots.iter().position(|slot| slot.load == 0 && slot.ids.bytes >= 4 * blocks.len()) {
-                Some(at) => &mut self.slots[at],
-                None => {
-                    let room = 4 * blocks.len().next_power_of_two().max(1024);
-                    let ids = Pinned::new(&self.device, room, "block ids on their way")?;
-                    self.slots.push(Slot { load: 0, ids, blocks: Vec::new(), done: Event::new(false)? });
-                    let last = self.slots.len() - 1;
-                    &mut self.slots[last]
-                }
-            };
-        slot.ids.as_mut_slice::<i32>()[..blocks.len()].copy_from_slice(&blocks);
-        let ids = slot.ids.device_address();
+        let here = |layer: usize| on_device.get(layer * blocks.len()..(layer + 1) * blocks.len());
+        let missing = |layer: usize| -> Vec<i32> {
+            let is_missing = |at: usize| !here(layer).is_some_and(|here| here[at]);
+            (0..blocks.len()).filter(|&at| is_missing(at)).map(|at| blocks[at]).collect()
+        };
+        // All blocks, for the checksums; then of each layer those to be brought.
+        let mut ids = blocks.clone();
+        let mut lists = Vec::with_capacity(pool.layers());
         for layer in 0..pool.layers() {
+            let missing = missing(layer);
+            lists.push((if missing.len() == blocks.len() { 0 } else { ids.len() }, missing.len()));
+            if missing.len() < blocks.len() {
+                ids.extend(missing);
+            }
+        }
+        let slot = self.slot(ids.len())?;
+        let slot = &mut self.slots[slot];
+        slot.ids.as_mut_slice::<i32>()[..ids.len()].copy_from_slice(&ids);
+        let at = slot.ids.device_address();
+        for (layer, (start, count)) in lists.into_iter().enumerate() {
             pool.mark(layer, &blocks, false);
-            pool.load(kernels, &self.stream, layer, ids, blocks.len())?;
-            pool.checksums(kernels, &self.stream, layer, ids, blocks.len())?;
+            pool.load(&self.stream, layer, at + 4 * start as u64, count)?;
+            pool.checksums(&self.stream, layer, at, blocks.len())?;
         }
         slot.done.record(&self.stream)?;
         self.last += 1;
         (slot.load, slot.blocks) = (self.last, blocks);
         Ok(self.last)
+    }
+
+    /// A free slot with room for this many ids.
+    fn slot(&mut self, ids: usize) -> Result<usize, EngineError> {
+        if let Some(at) = self.slots.iter().position(|slot| slot.load == 0 && slot.ids.bytes >= 4 * ids) {
+            return Ok(at);
+        }
+        let room = 4 * ids.next_power_of_two().max(1024);
+        let ids = Pinned::new(&self.device, room, "block ids on their way")?;
+        self.slots.push(Slot { load: 0, ids, blocks: Vec::new(), done: Event::new(false)? });
+        Ok(self.slots.len() - 1)
     }
 
     /// Whether a load has ended; then its checksums stand.

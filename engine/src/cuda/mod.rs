@@ -8,12 +8,14 @@ mod attention;
 mod buffers;
 mod ceilings;
 mod driver;
+mod exchange;
 mod fixed;
 mod gemm;
 mod graphs;
 mod kernels;
 mod libraries;
 mod loads;
+mod mapping;
 mod network;
 mod options;
 mod plan;
@@ -119,13 +121,14 @@ impl CudaEngine {
         }
         options::check_widths(&config, kind)?;
         check_memory(&device, &config, &layout)?;
-        let kernels = Kernels::load(&device, config.head_dim, kind)?;
+        let kernels = Arc::new(Kernels::load(&device, config.head_dim, kind)?);
         let stream = Stream::new(&device)?;
         let loader = Loader { device: &device, kernels: &kernels, stream: &stream, origin, quantise: kind };
         let network = Network::load(&loader, &config)?;
         stream.synchronize()?;
         let capacity = capacity(&config, &options, kind.is_some());
-        let pool = DevicePool::new(&device, layout, options.host_side || options.publish)?;
+        let pool =
+            DevicePool::new(&device, Arc::clone(&kernels), layout, options.host_side || options.publish)?;
         let info = EngineInfo {
             backend: "cuda",
             device: device.name.clone(),
@@ -254,10 +257,10 @@ impl CudaEngine {
     /// Brings what the step wrote to the host side, layer by layer behind the compute, and says so.
     fn publish_layers(&mut self, plan: &Plan, on_layer: &mut dyn FnMut(usize)) -> Result<(), EngineError> {
         let blocks = self.fixed.buffers.inputs.at + 4 * plan.start(List::Written) as u64;
-        let (kernels, pool) = (&self.fixed.kernels, &self.fixed.pool);
+        let pool = &self.fixed.pool;
         for layer in 0..self.layer_events.len() {
             self.copies.wait(&self.layer_events[layer])?;
-            pool.publish(kernels, &self.copies, layer, blocks, plan.written.len())?;
+            pool.publish(&self.copies, layer, blocks, plan.written.len())?;
             self.host_events[layer].record(&self.copies)?;
         }
         for (layer, event) in self.host_events.iter().enumerate() {
@@ -352,7 +355,7 @@ impl Engine for CudaEngine {
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), EngineError> {
         let flat = self.known(pairs.iter().flat_map(|&(from, to)| [from, to]))?;
         let at = self.upload_blocks(&flat)?;
-        self.fixed.pool.fork(&self.fixed.kernels, &self.stream, at, pairs.len())?;
+        self.fixed.pool.fork(&self.stream, at, pairs.len())?;
         self.stream.synchronize()
     }
 
@@ -360,20 +363,20 @@ impl Engine for CudaEngine {
         let ids = self.known(blocks.iter().copied())?;
         let at = self.upload_blocks(&ids)?;
         for layer in 0..self.fixed.config.layers {
-            self.fixed.pool.publish(&self.fixed.kernels, &self.stream, layer, at, ids.len())?;
+            self.fixed.pool.publish(&self.stream, layer, at, ids.len())?;
         }
         self.stream.synchronize()?;
         (0..self.fixed.config.layers).for_each(|layer| self.fixed.pool.mark(layer, &ids, true));
         Ok(())
     }
 
-    fn begin_load(&mut self, blocks: &[u32]) -> Result<Loading, EngineError> {
+    fn begin_load(&mut self, blocks: &[u32], on_device: &[bool]) -> Result<Loading, EngineError> {
         self.fixed.device.enter()?;
         let ids = self.known(blocks.iter().copied())?;
         if ids.is_empty() {
             return Ok(Loading::Done);
         }
-        self.loads.begin(&self.fixed.kernels, &self.fixed.pool, ids).map(Loading::Queued)
+        self.loads.begin(&self.fixed.pool, ids, on_device).map(Loading::Queued)
     }
 
     fn is_loaded(&mut self, load: u64) -> Result<bool, EngineError> {

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::driver::{Device, Grid, Memory, Pinned, Stream, args};
 use super::kernels::Kernels;
-use crate::{EngineError, KvLayout, KvMemory};
+use super::mapping::Mapping;
+use crate::{DeviceKv, EngineError, KvLayout, KvMemory};
 
 /// Blocks that copy at once: enough to fill the bus, few enough to leave the device to the compute.
 const COPY_BLOCKS: usize = 32;
@@ -14,15 +15,23 @@ const CHECKSUM_THREADS: usize = 256;
 
 /// One allocation on the device and one of the same layout in page-locked host memory.
 ///
-/// Transports know host memory only: blocks are published to the host side before they are pushed and loaded from
-/// it after they have landed. The host side costs as much memory as the pool, and in return any block
+/// Transports know host memory: blocks are published to the host side before they are pushed and loaded from
+/// it after they have landed; between two processes of one host they go from device to device (`exchange.rs`). The host side costs as much memory as the pool, and in return any block
 /// that was published once, say a cached prefix, is pushed again without a copy.
 pub(super) struct DevicePool {
     layout: KvLayout,
-    memory: Memory,
+    kernels: Arc<Kernels>,
+    device: Arc<Device>,
+    memory: PoolMemory,
     host: Option<HostSide>,
     /// Whether `sums` speaks of what the host side holds.
     published: Vec<AtomicBool>,
+}
+
+enum PoolMemory {
+    /// Peers on this host may map it.
+    Shareable(Mapping),
+    Plain(Memory),
 }
 
 struct HostSide {
@@ -34,6 +43,7 @@ struct HostSide {
 impl DevicePool {
     pub(super) fn new(
         device: &Arc<Device>,
+        kernels: Arc<Kernels>,
         layout: KvLayout,
         host_side: bool,
     ) -> Result<Arc<Self>, EngineError> {
@@ -48,9 +58,15 @@ impl DevicePool {
             let memory = Pinned::shareable(device, bytes, "the KV pool's host side")?;
             Ok(HostSide { memory, sums: Pinned::new(device, cells * 4, "the KV pool's checksums")? })
         };
+        let memory = match Mapping::new(device, bytes, "the KV pool")? {
+            Some(mapping) => PoolMemory::Shareable(mapping),
+            None => PoolMemory::Plain(Memory::new(device, bytes, "the KV pool")?),
+        };
         Ok(Arc::new(Self {
             layout,
-            memory: Memory::new(device, bytes, "the KV pool")?,
+            kernels,
+            device: Arc::clone(device),
+            memory,
             host: host_side.then(host).transpose()?,
             published: (0..cells).map(|_| AtomicBool::new(false)).collect(),
         }))
@@ -62,28 +78,55 @@ impl DevicePool {
 
     /// Start of a layer on the device.
     pub(super) fn layer(&self, layer: usize) -> u64 {
-        self.memory.at + (layer * self.layout.layer_bytes()) as u64
+        self.at() + (layer * self.layout.layer_bytes()) as u64
+    }
+
+    fn at(&self) -> u64 {
+        match &self.memory {
+            PoolMemory::Shareable(mapping) => mapping.at,
+            PoolMemory::Plain(memory) => memory.at,
+        }
+    }
+
+    /// Its memory, where peers on this host may map it.
+    pub(super) fn mapping(&self) -> Option<&Mapping> {
+        match &self.memory {
+            PoolMemory::Shareable(mapping) => Some(mapping),
+            PoolMemory::Plain(_) => None,
+        }
+    }
+
+    pub(super) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub(super) fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    /// The checksums that the device made last of these cells, numbered through all layers.
+    pub(super) fn sums_of(&self, cells: &[i32]) -> Vec<u32> {
+        let sums = self.host.as_ref().map(|host| host.sums.as_slice::<u32>()).unwrap_or_default();
+        cells.iter().map(|&cell| sums.get(cell as usize).copied().unwrap_or_default()).collect()
     }
 
     /// Queues one layer of `count` blocks, whose ids lie at `blocks` on the device, for the host side,
     /// with their checksums.
     pub(super) fn publish(
         &self,
-        kernels: &Kernels,
         stream: &Stream,
         layer: usize,
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
-        self.checksums(kernels, stream, layer, blocks, count)?;
+        self.checksums(stream, layer, blocks, count)?;
         let to = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
-        self.copy(kernels, stream, to, self.layer(layer), blocks, count)
+        self.copy(stream, to, self.layer(layer), blocks, count)
     }
 
     /// Queues checksums of one layer of blocks as they stand on the device.
     pub(super) fn checksums(
         &self,
-        kernels: &Kernels,
         stream: &Stream,
         layer: usize,
         blocks: u64,
@@ -95,20 +138,19 @@ impl DevicePool {
         let slice = (bytes.div_ceil(CHECKSUM_THREADS).next_multiple_of(4)) as i32;
         let (from, bytes_i32) = (self.layer(layer), bytes as i32);
         let grid = Grid::new((count, 1, 1), CHECKSUM_THREADS as u32);
-        kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])
+        self.kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])
     }
 
     /// Queues one layer of blocks from the host side to the device.
     pub(super) fn load(
         &self,
-        kernels: &Kernels,
         stream: &Stream,
         layer: usize,
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
         let from = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
-        self.copy(kernels, stream, self.layer(layer), from, blocks, count)
+        self.copy(stream, self.layer(layer), from, blocks, count)
     }
 
     fn host(&self) -> Result<&HostSide, EngineError> {
@@ -117,30 +159,24 @@ impl DevicePool {
 
     fn copy(
         &self,
-        kernels: &Kernels,
         stream: &Stream,
         to: u64,
         from: u64,
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
-        let (count, vectors) = (count as i32, (self.layout.block_bytes() / 16) as i32);
-        let grid = Grid::new((COPY_BLOCKS, 1, 1), 512);
-        kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, blocks, count, vectors])
+        let (blocks_at_once, vectors) = (COPY_BLOCKS.min(count), (self.layout.block_bytes() / 16) as i32);
+        let count = count as i32;
+        let grid = Grid::new((blocks_at_once, 1, 1), 512);
+        self.kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, blocks, count, vectors])
     }
 
     /// Queues copies of whole blocks on the device; `pairs` (from, to) lie there.
-    pub(super) fn fork(
-        &self,
-        kernels: &Kernels,
-        stream: &Stream,
-        pairs: u64,
-        count: usize,
-    ) -> Result<(), EngineError> {
-        let (pool, layer) = (self.memory.at, self.layout.layer_bytes() / 16);
+    pub(super) fn fork(&self, stream: &Stream, pairs: u64, count: usize) -> Result<(), EngineError> {
+        let (pool, layer) = (self.at(), self.layout.layer_bytes() / 16);
         let vectors = (self.layout.block_bytes() / 16) as i32;
         let grid = Grid::new((self.layout.layers, count, 1), 256);
-        kernels.fork_blocks.launch(stream, grid, args![pool, pairs, layer, vectors])
+        self.kernels.fork_blocks.launch(stream, grid, args![pool, pairs, layer, vectors])
     }
 
     /// Whether the device's checksums speak of what both sides hold: not after someone else wrote the host side.
@@ -162,6 +198,10 @@ impl KvMemory for DevicePool {
 
     fn shared_file(&self) -> Option<Arc<OwnedFd>> {
         self.host.as_ref()?.memory.file()
+    }
+
+    fn on_device(self: Arc<Self>) -> Option<Arc<dyn DeviceKv>> {
+        (self.mapping().is_some() && self.host.is_some()).then_some(self as Arc<dyn DeviceKv>)
     }
 
     fn checksum(&self, layer: usize, block: u32) -> u32 {

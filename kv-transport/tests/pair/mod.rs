@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kv_transport::mux::{MuxConfig, split};
 use kv_transport::{
-    Cell, Fabric, FabricConfig, Grid, Identity, Landing, Receiver, ReceiverConfig, Region, Reserve, Sender,
-    SenderConfig,
+    Cell, DeviceMemory, Fabric, FabricConfig, Grid, Identity, Landing, Receiver, ReceiverConfig, Region,
+    Reserve, Sender, SenderConfig,
 };
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
@@ -83,6 +83,8 @@ pub struct Setup {
     pub rdma: (bool, bool),
     /// The sender's region can be lent.
     pub shared: bool,
+    /// Where the cells of sender and receiver live, if not in their regions.
+    pub devices: [Option<Arc<dyn DeviceMemory>>; 2],
 }
 
 /// Memory in a sealed file, as an engine makes it.
@@ -115,6 +117,7 @@ impl Setup {
             endpoint: None,
             rdma: (false, false),
             shared: false,
+            devices: [None, None],
         }
     }
 
@@ -127,7 +130,12 @@ impl Setup {
         let grid = self.grid;
         let bytes = (u64::from(grid.planes) * grid.plane_stride) as usize;
         let source = if self.shared { shared_region(bytes) } else { Region::zeroed(bytes) };
-        let target = Region::zeroed(bytes);
+        let [from, to] = std::mem::take(&mut self.devices);
+        let on = |region: Region, device| match device {
+            Some(device) => region.on_device(device),
+            None => region,
+        };
+        let (source, target) = (on(source, from), on(Region::zeroed(bytes), to));
         let mut random = vec![0; bytes];
         StdRng::seed_from_u64(7).fill_bytes(&mut random);
         source.copy_in(0, &random).unwrap();

@@ -9,6 +9,14 @@ extern "C" __global__ void copy_blocks_of_layer(uint4 *to, const uint4 *from, co
     }
 }
 
+// Copies cells from another pool of the same layout: the one at `sources[i]` bytes of it becomes cell number `cells[i]` of ours.
+// Grid: (parts, cells).
+extern "C" __global__ void copy_cells(uint4 *to, const uint4 *from, const int *cells, const size_t *sources, int vectors) {
+    uint4 *cell = to + (size_t)cells[blockIdx.y] * vectors;
+    const uint4 *source = from + sources[blockIdx.y] / sizeof(uint4);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vectors; i += gridDim.x * blockDim.x) cell[i] = source[i];
+}
+
 // Copies block pairs (from, to) in all layers. Grid: (layers, pairs).
 extern "C" __global__ void fork_blocks(uint4 *pool, const int2 *pairs, size_t layer_vectors, int vectors) {
     int2 pair = pairs[blockIdx.y];

@@ -1,0 +1,98 @@
+//! From the device memory of another process's pool into ours, without the host.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::driver::{Device, Grid, Pinned, Stream, args};
+use super::mapping::Mapping;
+use super::pool::DevicePool;
+use crate::{DeviceKv, EngineError, KvMemory, PeerKv};
+
+/// Cells of one call at most, as long as they are of one frame; more grow it.
+const CELLS: usize = 64;
+/// Thread blocks that copy one cell.
+const COPY_PARTS: usize = 4;
+
+impl DeviceKv for DevicePool {
+    fn file(&self) -> Result<OwnedFd, EngineError> {
+        let mapping = self.mapping();
+        mapping.ok_or_else(|| EngineError::Unsupported("this KV pool cannot be shared".into()))?.file()
+    }
+
+    fn open(self: Arc<Self>, file: OwnedFd, bytes: usize) -> Result<Arc<dyn PeerKv>, EngineError> {
+        let device = Arc::clone(self.device());
+        device.enter()?;
+        let theirs = Mapping::of_file(&device, &file, bytes)?;
+        let lane = Lane::new(&device, CELLS)?;
+        Ok(Arc::new(PeerPool { bytes, lane: Mutex::new(lane), theirs, ours: self, device }))
+    }
+}
+
+/// Another pool, mapped beside ours.
+struct PeerPool {
+    bytes: usize,
+    lane: Mutex<Lane>,
+    theirs: Mapping,
+    ours: Arc<DevicePool>,
+    device: Arc<Device>,
+}
+
+/// What copies are queued on, and told by.
+struct Lane {
+    stream: Stream,
+    /// Where each cell lies in their pool, in bytes (u64), then its number in ours (i32).
+    cells: Pinned,
+    room: usize,
+}
+
+impl Lane {
+    fn new(device: &Arc<Device>, room: usize) -> Result<Self, EngineError> {
+        let cells = Pinned::new(device, room * 12, "cells on their way")?;
+        Ok(Self { stream: Stream::new(device)?, cells, room })
+    }
+}
+
+impl PeerKv for PeerPool {
+    fn copy(&self, cells: &[(usize, usize)], cell_bytes: usize) -> Result<Vec<u32>, EngineError> {
+        let ours = self.ours.layout();
+        let fits = |&(from, to): &(usize, usize)| {
+            let inside = |at: usize, total: usize| at.checked_add(cell_bytes).is_some_and(|end| end <= total);
+            from.is_multiple_of(16) && inside(from, self.bytes) && inside(to, ours.total_bytes())
+        };
+        if cell_bytes != ours.block_bytes() || !cells.iter().all(fits) {
+            return Err(EngineError::BadBatch(format!(
+                "cells of {cell_bytes} bytes that are not the pool's"
+            )));
+        }
+        self.device.enter()?;
+        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        if cells.len() > lane.room {
+            *lane = Lane::new(&self.device, cells.len().next_power_of_two())?;
+        }
+        let split = 8 * lane.room;
+        let numbers: Vec<i32> = cells.iter().map(|&(_, to)| (to / cell_bytes) as i32).collect();
+        let room = lane.cells.as_mut_slice::<u8>();
+        for (at, (&(from, _), number)) in cells.iter().zip(&numbers).enumerate() {
+            room[8 * at..8 * at + 8].copy_from_slice(&(from as u64).to_ne_bytes());
+            room[split + 4 * at..split + 4 * at + 4].copy_from_slice(&number.to_ne_bytes());
+        }
+        let (from, ids) = (lane.cells.device_address(), lane.cells.device_address() + split as u64);
+        let (to, theirs, vectors) = (self.ours.layer(0), self.theirs.at, (cell_bytes / 16) as i32);
+        let grid = Grid::new((COPY_PARTS, cells.len(), 1), 256);
+        let kernels = self.ours.kernels();
+        kernels.copy_cells.launch(&lane.stream, grid, args![to, theirs, ids, from, vectors])?;
+        // Cells are numbered through all layers: to the kernel the pool is one layer.
+        self.ours.checksums(&lane.stream, 0, ids, cells.len())?;
+        lane.stream.synchronize()?;
+        Ok(self.ours.sums_of(&numbers))
+    }
+}
+
+impl Drop for PeerPool {
+    fn drop(&mut self) {
+        // Their memory is unmapped next: nothing may still read it.
+        let _ = self.device.enter();
+        let lane = self.lane.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = lane.stream.synchronize();
+    }
+}
