@@ -27,6 +27,7 @@ WAYS = {
     1: {
         "shared: whole prompts on the decode worker": ("shared", [("decode", 0, ["--step-tokens", "8192"])]),
         **{name: ("chunked", [("decode", 0, ["--step-tokens", str(n)])]) for name, n in CHUNKS.items()},
+        **{f"priority: decode first, ITL limit {n} ms": ("priority", [("decode", 0, ["--step-tokens", "2048", "--slo-itl-ms", str(n)])]) for n in (15, 30)},
         "disaggregated: two processes share the one GPU": ("disaggregated", [("decode", 0, []), ("prefill", 0, [])]),
     },
     2: {

@@ -148,7 +148,8 @@ impl Sender {
         let mut link = shared.link(&ticket, deadline).await?;
         let bounds = FrameBounds {
             cells: shared.config.frame_cells.clamp(1, wire::MAX_FRAME_CELLS),
-            bytes: shared.config.frame_bytes.min(wire::MAX_FRAME_BYTES),
+            // Of lent memory a frame only names cells, and the more it names the fewer copies there are.
+            bytes: link.lent.map_or(shared.config.frame_bytes, |_| usize::MAX).min(wire::MAX_FRAME_BYTES),
             window_bytes: shared.config.window_bytes,
         };
         let memory = || (shared.region.clone(), shared.grid);

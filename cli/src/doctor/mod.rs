@@ -157,7 +157,7 @@ fn judge(facts: &Facts, kv_mib: usize) -> Vec<Finding> {
         all.push(finding(
             "GPUDirect",
             Verdict::Note,
-            format!("{seen}; KV of a GPU goes through host memory"),
+            format!("{seen}; KV between GPUs of two hosts goes through host memory"),
             "",
         ));
     }

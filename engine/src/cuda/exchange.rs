@@ -23,15 +23,15 @@ impl DeviceKv for DevicePool {
         let device = Arc::clone(self.device());
         device.enter()?;
         let theirs = Mapping::of_file(&device, &file, bytes)?;
-        let lane = Lane::new(&device, CELLS)?;
-        Ok(Arc::new(PeerPool { bytes, lane: Mutex::new(lane), theirs, ours: self, device }))
+        Ok(Arc::new(PeerPool { bytes, lanes: Mutex::default(), theirs, ours: self, device }))
     }
 }
 
 /// Another pool, mapped beside ours.
 struct PeerPool {
     bytes: usize,
-    lane: Mutex<Lane>,
+    /// Those that no copy uses now: connections copy beside each other.
+    lanes: Mutex<Vec<Lane>>,
     theirs: Mapping,
     ours: Arc<DevicePool>,
     device: Arc<Device>,
@@ -43,12 +43,24 @@ struct Lane {
     /// Where each cell lies in their pool, in bytes (u64), then its number in ours (i32).
     cells: Pinned,
     room: usize,
+    device: Arc<Device>,
 }
 
 impl Lane {
     fn new(device: &Arc<Device>, room: usize) -> Result<Self, EngineError> {
         let cells = Pinned::new(device, room * 12, "cells on their way")?;
-        Ok(Self { stream: Stream::new(device)?, cells, room })
+        Ok(Self { stream: Stream::new(device)?, cells, room, device: Arc::clone(device) })
+    }
+}
+
+impl PeerPool {
+    /// One with room for this many cells.
+    fn lane(&self, cells: usize) -> Result<Lane, EngineError> {
+        let free = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match free.filter(|lane| lane.room >= cells) {
+            Some(lane) => Ok(lane),
+            None => Lane::new(&self.device, cells.next_power_of_two().max(CELLS)),
+        }
     }
 }
 
@@ -65,10 +77,7 @@ impl PeerKv for PeerPool {
             )));
         }
         self.device.enter()?;
-        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
-        if cells.len() > lane.room {
-            *lane = Lane::new(&self.device, cells.len().next_power_of_two())?;
-        }
+        let mut lane = self.lane(cells.len())?;
         let split = 8 * lane.room;
         let numbers: Vec<i32> = cells.iter().map(|&(_, to)| (to / cell_bytes) as i32).collect();
         let room = lane.cells.as_mut_slice::<u8>();
@@ -84,15 +93,15 @@ impl PeerKv for PeerPool {
         // Cells are numbered through all layers: to the kernel the pool is one layer.
         self.ours.checksums(&lane.stream, 0, ids, cells.len())?;
         lane.stream.synchronize()?;
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
         Ok(self.ours.sums_of(&numbers))
     }
 }
 
-impl Drop for PeerPool {
+impl Drop for Lane {
     fn drop(&mut self) {
-        // Their memory is unmapped next: nothing may still read it.
+        // What it reads may go next, after a failed copy for instance.
         let _ = self.device.enter();
-        let lane = self.lane.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let _ = lane.stream.synchronize();
+        let _ = self.stream.synchronize();
     }
 }
