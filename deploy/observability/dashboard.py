@@ -62,6 +62,9 @@ SECTIONS = [
          [(rate("tandem_retries_total", by="reason"), "retry: {{reason}}"), (rate("tandem_resumes_total"), "resume")]),
         ("Moved sequences", "ops", "Running sequences that a draining worker moved, KV and all.",
          [(rate("tandem_migrations_total", by="outcome"), "{{outcome}}")]),
+        ("Placement: expected and measured", "s", "Means from choosing workers to the first token, and how far they are apart, by where the prompt was prefilled.",
+         [(f"{rate(f'tandem_placement_{what}_seconds_sum', by='way')} / {rate(f'tandem_placement_{what}_seconds_count', by='way')}", f"{what}, {{{{way}}}}")
+          for what in ("expected", "measured", "error")]),
         ("Prefix index", "bytes", "Memory of which worker holds which prompt's beginning, and what it may use (--prefix-index-mib).",
          [(gauge("tandem_prefix_index_bytes", by="pod"), "{{pod}}"), (gauge("tandem_prefix_index_max_bytes", by="pod"), "most {{pod}}")]),
         ("Registry", "short", "1 while etcd answers this router.", [(gauge("tandem_registry_connected", by="pod"), "{{pod}}")]),

@@ -50,6 +50,7 @@ impl Journey {
     pub(crate) async fn attempt(&mut self) -> Result<(), Lost> {
         let placed_at = Instant::now();
         let placement = self.place()?;
+        self.timeline.placed(placed_at, placement.expected);
         failpoints::at("placed", 0, || {
             format!("{} {}", placement.prefill.as_deref().unwrap_or_default(), placement.decode)
         });

@@ -47,6 +47,9 @@ const KEY_REFUSALS: [&str; 6] =
 /// Stands for all calls where no keys are wanted.
 const NO_KEY: &str = "none";
 
+/// Where a prompt was prefilled, as a label.
+const WAYS: [&str; 2] = ["local", "remote"];
+
 /// What is counted for API keys, by the name of who has them.
 pub struct KeyMetrics {
     /// Calls refused, by why.
@@ -102,6 +105,10 @@ pub struct Metrics {
     output_tokens: Counter,
     within_slo: Counter,
     first_token: Histogram,
+    /// Of both ways: what placement expected, what came, how far apart.
+    expected: Family<Histogram>,
+    measured: Family<Histogram>,
+    missed: Family<Histogram>,
     token_gap: Histogram,
     per_token: Histogram,
     duration: Histogram,
@@ -173,6 +180,19 @@ impl Metrics {
                 .counter("tandem_output_tokens_total", "Output tokens of requests that ended well."),
             first_token: m
                 .seconds("tandem_time_to_first_token_seconds", "Received to first text, queueing included."),
+            expected: m.seconds_by(
+                "tandem_placement_expected_seconds",
+                "Placed to first token as placement expected it, by where the prompt was prefilled.",
+                "way",
+                &WAYS,
+            ),
+            measured: m.seconds_by("tandem_placement_measured_seconds", "The same as it came.", "way", &WAYS),
+            missed: m.seconds_by(
+                "tandem_placement_error_seconds",
+                "How far the two are apart.",
+                "way",
+                &WAYS,
+            ),
             token_gap: m
                 .seconds("tandem_inter_token_latency_seconds", "Gaps between the tokens of a choice."),
             duration: m.seconds("tandem_request_duration_seconds", "Received to last message."),
@@ -213,12 +233,23 @@ impl Metrics {
         if later_tokens > 0.0 {
             self.per_token.record((timeline.total_ms - timeline.ttft_ms) / later_tokens / 1e3);
         }
+        self.judge(timeline);
         if complete.kv.as_ref().is_some_and(|kv| kv.bytes > 0) {
             self.exposed.record(timeline.exposed_transfer_ms / 1e3);
         }
         if slo.is_met(timeline) {
             self.within_slo.increment(1);
         }
+    }
+
+    /// What placement expected beside what came.
+    fn judge(&self, timeline: &v1::Timeline) {
+        let Some(came) = timeline.expected else { return };
+        let is_local = timeline.prefill_worker == timeline.decode_worker;
+        let (way, expected_ms) = if is_local { ("local", came.local_ms) } else { ("remote", came.remote_ms) };
+        self.expected.of(way).record(expected_ms / 1e3);
+        self.measured.of(way).record(came.measured_ms / 1e3);
+        self.missed.of(way).record((expected_ms - came.measured_ms).abs() / 1e3);
     }
 
     /// An attempt ended with this status and is followed by another one.

@@ -61,8 +61,19 @@ pub struct Model {
     pub default_tokens_per_second: f64,
 }
 
+/// What the model expects of both ways, from now to the first token, ms: kept beside what comes, so that it can be judged.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Expected {
+    /// With the prompt prefilled on the decode worker.
+    pub local_ms: f64,
+    /// What the wait of the sequences that decode there counts for, on top ([`HARM`]).
+    pub harm_ms: f64,
+    /// On the best prefill worker; None where none fits.
+    pub remote_ms: Option<f64>,
+}
+
 /// The choice.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Placement {
     /// Decode worker.
     pub decode: String,
@@ -72,6 +83,8 @@ pub struct Placement {
     pub local_prefill_max_tokens: u32,
     /// Why, for metrics and the timeline.
     pub reason: &'static str,
+    /// What speaks for it, and against.
+    pub expected: Expected,
 }
 
 /// Nobody to place on.
@@ -110,12 +123,15 @@ pub fn place(
     let partners = prefill.iter().filter(|p| p.compat_hash == d.compat_hash);
     let partners = with_speeds(partners, model);
     let p = best(&partners, demand.salt, |c| prefill_cost(demand, c));
+    let uncached = demand.prompt_tokens.saturating_sub(d.cached_tokens);
+    let expected = expected(demand, uncached, d, p, model);
     let local = |reason| {
         Ok(Placement {
             decode: d.worker.to_string(),
             prefill: None,
             local_prefill_max_tokens: proto::ALWAYS_LOCAL,
             reason,
+            expected,
         })
     };
     let remote = |p: &Candidate, local_prefill_max_tokens, reason| {
@@ -124,6 +140,7 @@ pub fn place(
             prefill: Some(p.worker.to_string()),
             local_prefill_max_tokens,
             reason,
+            expected,
         })
     };
     match (policy, p) {
@@ -133,13 +150,10 @@ pub fn place(
         (Policy::Adaptive, None) => local("local:no-prefill-worker"),
         (Policy::Adaptive, Some(p)) => {
             let short = break_even_tokens(d, p, model);
-            let uncached = demand.prompt_tokens.saturating_sub(d.cached_tokens);
             if uncached <= short {
                 return local("local:short");
             }
-            let here = local_ms(uncached, d, model);
-            let there = prefill_ms(demand, p) + model.remote_overhead_ms;
-            match here < there {
+            match expected.remote_ms.is_none_or(|there| expected.local_ms + expected.harm_ms < there) {
                 true => local("local:faster"),
                 false => remote(p, u32::try_from(short).unwrap_or(u32::MAX - 1), "remote"),
             }
@@ -175,11 +189,21 @@ fn driven_out(demand: &Demand, c: &Candidate) -> f64 {
     demand.prompt_tokens.saturating_sub(c.cached_tokens) as f64 * c.churn * REUSE
 }
 
-/// The same on the decode worker: every running sequence waits while this prompt computes, and that
+/// Both ways. On the decode worker every running sequence waits while this prompt computes, and that
 /// waiting counts too ([`HARM`]). Its measured speed is of decode steps, so the prefill default rules.
-fn local_ms(uncached: usize, d: &Candidate, model: &Model) -> f64 {
-    let own = (d.queued_tokens + uncached) as f64 / model.default_tokens_per_second * 1e3;
-    own * (1.0 + HARM * d.running as f64)
+fn expected(
+    demand: &Demand,
+    uncached: usize,
+    d: &Candidate,
+    p: Option<&Candidate>,
+    model: &Model,
+) -> Expected {
+    let local_ms = (d.queued_tokens + uncached) as f64 / model.default_tokens_per_second * 1e3;
+    Expected {
+        local_ms,
+        harm_ms: local_ms * HARM * d.running as f64,
+        remote_ms: p.map(|p| prefill_ms(demand, p) + model.remote_overhead_ms),
+    }
 }
 
 /// Prompts of up to this many uncached tokens are done locally before a remote one could even begin.
@@ -250,6 +274,16 @@ mod tests {
         // Behind a long enough queue it stays after all.
         let behind = [Candidate { queued_tokens: 600, ..candidate("p") }];
         assert_eq!(adaptive(500, &behind, &busy).reason, "local:faster");
+    }
+
+    #[test]
+    fn what_was_expected_of_both_ways_is_told() {
+        let busy = [Candidate { sequences: 40, running: 32, queued_tokens: 100, ..candidate("d") }];
+        let behind = [Candidate { queued_tokens: 200, tokens_per_second: 2000.0, ..candidate("p") }];
+        let placed = adaptive(500, &behind, &busy);
+        let both = Expected { local_ms: 600.0, harm_ms: 600.0, remote_ms: Some(360.0) };
+        assert_eq!((placed.reason, placed.expected), ("remote", both));
+        assert_eq!(adaptive(500, &[], &busy).expected, Expected { remote_ms: None, ..both });
     }
 
     #[test]

@@ -6,6 +6,8 @@ use proto::v1;
 use serde_json::{Value, json};
 use telemetry::trace::Span;
 
+use crate::placement::Expected;
+
 /// Where a finished request's time went, for scripts: `stages` (ms, and by whom) and `kv` (what moved).
 pub fn json(complete: &v1::Complete) -> Value {
     let t = complete.timeline.clone().unwrap_or_default();
@@ -29,6 +31,12 @@ pub fn json(complete: &v1::Complete) -> Value {
             "prefill_worker": t.prefill_worker,
             "decode_worker": t.decode_worker,
             "placement_reason": t.placement_reason,
+            "expected": t.expected.map(|e| json!({
+                "local_ms": e.local_ms,
+                "remote_ms": e.remote_ms,
+                "harm_ms": e.harm_ms,
+                "measured_ms": e.measured_ms,
+            })),
         },
         "kv": {
             "bytes": kv.bytes,
@@ -47,6 +55,8 @@ pub struct Timeline {
     first_text: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
+    /// When the attempt that brought the first token began, and what was expected of it.
+    placed: Option<(Instant, Expected)>,
     /// Durations and names that are known already.
     pub known: v1::Timeline,
     /// Gaps between tokens of one choice, ms.
@@ -63,6 +73,7 @@ impl Timeline {
             first_text: None,
             first_token: None,
             last_token: None,
+            placed: None,
             known: v1::Timeline::default(),
             gaps: Vec::new(),
             stages: Vec::new(),
@@ -88,6 +99,13 @@ impl Timeline {
         }
         span.set("tandem.placement.reason", self.known.placement_reason.clone());
         span.set("tandem.attempts", i64::from(self.known.attempts));
+    }
+
+    /// Workers were chosen at that instant. Of several attempts the first that brings a token counts.
+    pub fn placed(&mut self, at: Instant, expected: Expected) {
+        if !self.has_token() {
+            self.placed = Some((at, expected));
+        }
     }
 
     /// A token arrived; `previous` is when the same choice's last one did.
@@ -135,6 +153,13 @@ impl Timeline {
             _ => 0.0,
         };
         known.total_ms = millis(now - self.received);
+        known.expected =
+            self.placed.zip(self.first_token).map(|((placed, expected), first)| v1::Expectation {
+                local_ms: expected.local_ms,
+                remote_ms: expected.remote_ms.unwrap_or_default(),
+                harm_ms: expected.harm_ms,
+                measured_ms: millis(first - placed),
+            });
         if !self.gaps.is_empty() {
             self.gaps.sort_by(f64::total_cmp);
             known.itl_mean_ms = self.gaps.iter().sum::<f64>() / self.gaps.len() as f64;

@@ -123,6 +123,21 @@ impl Metrics {
         self.recorder.register_histogram(&Key::from_static_name(name), &METADATA)
     }
 
+    /// A histogram of seconds for each value of a label.
+    pub fn seconds_by(
+        &self,
+        name: &'static str,
+        help: &'static str,
+        label: &'static str,
+        values: &[&'static str],
+    ) -> Family<Histogram> {
+        self.recorder.describe_histogram(KeyName::from_const_str(name), None, help.into());
+        Family::new(values, |value| {
+            let key = Key::from_parts(name, vec![Label::from_static_parts(label, value)]);
+            self.recorder.register_histogram(&key, &METADATA)
+        })
+    }
+
     /// The page, and the task that keeps its memory bounded for as long as the page lives.
     pub fn page(self, collect: impl Fn() + Send + Sync + 'static) -> http::Page {
         let handle = self.handle.clone();

@@ -9,6 +9,7 @@ use proto::v1::{self, FinishReason, generate_request::Input};
 use router::placement::Policy;
 use tandem_tests::cluster::{greedy, request};
 use tandem_tests::oracle::Oracle;
+use tandem_tests::page::Metrics;
 use tandem_tests::{Cluster, Spec, model};
 use tonic::Code;
 use tonic_types::StatusExt;
@@ -51,6 +52,29 @@ async fn a_second_turn_moves_only_the_new_blocks() {
     assert_eq!(two.complete.usage.unwrap().cached_tokens, 176);
     cluster.assert_nothing_leaked().await;
     cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_placement_expected_stands_beside_what_came() {
+    for (policy, is_local) in [(Policy::Remote, false), (Policy::Local, true)] {
+        let (_dir, cluster) = start(Spec { policy, ..Spec::default() }).await;
+        for turn in 0..3 {
+            let prompt: Vec<u32> = prompt(60).into_iter().map(|token| (token + turn) % 256).collect();
+            let answer = cluster.generate(request(&prompt, greedy(4))).await.unwrap();
+            let timeline = answer.complete.timeline.unwrap();
+            let expected = timeline.expected.unwrap();
+            assert_eq!(timeline.prefill_worker == timeline.decode_worker, is_local, "{timeline:?}");
+            assert!(expected.local_ms > 0.0 && expected.remote_ms > 0.0, "{expected:?}");
+            let (least, most) = (timeline.reserve_ms, timeline.total_ms);
+            assert!((least..=most).contains(&expected.measured_ms), "{timeline:?}");
+        }
+        let metrics = Metrics::of(cluster.address).await;
+        let way = if is_local { "local" } else { "remote" };
+        for what in ["expected", "measured", "error"] {
+            assert_eq!(metrics.value(&format!("tandem_placement_{what}_seconds_count{{way=\"{way}\"}}")), 3.0);
+        }
+        cluster.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
