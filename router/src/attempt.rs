@@ -18,8 +18,6 @@ use crate::timeline::millis;
 
 /// How long one leg waits for the other's word: what it did, or that it was the cause of a failure.
 const LEG_PATIENCE: Duration = Duration::from_millis(250);
-/// Weight of the newest sample in the fleet's speed model.
-const LEARN: f64 = 0.1;
 
 /// Why an attempt ended without finishing.
 pub(crate) struct Lost {
@@ -245,14 +243,9 @@ impl Journey {
         }
         let Some(timing) = reply.timing else { return };
         self.note_timing(&timing);
-        let computed = self.prepared.sequence.prompt.len() as f64 - f64::from(timing.cached_tokens);
+        let computed = self.prepared.sequence.prompt.len().saturating_sub(timing.cached_tokens as usize);
         let overhead = millis(placed_at.elapsed()) - timing.queue_ms - timing.prefill_ms;
-        let mut model = self.shared.model.lock();
-        let learn = |old: &mut f64, new: f64| *old += (new - *old) * LEARN;
-        learn(&mut model.remote_overhead_ms, overhead.clamp(0.0, 10_000.0));
-        if timing.prefill_ms > 0.0 && computed >= 64.0 {
-            learn(&mut model.default_tokens_per_second, computed / timing.prefill_ms * 1e3);
-        }
+        self.shared.model.lock().learn_remote(computed, timing.prefill_ms, overhead);
     }
 
     /// Times of the first prefill; what a later one costs is a gap between tokens.
@@ -276,6 +269,9 @@ impl Journey {
             Some(Event::Tokens(tokens)) => {
                 if let Some(timing) = &tokens.local_prefill {
                     self.note_timing(timing);
+                    if let Some((placed, expected)) = self.timeline.first_wait() {
+                        self.shared.model.lock().learn_local(expected.local_tokens, millis(placed.elapsed()));
+                    }
                 }
                 if !self.timeline.has_token() {
                     self.note_prefix(decode);

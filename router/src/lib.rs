@@ -126,8 +126,6 @@ pub enum RunError {
 
 /// What the port speaks to parts of the cluster.
 const PROTOCOLS: &[&[u8]] = &[tls::cluster::H2];
-/// The speeds assumed before anything is measured: a small model on a CPU.
-const FIRST_GUESS: Model = Model { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0 };
 
 /// Serves until `stop`; then takes nothing new and lets running requests end, at most the drain deadline.
 pub async fn run(
@@ -171,7 +169,7 @@ pub async fn run(
         policy: config.policy,
         queue_patience: config.queue_patience,
         worker_silence: config.worker_silence,
-        model: Mutex::new(FIRST_GUESS),
+        model: Mutex::new(Model::FIRST_GUESS),
         metrics: counters,
         tracer: deps.tracer,
         board: board.clone(),

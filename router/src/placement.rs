@@ -59,11 +59,61 @@ pub struct Model {
     pub remote_overhead_ms: f64,
     /// Speed assumed for a worker where no peer has measured its own.
     pub default_tokens_per_second: f64,
+    /// What prefills on decode workers took, older ones forgotten: tokens, those queued before it included, and ms until the
+    /// first token.
+    pub local: (f64, f64),
+}
+
+/// Share of a new measurement in what is learned.
+const LEARN: f64 = 0.1;
+
+/// The same where nothing was measured: what is not tried any more is slowly forgotten.
+const FORGET: f64 = 0.005;
+
+/// Shorter prompts say more about a step's fixed cost than about speed.
+const TELLING_TOKENS: usize = 64;
+
+impl Model {
+    /// Before anything is known: a small model on a CPU.
+    pub const FIRST_GUESS: Self =
+        Self { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0, local: (0.0, 0.0) };
+
+    /// A remote prefill of so many tokens took `compute_ms`, and `overhead_ms` besides and without its queue.
+    pub fn learn_remote(&mut self, tokens: usize, compute_ms: f64, overhead_ms: f64) {
+        let learn = |old: &mut f64, new: f64, share: f64| *old += (new - *old) * share;
+        learn(&mut self.remote_overhead_ms, overhead_ms.clamp(0.0, 10_000.0), LEARN);
+        if compute_ms > 0.0 && tokens >= TELLING_TOKENS {
+            learn(&mut self.default_tokens_per_second, tokens as f64 / compute_ms * 1e3, LEARN);
+        }
+        let at_default = self.local.0 / self.default_tokens_per_second * 1e3;
+        learn(&mut self.local.1, at_default, FORGET);
+    }
+
+    /// On a decode worker `tokens`, those queued before it included, took `ms` from placement to the first token.
+    pub fn learn_local(&mut self, tokens: usize, ms: f64) {
+        if ms > 0.0 && tokens >= TELLING_TOKENS {
+            let share = if self.local.0 > 0.0 { LEARN } else { 1.0 };
+            self.local.0 += (tokens as f64 - self.local.0) * share;
+            self.local.1 += (ms - self.local.1) * share;
+        }
+    }
+
+    /// How fast decode workers prefill beside their sequences. Never faster than a prefill worker.
+    fn local_tokens_per_second(&self) -> f64 {
+        match self.local {
+            (tokens, ms) if tokens > 0.0 && ms > 0.0 => {
+                (tokens / ms * 1e3).min(self.default_tokens_per_second)
+            }
+            _ => self.default_tokens_per_second,
+        }
+    }
 }
 
 /// What the model expects of both ways, from now to the first token, ms: kept beside what comes, so that it can be judged.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Expected {
+    /// Tokens to compute on the decode worker, those queued there included.
+    pub local_tokens: usize,
     /// With the prompt prefilled on the decode worker.
     pub local_ms: f64,
     /// What the wait of the sequences that decode there counts for, on top ([`HARM`]).
@@ -190,7 +240,7 @@ fn driven_out(demand: &Demand, c: &Candidate) -> f64 {
 }
 
 /// Both ways. On the decode worker every running sequence waits while this prompt computes, and that
-/// waiting counts too ([`HARM`]). Its measured speed is of decode steps, so the prefill default rules.
+/// waiting counts too ([`HARM`]). Its measured speed is of decode steps: what such prefills took rules.
 fn expected(
     demand: &Demand,
     uncached: usize,
@@ -198,8 +248,10 @@ fn expected(
     p: Option<&Candidate>,
     model: &Model,
 ) -> Expected {
-    let local_ms = (d.queued_tokens + uncached) as f64 / model.default_tokens_per_second * 1e3;
+    let local_tokens = d.queued_tokens + uncached;
+    let local_ms = local_tokens as f64 / model.local_tokens_per_second() * 1e3;
     Expected {
+        local_tokens,
         local_ms,
         harm_ms: local_ms * HARM * d.running as f64,
         remote_ms: p.map(|p| prefill_ms(demand, p) + model.remote_overhead_ms),
@@ -209,7 +261,7 @@ fn expected(
 /// Prompts of up to this many uncached tokens are done locally before a remote one could even begin.
 fn break_even_tokens(d: &Candidate, p: &Candidate, model: &Model) -> usize {
     let wait = model.remote_overhead_ms + p.queued_tokens as f64 / p.tokens_per_second * 1e3;
-    let tokens = wait / 1e3 * model.default_tokens_per_second / (1.0 + HARM * d.running as f64);
+    let tokens = wait / 1e3 * model.local_tokens_per_second() / (1.0 + HARM * d.running as f64);
     (tokens - d.queued_tokens as f64).max(0.0) as usize
 }
 
@@ -241,7 +293,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const MODEL: Model = Model { remote_overhead_ms: 10.0, default_tokens_per_second: 1000.0 };
+    const MODEL: Model =
+        Model { remote_overhead_ms: 10.0, default_tokens_per_second: 1000.0, local: (0.0, 0.0) };
 
     fn candidate(worker: &str) -> Candidate {
         Candidate {
@@ -281,9 +334,26 @@ mod tests {
         let busy = [Candidate { sequences: 40, running: 32, queued_tokens: 100, ..candidate("d") }];
         let behind = [Candidate { queued_tokens: 200, tokens_per_second: 2000.0, ..candidate("p") }];
         let placed = adaptive(500, &behind, &busy);
-        let both = Expected { local_ms: 600.0, harm_ms: 600.0, remote_ms: Some(360.0) };
+        let both = Expected { local_tokens: 600, local_ms: 600.0, harm_ms: 600.0, remote_ms: Some(360.0) };
         assert_eq!((placed.reason, placed.expected), ("remote", both));
         assert_eq!(adaptive(500, &[], &busy).expected, Expected { remote_ms: None, ..both });
+    }
+
+    #[test]
+    fn a_local_prefill_is_expected_to_take_what_such_took() {
+        let (p, d) = ([candidate("p")], [candidate("d")]);
+        let mut model = Model { remote_overhead_ms: 600.0, ..MODEL };
+        let placed = |model: &Model| {
+            place(&Demand { prompt_tokens: 5000, salt: 0 }, &p, &d, Policy::Adaptive, model).unwrap()
+        };
+        assert_eq!((placed(&model).reason, placed(&model).expected.local_ms), ("local:faster", 5000.0));
+        // Beside decoding sequences it has a quarter of the speed; short ones say nothing about that.
+        (0..3).for_each(|_| model.learn_local(4000, 16_000.0));
+        model.learn_local(10, 16_000.0);
+        assert_eq!((placed(&model).reason, placed(&model).expected.local_ms), ("remote", 20_000.0));
+        // What is not tried any more is tried again some day.
+        (0..2000).for_each(|_| model.learn_remote(1000, 1000.0, 600.0));
+        assert_eq!(placed(&model).reason, "local:faster");
     }
 
     #[test]

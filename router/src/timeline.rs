@@ -108,6 +108,11 @@ impl Timeline {
         }
     }
 
+    /// Since when the first token is waited for, and what was expected of that; None once it is there.
+    pub fn first_wait(&self) -> Option<(Instant, Expected)> {
+        self.placed.filter(|_| !self.has_token())
+    }
+
     /// A token arrived; `previous` is when the same choice's last one did.
     pub fn token(&mut self, now: Instant, previous: Option<Instant>) {
         self.first_token.get_or_insert(now);

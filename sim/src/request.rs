@@ -28,6 +28,8 @@ pub(crate) struct Live {
     pub(crate) is_assigned: bool,
     /// The decode worker prefills up to so many uncached tokens itself.
     pub(crate) local_max: usize,
+    /// What the router expected to be computed there then.
+    pub(crate) local_tokens: usize,
     /// On the decode worker: what was there, and what is reserved.
     pub(crate) cached: Vec<Block>,
     pub(crate) reserved: Vec<Block>,

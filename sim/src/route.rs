@@ -13,14 +13,13 @@ use router::shortlist::shortlist;
 use crate::Strategy;
 use crate::clock::{Ns, ms};
 
-/// Weight of the newest sample in the learned speeds, as in the router.
-const LEARN: f64 = 0.1;
-
 /// Where a request goes.
 pub(crate) struct Placed {
     pub(crate) decode: u32,
     pub(crate) prefill: Option<u32>,
     pub(crate) local_max: usize,
+    /// To compute on the decode worker if the prompt is prefilled there, as far as the router knows.
+    pub(crate) local_tokens: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,8 +114,7 @@ impl Router {
             prefill: Side::new('p', workers[0], block_tokens, blocks, &mut index),
             decode: Side::new('d', workers[1], block_tokens, blocks, &mut index),
             index,
-            // What the router begins with.
-            model: Model { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0 },
+            model: Model::FIRST_GUESS,
             policy,
             random,
             reasons: BTreeMap::new(),
@@ -139,6 +137,7 @@ impl Router {
             decode: number(&placed.decode)?,
             prefill: placed.prefill.as_deref().and_then(number),
             local_max: placed.local_prefill_max_tokens as usize,
+            local_tokens: placed.expected.local_tokens,
         })
     }
 
@@ -179,11 +178,11 @@ impl Router {
 
     /// What a remote prefill cost beside queueing and computing, and how fast it was; as the router learns it.
     pub(crate) fn learn(&mut self, whole: Ns, queue: Ns, compute: Ns, computed: usize) {
-        let overhead = ms(whole) - ms(queue) - ms(compute);
-        let learn = |old: &mut f64, new: f64| *old += (new - *old) * LEARN;
-        learn(&mut self.model.remote_overhead_ms, overhead.clamp(0.0, 10_000.0));
-        if compute > 0 && computed >= 64 {
-            learn(&mut self.model.default_tokens_per_second, computed as f64 / ms(compute) * 1e3);
-        }
+        self.model.learn_remote(computed, ms(compute), ms(whole) - ms(queue) - ms(compute));
+    }
+
+    /// What a prefill on a decode worker took, from placement to the first token.
+    pub(crate) fn learn_local(&mut self, tokens: usize, took: Ns) {
+        self.model.learn_local(tokens, ms(took));
     }
 }

@@ -154,6 +154,7 @@ impl World {
             prefill: None,
             is_assigned: false,
             local_max: 0,
+            local_tokens: 0,
             cached: Vec::new(),
             reserved: Vec::new(),
             source: Vec::new(),
@@ -223,6 +224,7 @@ impl World {
         live.placed = self.clock.now();
         let Some(placed) = self.router.place(live.prompt, &live.chain) else { return };
         (live.decode, live.prefill, live.local_max) = (placed.decode, placed.prefill, placed.local_max);
+        live.local_tokens = placed.local_tokens;
         self.router.assign(Pool::Decode, placed.decode, 0);
         if let Some(prefill) = placed.prefill {
             self.router.assign(Pool::Prefill, prefill, live.prompt);
@@ -431,6 +433,7 @@ impl World {
                 None if token.is_first => {
                     self.record.first(token.arrived, now + self.hop);
                     if let Some(live) = self.live.get(&token.request) {
+                        self.router.learn_local(live.local_tokens, now + self.hop - live.placed);
                         self.router.holds(Pool::Decode, number, &live.chain);
                     }
                 }

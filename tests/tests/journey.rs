@@ -71,7 +71,10 @@ async fn what_placement_expected_stands_beside_what_came() {
         let metrics = Metrics::of(cluster.address).await;
         let way = if is_local { "local" } else { "remote" };
         for what in ["expected", "measured", "error"] {
-            assert_eq!(metrics.value(&format!("tandem_placement_{what}_seconds_count{{way=\"{way}\"}}")), 3.0);
+            assert_eq!(
+                metrics.value(&format!("tandem_placement_{what}_seconds_count{{way=\"{way}\"}}")),
+                3.0
+            );
         }
         cluster.stop().await;
     }
