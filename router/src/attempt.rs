@@ -107,11 +107,13 @@ impl Journey {
                         decoding = self.follow(&mut moving, &decoding).await?;
                     }
                     Ok(None) => return Err(Lost::at(decoding.name())(Status::unavailable("the decode worker closed the stream"))),
-                    // A decode worker that lives and lacks its KV is the prefill worker's victim.
-                    Err(status) => {
-                        let at = if prefilling && !is_dead(&status) { &prefill_name } else { decoding.name() };
-                        return Err(Lost::at(at)(status));
+                    // A decode worker that lives and lacks its KV is the prefill worker's victim, which knows why.
+                    Err(status) if prefilling && !is_dead(&status) => {
+                        let word = tokio::time::timeout(LEG_PATIENCE, &mut prefill).await;
+                        let cause = if let Ok(Some(Err(cause))) = word { cause } else { status };
+                        return Err(Lost::at(&prefill_name)(cause));
                     }
+                    Err(status) => return Err(Lost::at(decoding.name())(status)),
                 },
             }
         }
