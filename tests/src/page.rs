@@ -63,6 +63,9 @@ impl Metrics {
                 let (series, value) = line.rsplit_once(' ').unwrap();
                 metrics.values.insert(series.into(), value.parse().unwrap());
                 if let Some((name, labels)) = series.split_once('{') {
+                    // A histogram's series have names of their own.
+                    let whole = name.trim_end_matches("_bucket");
+                    let name = if metrics.types.contains_key(whole) { whole } else { name };
                     let seen = metrics.labels.entry(name.into()).or_default();
                     for label in labels.trim_end_matches('}').split(',') {
                         let (label, value) = label.split_once('=').unwrap();
