@@ -52,8 +52,11 @@ FROM_SCRAPE = {"instance", "job", "namespace", "pod", "le"}
 
 def expression(text, table, where):
     """Every metric and every label value of an expression is in the table."""
+    def base_of(name):
+        return name if name in table else re.sub(r"_(bucket|sum|count)$", "", name)
+
     for name, selector in re.findall(r"\b(tandem_\w+)(\{[^}]*\})?", text):
-        base = name if name in table else re.sub(r"_(bucket|sum|count)$", "", name)
+        base = base_of(name)
         if base not in table:
             check(False, f"{where}: no metric {name} in docs/METRICS.md")
             continue
@@ -66,7 +69,7 @@ def expression(text, table, where):
             for value in values.split("|"):
                 check({value, "any"} & labels.get(label, set()), f"{where}: {name} has no {label}={value}")
     for label in re.findall(r"by \(([^)]*)\)", text):
-        known = FROM_SCRAPE | {x for name in re.findall(r"tandem_\w+", text) for x in table.get(name, ("", {}))[1]}
+        known = FROM_SCRAPE | {x for name in re.findall(r"tandem_\w+", text) for x in table.get(base_of(name), ("", {}))[1]}
         check(set(re.split(r",\s*", label)) <= known, f"{where}: grouped by an unknown label: {label}")
 
 
@@ -100,7 +103,7 @@ def dashboard(table):
     rules = "".join(f"  - {{record: 'panel:{i}', expr: {json.dumps(t['expr'].replace('$__rate_interval', '1m').replace('$namespace', '.*'))}}}\n"
                     for i, t in enumerate(t for p in panels for t in p.get("targets", [])))
     check_expressions(rules)
-    unseen = {m for m in table if m not in shown and f"{m}_bucket" not in shown}
+    unseen = {m for m in table if not {m, f"{m}_bucket", f"{m}_sum"} & shown}
     check(not unseen, f"metrics that no panel shows: {sorted(unseen)}")
     print(f"ok   dashboard: {sum(p['type'] != 'row' for p in panels)} panels show all {len(table)} documented metrics")
 
