@@ -21,7 +21,8 @@ use crate::Region;
 use crate::device::{DeviceMemory, PeerMemory};
 use crate::incoming::{Arriving, Plan};
 use crate::landing_shared::Checked;
-use crate::landing_state::{LandingPhase, Settled};
+use crate::landing_state::LandingPhase;
+use crate::lend;
 use crate::serve::{Close, Connection};
 use crate::transport::Transport;
 use crate::wire::{Header, Kind, Lend, LentCell};
@@ -83,6 +84,10 @@ impl Borrowed {
         self.device.lock().clone()
     }
 
+    fn way(&self) -> Transport {
+        if self.device().is_some() { Transport::CudaIpc } else { Transport::Shm }
+    }
+
     /// From now on cells are copied from the host's memory.
     pub(crate) fn give_up_device(&self) {
         *self.device.lock() = None;
@@ -117,19 +122,18 @@ impl Connection {
         if let Err(error) = &outcome {
             tracing::debug!(peer = %self.peer.worker, %error, "no shared memory");
         }
-        self.reply(Kind::Borrowed, 0, header.seq, outcome.unwrap_or(1));
+        self.reply(Kind::Borrowed, 0, header.seq, lend::answer(outcome.ok()));
         Ok(())
     }
 
-    /// What the answer says: from where cells will be read.
-    async fn borrow(&mut self, lend: Lend) -> io::Result<u64> {
-        let answer = |borrowed: &Borrowed| if borrowed.device().is_some() { 2 } else { 0 };
+    /// The way by which cells will be read.
+    async fn borrow(&mut self, lend: Lend) -> io::Result<Transport> {
         let known =
             |list: &[Weak<Borrowed>]| list.iter().filter_map(Weak::upgrade).find(|b| b.key == lend.key);
         if let Some(borrowed) = known(&self.receiver.borrowed.lock()) {
-            let answer = answer(&borrowed);
+            let way = borrowed.way();
             self.borrowed = Some(borrowed);
-            return Ok(answer);
+            return Ok(way);
         }
         let device = self.receiver.region.device();
         let fetch = move || Borrowed::fetch(&lend, device);
@@ -138,9 +142,9 @@ impl Connection {
         let mut list = self.receiver.borrowed.lock();
         list.retain(|old| old.strong_count() > 0);
         list.push(Arc::downgrade(&borrowed));
-        let answer = answer(&borrowed);
+        let way = borrowed.way();
         self.borrowed = Some(borrowed);
-        Ok(answer)
+        Ok(way)
     }
 
     /// Cells that lie in lent memory: copies, verifies and acknowledges them, or says why not.
@@ -201,17 +205,12 @@ impl Connection {
             }
             at += 1;
         }
-        let mut failures = 0;
-        write.finish((bytes, Transport::Shm), &checked, |at, settled| {
-            if matches!(settled, Settled::Refetch | Settled::GaveUp) {
-                plan.bad |= 1 << at;
-                failures += 1;
-            }
-        });
+        let bad = write.finish((bytes, Transport::Shm), &checked);
+        plan.bad |= bad;
         let counters = &self.receiver.counters;
         counters.bytes.add(bytes as u64);
         counters.shm_bytes.add(bytes as u64);
-        counters.checksum_failures.add(failures);
+        counters.checksum_failures.add(u64::from(bad.count_ones()));
         Ok(Some((at, bytes)))
     }
 }

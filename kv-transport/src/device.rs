@@ -10,7 +10,6 @@ use std::sync::Arc;
 use crate::borrow::Borrowed;
 use crate::incoming::{Arriving, Plan};
 use crate::landing_shared::{Checked, LandingShared};
-use crate::landing_state::Settled;
 use crate::serve::{Close, Connection};
 use crate::transport::Transport;
 use crate::wire::LentCell;
@@ -45,21 +44,15 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// Copies and compares; the places in the frame of cells to be sent again. Nothing when the landing is over. The landing
-    /// keeps its memory for as long as this runs, whatever becomes of who waits for it.
-    fn run(mut self) -> io::Result<Option<Vec<usize>>> {
+    /// Copies and compares; bits of the cells to be sent again. Nothing when the landing is over. The landing keeps its memory for
+    /// as long as this runs, whatever becomes of who waits for it.
+    fn run(mut self) -> io::Result<Option<u64>> {
         let Some(write) = self.landing.begin() else { return Ok(None) };
         let sums = self.peer.copy(&self.ways, self.cell_bytes)?;
         for (cell, sum) in self.cells.iter_mut().zip(&sums) {
             cell.good = *sum == cell.checksum;
         }
-        let mut bad = Vec::new();
-        write.finish((self.ways.len() * self.cell_bytes, Transport::CudaIpc), &self.cells, |at, settled| {
-            if matches!(settled, Settled::Refetch | Settled::GaveUp) {
-                bad.push(at);
-            }
-        });
-        Ok(Some(bad))
+        Ok(Some(write.finish((self.ways.len() * self.cell_bytes, Transport::CudaIpc), &self.cells)))
     }
 }
 
@@ -75,23 +68,15 @@ impl Connection {
         if !lent.iter().all(|cell| borrowed.holds(cell.offset, plan.cell_bytes)) {
             return Err(Close::Protocol("a cell outside the lent memory"));
         }
-        let taken = || plan.cells.iter().zip(lent).enumerate().filter(|(_, (arriving, _))| arriving.take);
-        let way = |(_, (arriving, lent)): (_, (&Arriving, &LentCell))| {
-            (usize::try_from(lent.offset).unwrap_or(usize::MAX), arriving.place.start)
-        };
-        let check = |(at, (arriving, _)): (usize, (&Arriving, _))| Checked {
-            at,
-            cell: arriving.cell,
-            checksum: arriving.checksum,
-            good: false,
-        };
-        let exchange = Exchange {
-            landing: Arc::clone(&plan.landing),
-            peer,
-            ways: taken().map(way).collect(),
-            cells: taken().map(check).collect(),
-            cell_bytes: plan.cell_bytes,
-        };
+        let taken = plan.cells.iter().zip(lent).enumerate().filter(|(_, (arriving, _))| arriving.take);
+        let (ways, cells) = taken
+            .map(|(at, (arriving, lent))| {
+                let Arriving { cell, checksum, .. } = *arriving;
+                ((lent.offset as usize, arriving.place.start), Checked { at, cell, checksum, good: false })
+            })
+            .unzip();
+        let (landing, cell_bytes) = (Arc::clone(&plan.landing), plan.cell_bytes);
+        let exchange = Exchange { landing, peer, ways, cells, cell_bytes };
         let bytes = (exchange.ways.len() * exchange.cell_bytes) as u64;
         if bytes == 0 {
             return Ok(true);
@@ -100,11 +85,11 @@ impl Connection {
         match done.map_err(io::Error::other).and_then(|copied| copied) {
             Ok(None) => Ok(true),
             Ok(Some(bad)) => {
-                bad.iter().for_each(|at| plan.bad |= 1 << at);
+                plan.bad |= bad;
                 let counters = &self.receiver.counters;
                 counters.bytes.add(bytes);
                 counters.cuda_ipc_bytes.add(bytes);
-                counters.checksum_failures.add(bad.len() as u64);
+                counters.checksum_failures.add(u64::from(bad.count_ones()));
                 Ok(true)
             }
             Err(error) => {

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::error::Refusal;
 use crate::landing_shared::{Checked, LandingShared};
-use crate::landing_state::{Claim, LandingPhase, Settled};
+use crate::landing_state::{Claim, LandingPhase};
 use crate::serve::{Close, Connection};
 use crate::transport::Transport;
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind, MAX_FRAME_CELLS};
@@ -204,16 +204,10 @@ impl Connection {
             checked.push(Checked { at: cursor.at, cell: cell.cell, checksum: cell.checksum, good });
             *cursor = Cursor { at: cursor.at + 1, ..Cursor::default() };
         }
-        let mut failures = 0;
-        write.finish((got, Transport::Tcp), &checked, |at, settled| match settled {
-            Settled::Refetch | Settled::GaveUp => {
-                plan.bad |= 1 << at;
-                failures += 1;
-            }
-            Settled::Verified | Settled::Ignored => {}
-        });
+        let bad = write.finish((got, Transport::Tcp), &checked);
+        plan.bad |= bad;
         self.receiver.counters.bytes.add(got as u64);
-        self.receiver.counters.checksum_failures.add(failures);
+        self.receiver.counters.checksum_failures.add(u64::from(bad.count_ones()));
         Ok(Placed::Some(got))
     }
 

@@ -55,7 +55,7 @@ pub(crate) struct Parts {
 
 /// A cell whose bytes are all there.
 pub(crate) struct Checked {
-    /// Its place in the frame.
+    /// Its place in the frame, below 64.
     pub(crate) at: usize,
     pub(crate) cell: usize,
     /// What the producer says.
@@ -338,17 +338,14 @@ pub(crate) struct Write<'a> {
 }
 
 impl Write<'_> {
-    /// Ends the write after `bytes` bytes; settles the cells they completed.
-    pub(crate) fn finish(
-        self,
-        (bytes, way): (usize, Transport),
-        checked: &[Checked],
-        mut settled: impl FnMut(usize, Settled),
-    ) {
+    /// Ends the write after `bytes` bytes; settles the cells they completed. Bit `at` of what it yields is set for a cell that is
+    /// bad.
+    pub(crate) fn finish(self, (bytes, way): (usize, Transport), checked: &[Checked]) -> u64 {
         let landing = self.landing;
         std::mem::forget(self);
         landing.used.add(way);
         landing.update(|inner| {
+            let mut bad = 0;
             if bytes > 0 {
                 inner.progress = Instant::now();
             }
@@ -360,10 +357,11 @@ impl Write<'_> {
                 {
                     (*kept, *on_device) = (*checksum, way == Transport::CudaIpc);
                 }
-                settled(*at, outcome);
+                bad |= u64::from(matches!(outcome, Settled::Refetch | Settled::GaveUp)) << at;
             }
             inner.state.write_ends();
-        });
+            bad
+        })
     }
 }
 

@@ -61,7 +61,7 @@ impl Lender {
         let mut answer = [0; HEADER_BYTES];
         socket.read_exact(&mut answer).await?;
         match Header::parse(&answer) {
-            Some(Header { kind: Kind::Borrowed, arg, .. }) => Ok(way(arg)),
+            Some(Header { kind: Kind::Borrowed, arg, .. }) => Ok(way_of(arg)),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
@@ -73,13 +73,17 @@ impl Drop for Lender {
     }
 }
 
-/// What an answer to an offer says.
-fn way(arg: u64) -> Option<Transport> {
-    match arg {
-        0 => Some(Transport::Shm),
-        2 => Some(Transport::CudaIpc),
-        _ => None,
+/// What a receiver answers that reads what it was offered this way ([`Kind::Borrowed`]).
+pub(crate) fn answer(way: Option<Transport>) -> u64 {
+    match way {
+        Some(Transport::Shm) => 0,
+        Some(Transport::CudaIpc) => 2,
+        _ => 1,
     }
+}
+
+fn way_of(arg: u64) -> Option<Transport> {
+    [Transport::Shm, Transport::CudaIpc].into_iter().find(|way| answer(Some(*way)) == arg)
 }
 
 async fn hand_out(mut stream: UnixStream, key: &[u8; 16], files: &[Arc<OwnedFd>]) -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::landing_shared::{Checked, Granted, Key, LandingShared};
-use crate::landing_state::{Claim, Settled};
+use crate::landing_state::Claim;
 use crate::serve::{Close, Connection};
 use crate::transport::Transport;
 use crate::verbs::{Answer, Control, Done, Offer, PairBroken, QueuePair, Window};
@@ -314,18 +314,12 @@ impl Connection {
                 Claim::Outside | Claim::Over => {}
             }
         }
-        let mut failures = 0;
-        write.finish((fresh, Transport::Rdma), &checked, |at, settled| {
-            if matches!(settled, Settled::Refetch | Settled::GaveUp) {
-                bad |= 1 << at;
-                failures += 1;
-            }
-        });
+        let failed = write.finish((fresh, Transport::Rdma), &checked);
         receiver.counters.bytes.add(fresh as u64);
         receiver.counters.rdma_bytes.add(fresh as u64);
-        receiver.counters.checksum_failures.add(failures);
+        receiver.counters.checksum_failures.add(u64::from(failed.count_ones()));
         receiver.counters.duplicate_cells.add(duplicates);
-        Some(bad)
+        Some(bad | failed)
     }
 
     /// Answers the commits that waited for keys to be taken back.

@@ -196,12 +196,6 @@ async fn without_a_device_on_each_side_host_memory_is_shared() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_copied_once_the_landing_is_over() {
     let (pair, device) = on_devices(64).await;
-    let landing = pair.reserve(&[3]);
-    let push = soon(pair.sender.open(landing.ticket().clone(), Arc::new(pair.holds.take()))).await.unwrap();
-    soon(landing.revoke().released()).await;
-    let _ = push.queue().send(0, pair.cells(0, &[1]));
-    soon(push.failed()).await;
-    drop(push);
-    pair.assert_quiet().await;
+    pair.push_too_late(1, 3).await;
     assert!(device.read(3 * CELL).iter().all(|byte| *byte == 0));
 }

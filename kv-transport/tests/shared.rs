@@ -80,13 +80,7 @@ async fn lent_bytes_that_differ_from_their_checksum_are_not_accepted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_copied_once_the_landing_is_over() {
     let pair = lending(1, 8, 4096).await;
-    let landing = pair.reserve(&[3]);
-    let push = soon(pair.sender.open(landing.ticket().clone(), Arc::new(pair.holds.take()))).await.unwrap();
-    soon(landing.revoke().released()).await;
-    let _ = push.queue().send(0, pair.cells(0, &[1]));
-    soon(push.failed()).await;
-    drop(push);
-    pair.assert_quiet().await;
+    pair.push_too_late(1, 3).await;
     assert!(Pair::cell(&pair.target, &pair.grid, 0, 3).iter().all(|byte| *byte == 0));
 }
 

@@ -23,8 +23,7 @@ use tokio::sync::watch;
 const BLOCK_TOKENS: u32 = 16;
 /// What every prompt begins with.
 const SHARED: usize = 512;
-const MODEL: Model =
-    Model { remote_overhead_ms: 5.0, default_tokens_per_second: 40_000.0, local: (0.0, 0.0) };
+const MODEL: Model = Model::new(5.0, 40_000.0);
 const ROUNDS: usize = 2000;
 
 fn entry(number: usize, role: Role) -> (String, Entry) {

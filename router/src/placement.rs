@@ -5,7 +5,11 @@
 //! is short, when nobody else can do it, or when it would be faster there: a choice with a reason, never
 //! an accident.
 
+mod model;
+
 use std::sync::Arc;
+
+pub use model::Model;
 
 /// A worker as placement sees it.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,63 +54,6 @@ pub enum Policy {
     Remote,
     /// Always on the decode worker.
     Local,
-}
-
-/// What the router has learned of the fleet's speed.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Model {
-    /// What a remote prefill costs besides queueing and computing: round trips, exposed transfer.
-    pub remote_overhead_ms: f64,
-    /// Speed assumed for a worker where no peer has measured its own.
-    pub default_tokens_per_second: f64,
-    /// What prefills on decode workers took, older ones forgotten: tokens, those queued before it included, and ms until the
-    /// first token.
-    pub local: (f64, f64),
-}
-
-/// Share of a new measurement in what is learned.
-const LEARN: f64 = 0.1;
-
-/// The same where nothing was measured: what is not tried any more is slowly forgotten.
-const FORGET: f64 = 0.005;
-
-/// Shorter prompts say more about a step's fixed cost than about speed.
-const TELLING_TOKENS: usize = 64;
-
-impl Model {
-    /// Before anything is known: a small model on a CPU.
-    pub const FIRST_GUESS: Self =
-        Self { remote_overhead_ms: 15.0, default_tokens_per_second: 500.0, local: (0.0, 0.0) };
-
-    /// A remote prefill of so many tokens took `compute_ms`, and `overhead_ms` besides and without its queue.
-    pub fn learn_remote(&mut self, tokens: usize, compute_ms: f64, overhead_ms: f64) {
-        let learn = |old: &mut f64, new: f64, share: f64| *old += (new - *old) * share;
-        learn(&mut self.remote_overhead_ms, overhead_ms.clamp(0.0, 10_000.0), LEARN);
-        if compute_ms > 0.0 && tokens >= TELLING_TOKENS {
-            learn(&mut self.default_tokens_per_second, tokens as f64 / compute_ms * 1e3, LEARN);
-        }
-        let at_default = self.local.0 / self.default_tokens_per_second * 1e3;
-        learn(&mut self.local.1, at_default, FORGET);
-    }
-
-    /// On a decode worker `tokens`, those queued before it included, took `ms` from placement to the first token.
-    pub fn learn_local(&mut self, tokens: usize, ms: f64) {
-        if ms > 0.0 && tokens >= TELLING_TOKENS {
-            let share = if self.local.0 > 0.0 { LEARN } else { 1.0 };
-            self.local.0 += (tokens as f64 - self.local.0) * share;
-            self.local.1 += (ms - self.local.1) * share;
-        }
-    }
-
-    /// How fast decode workers prefill beside their sequences. Never faster than a prefill worker.
-    fn local_tokens_per_second(&self) -> f64 {
-        match self.local {
-            (tokens, ms) if tokens > 0.0 && ms > 0.0 => {
-                (tokens / ms * 1e3).min(self.default_tokens_per_second)
-            }
-            _ => self.default_tokens_per_second,
-        }
-    }
 }
 
 /// What the model expects of both ways, from now to the first token, ms: kept beside what comes, so that it can be judged.
@@ -293,8 +240,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const MODEL: Model =
-        Model { remote_overhead_ms: 10.0, default_tokens_per_second: 1000.0, local: (0.0, 0.0) };
+    const MODEL: Model = Model::new(10.0, 1000.0);
 
     fn candidate(worker: &str) -> Candidate {
         Candidate {
@@ -342,7 +288,7 @@ mod tests {
     #[test]
     fn a_local_prefill_is_expected_to_take_what_such_took() {
         let (p, d) = ([candidate("p")], [candidate("d")]);
-        let mut model = Model { remote_overhead_ms: 600.0, ..MODEL };
+        let mut model = Model::new(600.0, 1000.0);
         let placed = |model: &Model| {
             place(&Demand { prompt_tokens: 5000, salt: 0 }, &p, &d, Policy::Adaptive, model).unwrap()
         };

@@ -20,10 +20,9 @@ impl DeviceKv for DevicePool {
     }
 
     fn open(self: Arc<Self>, file: OwnedFd, bytes: usize) -> Result<Arc<dyn PeerKv>, EngineError> {
-        let device = Arc::clone(self.device());
-        device.enter()?;
-        let theirs = Mapping::of_file(&device, &file, bytes)?;
-        Ok(Arc::new(PeerPool { bytes, lanes: Mutex::default(), theirs, ours: self, device }))
+        self.device().enter()?;
+        let theirs = Mapping::of_file(self.device(), &file, bytes)?;
+        Ok(Arc::new(PeerPool { bytes, lanes: Mutex::default(), theirs, ours: self }))
     }
 }
 
@@ -34,22 +33,27 @@ struct PeerPool {
     lanes: Mutex<Vec<Lane>>,
     theirs: Mapping,
     ours: Arc<DevicePool>,
-    device: Arc<Device>,
 }
 
 /// What copies are queued on, and told by.
 struct Lane {
     stream: Stream,
-    /// Where each cell lies in their pool, in bytes (u64), then its number in ours (i32).
-    cells: Pinned,
-    room: usize,
+    /// Where each cell lies in their pool, in bytes.
+    from: Pinned,
+    /// Its number in ours, through all layers.
+    to: Pinned,
     device: Arc<Device>,
 }
 
 impl Lane {
-    fn new(device: &Arc<Device>, room: usize) -> Result<Self, EngineError> {
-        let cells = Pinned::new(device, room * 12, "cells on their way")?;
-        Ok(Self { stream: Stream::new(device)?, cells, room, device: Arc::clone(device) })
+    fn new(device: &Arc<Device>, cells: usize) -> Result<Self, EngineError> {
+        let pinned = |bytes| Pinned::new(device, cells * bytes, "cells on their way");
+        let (from, to) = (pinned(size_of::<u64>())?, pinned(size_of::<i32>())?);
+        Ok(Self { stream: Stream::new(device)?, from, to, device: Arc::clone(device) })
+    }
+
+    fn room(&self) -> usize {
+        self.to.bytes / size_of::<i32>()
     }
 }
 
@@ -57,9 +61,9 @@ impl PeerPool {
     /// One with room for this many cells.
     fn lane(&self, cells: usize) -> Result<Lane, EngineError> {
         let free = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        match free.filter(|lane| lane.room >= cells) {
+        match free.filter(|lane| lane.room() >= cells) {
             Some(lane) => Ok(lane),
-            None => Lane::new(&self.device, cells.next_power_of_two().max(CELLS)),
+            None => Lane::new(self.ours.device(), cells.next_power_of_two().max(CELLS)),
         }
     }
 }
@@ -76,16 +80,13 @@ impl PeerKv for PeerPool {
                 "cells of {cell_bytes} bytes that are not the pool's"
             )));
         }
-        self.device.enter()?;
+        self.ours.device().enter()?;
         let mut lane = self.lane(cells.len())?;
-        let split = 8 * lane.room;
         let numbers: Vec<i32> = cells.iter().map(|&(_, to)| (to / cell_bytes) as i32).collect();
-        let room = lane.cells.as_mut_slice::<u8>();
-        for (at, (&(from, _), number)) in cells.iter().zip(&numbers).enumerate() {
-            room[8 * at..8 * at + 8].copy_from_slice(&(from as u64).to_ne_bytes());
-            room[split + 4 * at..split + 4 * at + 4].copy_from_slice(&number.to_ne_bytes());
-        }
-        let (from, ids) = (lane.cells.device_address(), lane.cells.device_address() + split as u64);
+        lane.to.as_mut_slice()[..cells.len()].copy_from_slice(&numbers);
+        let sources = lane.from.as_mut_slice::<u64>();
+        sources.iter_mut().zip(cells).for_each(|(source, &(from, _))| *source = from as u64);
+        let (from, ids) = (lane.from.device_address(), lane.to.device_address());
         let (to, theirs, vectors) = (self.ours.layer(0), self.theirs.at, (cell_bytes / 16) as i32);
         let grid = Grid::new((COPY_PARTS, cells.len(), 1), 256);
         let kernels = self.ours.kernels();

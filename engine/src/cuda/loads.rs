@@ -28,29 +28,25 @@ impl Loads {
         Ok(Self { device: Arc::clone(device), stream: Stream::new(device)?, slots: Vec::new(), last: 0 })
     }
 
-    /// Queues all layers of the blocks, but for the cells that are on the device already (`on_device`, layer after layer; empty: none),
-    /// each with its checksum as it stands on the device.
+    /// Queues all layers of the blocks, but for the cells that are on the device already (`on_device`, layer after layer; empty:
+    /// none), each with its checksum as it stands on the device.
     pub(super) fn begin(
         &mut self,
         pool: &DevicePool,
         blocks: Vec<i32>,
         on_device: &[bool],
     ) -> Result<u64, EngineError> {
-        let here = |layer: usize| on_device.get(layer * blocks.len()..(layer + 1) * blocks.len());
-        let missing = |layer: usize| -> Vec<i32> {
-            let is_missing = |at: usize| !here(layer).is_some_and(|here| here[at]);
-            (0..blocks.len()).filter(|&at| is_missing(at)).map(|at| blocks[at]).collect()
-        };
+        let is_here = |cell: usize| on_device.get(cell).copied().unwrap_or(false);
         // All blocks, for the checksums; then of each layer those to be brought.
         let mut ids = blocks.clone();
-        let mut lists = Vec::with_capacity(pool.layers());
-        for layer in 0..pool.layers() {
-            let missing = missing(layer);
-            lists.push((if missing.len() == blocks.len() { 0 } else { ids.len() }, missing.len()));
-            if missing.len() < blocks.len() {
-                ids.extend(missing);
-            }
-        }
+        let lists: Vec<(usize, usize)> = (0..pool.layers())
+            .map(|layer| {
+                let start = ids.len();
+                let missing = blocks.iter().enumerate().filter(|(at, _)| !is_here(layer * blocks.len() + at));
+                ids.extend(missing.map(|(_, block)| *block));
+                (start, ids.len() - start)
+            })
+            .collect();
         let slot = self.slot(ids.len())?;
         let slot = &mut self.slots[slot];
         slot.ids.as_mut_slice::<i32>()[..ids.len()].copy_from_slice(&ids);

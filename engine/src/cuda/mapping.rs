@@ -5,9 +5,9 @@ use std::ffi::c_void;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use cudarc::driver::{DriverError, result, sys};
+use cudarc::driver::{DriverError, sys};
 
-use super::driver::{Device, failed};
+use super::driver::{Device, clear, failed};
 use crate::EngineError;
 
 const FILE: sys::CUmemAllocationHandleType =
@@ -33,15 +33,11 @@ impl Mapping {
         match made.map(|()| Allocation(handle)) {
             Ok(allocation) => {
                 let mapping = Self::map(device, allocation, bytes).map_err(failed(what))?;
-                mapping.clear()?;
+                clear(mapping.at, bytes)?;
                 Ok(Some(mapping))
             }
-            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                let (free, total) = (device.free_bytes(), device.total_bytes);
-                Err(EngineError::OutOfMemory(format!(
-                    "{what} needs {bytes} bytes of {}; {free} of {total} are free",
-                    device.name
-                )))
+            Err(error @ DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                Err(device.out_of_memory(what, bytes, error))
             }
             Err(error) => {
                 tracing::info!(?error, "{what} cannot be shared with other processes");
@@ -92,12 +88,6 @@ impl Mapping {
         // SAFETY: mapped above.
         unsafe { sys::cuMemSetAccess(at, bytes, &access, 1) }.result()?;
         Ok(mapping)
-    }
-
-    fn clear(&self) -> Result<(), EngineError> {
-        // SAFETY: `bytes` bytes are mapped and writable.
-        unsafe { result::memset_d8_sync(self.at, 0, self.bytes) }.map_err(failed("clearing memory"))?;
-        result::ctx::synchronize().map_err(failed("clearing memory"))
     }
 }
 

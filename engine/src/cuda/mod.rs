@@ -16,6 +16,7 @@ mod kernels;
 mod libraries;
 mod loads;
 mod mapping;
+mod memory;
 mod network;
 mod options;
 mod plan;

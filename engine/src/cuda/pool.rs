@@ -16,8 +16,9 @@ const CHECKSUM_THREADS: usize = 256;
 /// One allocation on the device and one of the same layout in page-locked host memory.
 ///
 /// Transports know host memory: blocks are published to the host side before they are pushed and loaded from
-/// it after they have landed; between two processes of one host they go from device to device (`exchange.rs`). The host side costs as much memory as the pool, and in return any block
-/// that was published once, say a cached prefix, is pushed again without a copy.
+/// it after they have landed; between two processes of one host they go from device to device (`exchange.rs`). The host side
+/// costs as much memory as the pool, and in return any block that was published once, say a cached prefix, is pushed again
+/// without a copy.
 pub(super) struct DevicePool {
     layout: KvLayout,
     kernels: Arc<Kernels>,
@@ -165,9 +166,11 @@ impl DevicePool {
         blocks: u64,
         count: usize,
     ) -> Result<(), EngineError> {
-        let (blocks_at_once, vectors) = (COPY_BLOCKS.min(count), (self.layout.block_bytes() / 16) as i32);
-        let count = count as i32;
-        let grid = Grid::new((blocks_at_once, 1, 1), 512);
+        if count == 0 {
+            return Ok(());
+        }
+        let (count, vectors) = (count as i32, (self.layout.block_bytes() / 16) as i32);
+        let grid = Grid::new((COPY_BLOCKS, 1, 1), 512);
         self.kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, blocks, count, vectors])
     }
 

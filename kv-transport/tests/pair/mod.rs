@@ -210,6 +210,18 @@ impl Pair {
         push.commit(Bytes::from_static(b"first token")).await
     }
 
+    /// Pushes a cell into a landing that was revoked meanwhile, until the push has failed.
+    pub async fn push_too_late(&self, src: u32, dst: u32) {
+        let landing = self.reserve(&[dst]);
+        let push =
+            soon(self.sender.open(landing.ticket().clone(), Arc::new(self.holds.take()))).await.unwrap();
+        soon(landing.revoke().released()).await;
+        let _ = push.queue().send(0, self.cells(0, &[src]));
+        soon(push.failed()).await;
+        drop(push);
+        self.assert_quiet().await;
+    }
+
     /// Nothing is left behind on either side.
     pub async fn assert_quiet(&self) {
         until("everything released", || {
