@@ -10,7 +10,7 @@ mod landing;
 mod metrics;
 mod moving;
 mod order;
-mod outlook;
+pub mod outlook;
 mod probe;
 pub mod scheduler;
 mod seal;

@@ -12,7 +12,7 @@ const LEARN: f64 = 0.05;
 
 /// Why one more request does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum NoRoom {
+pub enum NoRoom {
     /// Its blocks, and those that the running sequences will want, are more than there are.
     KvGrowth,
     /// A step with one more sequence would exceed the ITL limit.
@@ -20,8 +20,10 @@ pub(crate) enum NoRoom {
 }
 
 impl NoRoom {
+    /// Every name.
     pub const ALL: [&'static str; 2] = ["kv_growth", "itl_limit"];
 
+    /// In metrics.
     pub fn name(self) -> &'static str {
         match self {
             NoRoom::KvGrowth => "kv_growth",
@@ -29,6 +31,7 @@ impl NoRoom {
         }
     }
 
+    /// For whoever asked.
     pub fn why(self) -> &'static str {
         match self {
             NoRoom::KvGrowth => {
@@ -41,7 +44,7 @@ impl NoRoom {
 
 /// What is wanted for a request.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted {
+pub struct Wanted {
     /// Choices.
     pub sequences: usize,
     /// Blocks at once, for what is not cached.
@@ -61,12 +64,13 @@ struct State {
 
 /// Shared by the service, which asks, and the engine's loop, which knows. Clones share.
 #[derive(Debug, Clone)]
-pub(crate) struct Outlook {
+pub struct Outlook {
     state: Arc<Mutex<State>>,
     block_tokens: usize,
 }
 
 impl Outlook {
+    /// Nothing runs, nothing is known.
     pub fn new(block_tokens: usize) -> Self {
         let state = State { sequences: 0, growth: 0, expected: FIRST_GUESS, most_sequences: usize::MAX };
         Self { state: Arc::new(Mutex::new(state)), block_tokens }
@@ -110,7 +114,7 @@ impl Outlook {
 
 /// An accepted request's share of the outlook; ends when dropped.
 #[derive(Debug)]
-pub(crate) struct Expected {
+pub struct Expected {
     outlook: Outlook,
     sequences: usize,
     left: Mutex<usize>,

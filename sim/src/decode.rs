@@ -1,115 +1,22 @@
 //! A decode worker: the real scheduler and block pool, steps that take modelled time.
 
 use std::collections::VecDeque;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use decode_worker::scheduler::{self, Rules, View};
-use engine::kv::hash::BlockHash;
-use engine::kv::pool::{Block, BlockPool, BlockState};
-use engine::pace::StepModel;
+use decode_worker::outlook::{Expected, NoRoom, Outlook, Wanted};
+use decode_worker::scheduler::{self, LocalPrefill, Rules, View};
+use engine::kv::pool::BlockPool;
+use engine::pace::{StepModel, StepShape};
 use engine::roofline::Chunk;
 use engine::sim::{Cost, StepLoad};
 use worker::rate::Rate;
 
-use crate::clock::{Ns, ns};
-use crate::load::name;
+use crate::choice::Choice;
+use crate::clock::{Ns, ms, ns};
 
 /// Landed KV that is compared before a step, at most; as in the decode worker.
 const UNSEAL_BYTES: f64 = (32 << 20) as f64;
-
-/// A sequence.
-pub(crate) struct Choice {
-    pub(crate) request: u32,
-    pub(crate) prompt: usize,
-    /// Tokens of the whole answer.
-    pub(crate) output: usize,
-    /// Prompt and what was drawn so far.
-    pub(crate) tokens: usize,
-    pub(crate) computed: usize,
-    pub(crate) blocks: Vec<Block>,
-    pub(crate) chain: Rc<[BlockHash]>,
-    pub(crate) published: usize,
-    /// When its newest token came; 0: none yet.
-    pub(crate) last: Ns,
-    pub(crate) first: Ns,
-    pub(crate) is_local: bool,
-    pub(crate) arrived: Ns,
-    running: usize,
-}
-
-impl Choice {
-    /// With its KV landed and its first token drawn, or with nothing but what the cache had.
-    pub(crate) fn new(
-        request: u32,
-        prompt: usize,
-        output: usize,
-        chain: Rc<[BlockHash]>,
-        arrived: Ns,
-    ) -> Self {
-        Self {
-            request,
-            prompt,
-            output,
-            tokens: prompt,
-            computed: 0,
-            blocks: Vec::new(),
-            chain,
-            published: 0,
-            last: 0,
-            first: 0,
-            is_local: true,
-            arrived,
-            running: 0,
-        }
-    }
-
-    fn hash(&self, index: usize) -> BlockHash {
-        self.chain.get(index).copied().unwrap_or_else(|| name(4, u64::from(self.request), index as u64))
-    }
-
-    pub(crate) fn advance(&mut self, count: usize, pool: &BlockPool, block_tokens: usize) {
-        self.computed += count;
-        let full = self.computed / block_tokens;
-        for at in self.published..full {
-            pool.publish(&self.blocks[at], self.hash(at));
-        }
-        self.published = self.published.max(full);
-    }
-
-    /// Takes what the prefix cache has.
-    fn adopt(&mut self, pool: &Arc<BlockPool>, block_tokens: usize) {
-        let reusable = (self.tokens - 1) / block_tokens;
-        let hashes: Vec<BlockHash> = (0..reusable).map(|at| self.hash(at)).collect();
-        self.blocks = pool.lookup(&hashes);
-        self.computed = self.blocks.len() * block_tokens;
-        self.published = self.blocks.len();
-    }
-
-    fn grow(&mut self, count: usize, pool: &Arc<BlockPool>, block_tokens: usize) -> bool {
-        let need = (self.computed + count).div_ceil(block_tokens).saturating_sub(self.blocks.len());
-        if need == 0 {
-            return true;
-        }
-        match pool.alloc(need, BlockState::Running) {
-            Ok(new) => {
-                self.blocks.extend(new);
-                true
-            }
-            Err(_) => false,
-        }
-    }
-}
-
-/// How much of a step prompts may take.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Budget {
-    /// Tokens of a step, decoding ones included.
-    Tokens(usize),
-    /// What brings the step to so many nanoseconds, but at least a block.
-    Time(Ns, usize),
-}
 
 /// A token, or the end.
 pub(crate) struct Drawn {
@@ -124,7 +31,8 @@ pub(crate) struct DecodeWorker {
     pub(crate) pool: Arc<BlockPool>,
     landing_bytes_per_second: f64,
     rules: Rules,
-    budget: Budget,
+    model: StepModel,
+    outlook: Outlook,
     choices: Vec<Choice>,
     inbox: VecDeque<Choice>,
     /// Landed, with the bytes that are not compared yet.
@@ -143,12 +51,13 @@ pub(crate) struct DecodeWorker {
 }
 
 impl DecodeWorker {
-    pub(crate) fn new(blocks: u32, rules: Rules, budget: Budget, landing_bytes_per_second: f64) -> Self {
+    pub(crate) fn new(blocks: u32, rules: Rules, landing_bytes_per_second: f64) -> Self {
         Self {
             landing_bytes_per_second,
             pool: BlockPool::new(blocks),
             rules,
-            budget,
+            model: StepModel::default(),
+            outlook: Outlook::new(rules.block_tokens),
             choices: Vec::new(),
             inbox: VecDeque::new(),
             sealed: VecDeque::new(),
@@ -162,6 +71,17 @@ impl DecodeWorker {
             reserved: 0,
             largest_batch: 0,
         }
+    }
+
+    /// Counts a request in, if it is expected to fit.
+    pub(crate) fn expect(&self, blocks: usize, max_tokens: usize) -> Result<Expected, NoRoom> {
+        let wanted = Wanted { sequences: 1, blocks, max_tokens };
+        self.outlook.admit(&wanted, self.pool.available())
+    }
+
+    /// Its last token is out.
+    pub(crate) fn ended(&self, tokens: usize) {
+        self.outlook.ended(tokens);
     }
 
     pub(crate) fn admit(&mut self, choice: Choice) {
@@ -222,23 +142,15 @@ impl DecodeWorker {
             return None;
         }
         self.views.clear();
-        self.views.extend(self.choices.iter().map(|choice| View {
-            pending: choice.tokens - choice.computed,
-            computed: choice.computed,
-            held: choice.blocks.len(),
-            waited: 0,
-            joined: true,
-        }));
-        let rules = Rules { step_tokens: self.step_tokens(cost), ..self.rules };
-        let plan = scheduler::plan(&self.views, &rules, &StepModel::default(), self.pool.available());
+        self.views.extend(self.choices.iter().map(Choice::view));
+        let plan = scheduler::plan(&self.views, &self.rules, &self.model, self.pool.available());
         for &victim in &plan.preempt {
-            let choice = &mut self.choices[victim];
-            choice.blocks.clear();
-            (choice.computed, choice.published) = (0, 0);
+            self.choices[victim].preempt();
             self.preemptions += 1;
         }
         let block_tokens = self.rules.block_tokens;
         let mut load = StepLoad::default();
+        let mut shape = StepShape::default();
         let mut runs = 0;
         for &(index, count) in &plan.run {
             let choice = &mut self.choices[index];
@@ -251,6 +163,10 @@ impl DecodeWorker {
                 continue;
             }
             choice.running = count;
+            shape = match count {
+                1 => shape.with_sequence(choice.computed),
+                _ => shape.with_prompt(choice.computed, count),
+            };
             let draws = choice.computed + count == choice.tokens;
             cost.add(&mut load, Chunk { position: choice.computed, tokens: count, draws });
             runs += 1;
@@ -259,42 +175,22 @@ impl DecodeWorker {
             return None;
         }
         self.largest_batch = self.largest_batch.max(runs);
-        let took = ns(cost.seconds(&load) + unsealing).max(1);
+        let computing = ns(cost.seconds(&load));
+        if runs > 0 {
+            self.learn(&shape, ms(computing));
+        }
+        let took = (computing + ns(unsealing)).max(1);
         self.step = Some((now, took));
         Some(took)
     }
 
-    /// Tokens of the next step, decoding ones included.
-    fn step_tokens(&self, cost: &Cost) -> usize {
-        let (limit, most) = match self.budget {
-            Budget::Tokens(tokens) => return tokens,
-            Budget::Time(limit, most) => (limit, most),
-        };
-        let mut decoding = StepLoad::default();
-        let mut sequences = 0;
-        let mut prompt_at = None;
-        for choice in &self.choices {
-            match choice.tokens - choice.computed {
-                1 => {
-                    cost.add(&mut decoding, Chunk::decode(choice.computed));
-                    sequences += 1;
-                }
-                _ => prompt_at = prompt_at.or(Some(choice.computed)),
-            }
+    /// What the step teaches, as in the decode worker.
+    fn learn(&mut self, shape: &StepShape, took_ms: f64) {
+        self.model.add(shape, took_ms);
+        if self.rules.prefill == LocalPrefill::Priority && self.model.is_fitted() && shape.sequences > 0 {
+            let each = shape.kv_tokens as f64 / shape.sequences as f64;
+            self.outlook.set_most_sequences(self.model.most_sequences(each, self.rules.itl_limit_ms));
         }
-        let (Some(position), true) = (prompt_at, sequences > 0) else { return most };
-        let fits = |tokens: usize| {
-            let mut load = decoding;
-            cost.add(&mut load, Chunk { position, tokens, draws: true });
-            ns(cost.seconds(&load)) <= limit
-        };
-        // At least a block, or prompts would starve beside decoding sequences.
-        let (mut low, mut high) = (self.rules.block_tokens, most);
-        while low < high {
-            let middle = (low + high).div_ceil(2);
-            if fits(middle) { low = middle } else { high = middle - 1 }
-        }
-        sequences + low
     }
 
     /// Ends the step that runs: tokens drawn at `now`.
@@ -304,14 +200,19 @@ impl DecodeWorker {
         let block_tokens = self.rules.block_tokens;
         let mut tokens = 0;
         let mut has_ended = false;
-        for choice in self.choices.iter_mut().filter(|choice| choice.running > 0) {
+        for choice in &mut self.choices {
             let count = std::mem::take(&mut choice.running);
+            if count == 0 {
+                choice.waited += 1;
+                continue;
+            }
             tokens += count;
             choice.advance(count, &self.pool, block_tokens);
             if choice.computed < choice.tokens {
                 continue;
             }
             choice.tokens += 1;
+            choice.expected.iter().for_each(|expected| expected.grew(1));
             let is_first = choice.last == 0;
             if is_first {
                 choice.first = now;

@@ -4,6 +4,7 @@
 //! pools with their ownership, reservations and prefix caches. Modelled are time (steps by a profile, links by bandwidth and
 //! latency, hops), the tokens, and the processes around those values: no threads, sockets, text or failures.
 
+mod choice;
 mod clock;
 mod decode;
 mod load;

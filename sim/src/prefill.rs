@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use engine::kv::hash::BlockHash;
 use engine::kv::pool::{Block, BlockPool, BlockState};
-use engine::pace::StepModel;
+use engine::pace::{StepModel, StepShape};
 use engine::roofline::Chunk;
 use engine::sim::{Cost, StepLoad};
 use prefill_worker::scheduler::{self, Rules, View};
 use worker::rate::Rate;
 
-use crate::clock::{Ns, ns};
+use crate::clock::{Ns, ms, ns};
 
 struct Job {
     request: u32,
@@ -61,6 +61,7 @@ pub(crate) struct PrefillWorker {
     rules: Rules,
     jobs: Vec<Job>,
     rate: Rate,
+    model: StepModel,
     step: Option<(Ns, Ns)>,
     /// Its link is busy until then.
     pub(crate) link_free: Ns,
@@ -76,6 +77,7 @@ impl PrefillWorker {
             rules,
             jobs: Vec::new(),
             rate: Rate::default(),
+            model: StepModel::default(),
             step: None,
             link_free: 0,
             looks_at: 0,
@@ -132,9 +134,9 @@ impl PrefillWorker {
                 deadline_ms: None,
             })
             .collect();
-        let plan = scheduler::plan(&views, &self.rules, &StepModel::default(), self.pool.available());
+        let plan = scheduler::plan(&views, &self.rules, &self.model, self.pool.available());
         let mut load = StepLoad::default();
-        let mut runs = false;
+        let mut shape = StepShape::default();
         for (index, count) in plan {
             let job = &mut self.jobs[index];
             if !start(job, &self.pool, block_tokens, now) {
@@ -143,12 +145,13 @@ impl PrefillWorker {
             job.running = count.min(job.prompt - job.computed);
             let draws = job.computed + job.running == job.prompt;
             cost.add(&mut load, Chunk { position: job.computed, tokens: job.running, draws });
-            runs = true;
+            shape = shape.with_prompt(job.computed, job.running);
         }
-        if !runs {
+        if shape.prompt_tokens == 0 {
             return None;
         }
         let took = ns(cost.seconds(&load)).max(1);
+        self.model.add(&shape, ms(took));
         self.step = Some((now, took));
         Some(took)
     }

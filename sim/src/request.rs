@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use decode_worker::outlook::Expected;
 use engine::kv::hash::BlockHash;
 use engine::kv::pool::Block;
 
@@ -33,6 +34,8 @@ pub(crate) struct Live {
     /// On the decode worker: what was there, and what is reserved.
     pub(crate) cached: Vec<Block>,
     pub(crate) reserved: Vec<Block>,
+    /// What the decode worker expects of it until its KV has landed.
+    pub(crate) expected: Option<Expected>,
     /// On the prefill worker, while a push may read them.
     pub(crate) source: Vec<Block>,
     pub(crate) prefill_queue: Ns,

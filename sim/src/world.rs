@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use decode_worker::scheduler as decode_rules;
+use decode_worker::scheduler::{self as decode_rules, LocalPrefill};
 use engine::kv::pool::BlockState;
 use engine::roofline::kv_bytes_per_token;
 use engine::sim::Cost;
@@ -12,8 +12,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use router::fair_queue::FairQueue;
 
+use crate::choice::Choice;
 use crate::clock::{Clock, Event, Ns, ns};
-use crate::decode::{Budget, Choice, DecodeWorker, Drawn};
+use crate::decode::{DecodeWorker, Drawn};
 use crate::load::Planned;
 use crate::prefill::{Brought, PrefillWorker};
 use crate::record::Record;
@@ -63,19 +64,20 @@ impl World {
             max_prompts: cluster.max_sequences,
             block_tokens,
         };
+        // As workers are started for these strategies: whole prompts get the room of a prefill step.
+        let (prefill, step_tokens) = match cluster.strategy {
+            Strategy::Shared => (LocalPrefill::Shared, cluster.prefill_step_tokens),
+            Strategy::Chunked => (LocalPrefill::Chunked, cluster.chunk_tokens),
+            Strategy::Priority => (LocalPrefill::Priority, cluster.prefill_step_tokens),
+            Strategy::Disaggregated | Strategy::Adaptive => (LocalPrefill::Priority, cluster.chunk_tokens),
+        };
         let decode_rules = decode_rules::Rules {
-            step_tokens: cluster.chunk_tokens,
+            step_tokens,
             max_choices: cluster.max_sequences,
             block_tokens,
-            // The budget of a step is the policy here, by the profile's cost rather than by a learned one.
-            prefill: decode_rules::LocalPrefill::Chunked,
-            chunk_tokens: usize::MAX,
-            itl_limit_ms: f64::INFINITY,
-        };
-        let budget = match cluster.strategy {
-            Strategy::Shared => Budget::Tokens(usize::MAX / 4),
-            Strategy::Priority => Budget::Time(ns(cluster.slo.itl_ms / 1e3), cluster.prefill_step_tokens),
-            _ => Budget::Tokens(cluster.chunk_tokens),
+            prefill,
+            chunk_tokens: step_tokens,
+            itl_limit_ms: cluster.slo.itl_ms,
         };
         let profile = &cluster.profile;
         let landing = match cluster.seals {
@@ -88,7 +90,7 @@ impl World {
             cost: Cost::new(&cluster.shape, &cluster.profile),
             prefill: (0..workers[0]).map(|_| PrefillWorker::new(cluster.blocks, prefill_rules)).collect(),
             decode: (0..workers[1])
-                .map(|_| DecodeWorker::new(cluster.blocks, decode_rules, budget, landing))
+                .map(|_| DecodeWorker::new(cluster.blocks, decode_rules, landing))
                 .collect(),
             record: Record::new(cluster.slo, ns(warm_up_seconds)),
             block_bytes: kv_bytes_per_token(&cluster.shape, cluster.profile.kv) * block_tokens as f64,
@@ -157,6 +159,7 @@ impl World {
             local_tokens: 0,
             cached: Vec::new(),
             reserved: Vec::new(),
+            expected: None,
             source: Vec::new(),
             prefill_queue: 0,
             prefill_compute: 0,
@@ -244,6 +247,10 @@ impl World {
         let reusable = ((live.prompt - 1) / block_tokens).min(live.chain.len());
         let cached = worker.pool.lookup(&live.chain[..reusable]);
         let uncached = live.prompt - cached.len() * block_tokens;
+        let missing = live.prompt.div_ceil(block_tokens) - cached.len();
+        let Ok(expected) = worker.expect(missing, live.output) else {
+            return self.try_again(request);
+        };
         let cached_tokens = (cached.len() * block_tokens) as u64;
         let is_local = live.prefill.is_none() || uncached <= live.local_max;
         if is_local {
@@ -259,10 +266,10 @@ impl World {
             choice.published = cached.len();
             choice.computed = cached.len() * block_tokens;
             choice.blocks = cached;
+            choice.expected = Some(expected);
             worker.admit(choice);
             return self.wake_decode(request);
         }
-        let missing = live.prompt.div_ceil(block_tokens) - cached.len();
         let Ok(reserved) = worker.pool.alloc(missing, BlockState::Reserved) else {
             return self.try_again(request);
         };
@@ -270,7 +277,7 @@ impl World {
         self.record.remote += 1;
         self.record.remote_blocks += (missing + cached.len()) as u64;
         self.record.saved_blocks += cached.len() as u64;
-        (live.cached, live.reserved) = (cached, reserved);
+        (live.cached, live.reserved, live.expected) = (cached, reserved, Some(expected));
         // The ticket goes back to the router, the prompt on to the prefill worker.
         self.clock.after(2 * self.hop, Event::Submit(request));
     }
@@ -373,7 +380,7 @@ impl World {
         let bytes = reserved.len() as f64 * self.block_bytes;
         choice.blocks.extend(reserved);
         choice.advance(live.prompt, &worker.pool, self.cluster.block_tokens);
-        choice.is_local = false;
+        choice.expected = live.expected.take();
         // The first token rode in the commit.
         (choice.tokens, choice.first, choice.last) = (live.prompt + 1, now, now);
         self.record.first(live.arrived, now + self.hop);
@@ -447,6 +454,7 @@ impl World {
     fn end(&mut self, choice: &Choice, now: Ns) {
         let Some(live) = self.live.remove(&choice.request) else { return };
         self.router.unassign(Pool::Decode, live.decode, 0);
+        self.decode[live.decode as usize].ended(live.output);
         if let Some(prefill) = live.prefill.filter(|_| live.is_assigned) {
             self.router.unassign(Pool::Prefill, prefill, live.prompt);
         }
