@@ -46,6 +46,10 @@ async fn loads_are_put_on_a_cluster_and_counted() {
             );
             assert!(load["ttft_ms"]["p50"].as_f64().unwrap() > 0.0, "{load}");
             assert!(load["e2e_ms"]["max"].as_f64() >= load["ttft_ms"]["max"].as_f64(), "{load}");
+            // Only the router's own API tells what placement had expected.
+            let ways = load["placement"].as_object().unwrap();
+            let told: u64 = ways.values().map(|way| way["answers"].as_u64().unwrap()).sum();
+            assert_eq!(told, if api[1] == "grpc" { load["ok"].as_u64().unwrap() } else { 0 }, "{load}");
         }
         let html = std::fs::read_to_string(&page).unwrap();
         assert!(html.matches("<svg").count() == 4 && html.contains("20 req/s"));

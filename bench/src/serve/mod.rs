@@ -1,5 +1,6 @@
 //! Load on a running cluster, or on any OpenAI endpoint: open loop, closed loop or a trace; latencies and goodput.
 
+pub mod forecasts;
 pub mod load;
 pub mod plot;
 pub mod record;

@@ -3,12 +3,14 @@
 //! Times of an open loop count from when a request was due, not from when it was sent: a driver that falls behind, or a
 //! server that makes it wait, cannot hide what a user would have waited (coordinated omission).
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::target::{Failure, Times};
+use super::forecasts::{self, Forecasts};
+use super::target::{Answered, Failure, Times};
 
 /// One request's course.
 pub struct Course {
@@ -17,7 +19,7 @@ pub struct Course {
     /// When it was sent.
     pub sent: Instant,
     /// How it ended.
-    pub outcome: Result<Times, Failure>,
+    pub outcome: Result<Answered, Failure>,
     /// When it ended.
     pub ended: Instant,
     /// Prompt tokens.
@@ -87,21 +89,23 @@ pub struct Measured {
     pub e2e_ms: Quantiles,
     /// Due until sent: how far the driver fell behind.
     pub behind_ms: Quantiles,
+    /// How placement's expectations did, by the way that was taken; none of those that tell nothing.
+    pub placement: BTreeMap<&'static str, Forecasts>,
 }
 
-struct Recorder(Histogram<u64>);
+pub(super) struct Recorder(Histogram<u64>);
 
 impl Recorder {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         // A microsecond to an hour.
         Self(Histogram::new_with_bounds(1, 3_600_000_000, 3).unwrap_or_else(|_| unreachable!("fixed bounds")))
     }
 
-    fn add(&mut self, time: Duration, times: u64) {
+    pub(super) fn add(&mut self, time: Duration, times: u64) {
         let _ = self.0.record_n((time.as_micros() as u64).clamp(1, 3_600_000_000), times);
     }
 
-    fn quantiles(&self) -> Quantiles {
+    pub(super) fn quantiles(&self) -> Quantiles {
         if self.0.is_empty() {
             return Quantiles::default();
         }
@@ -170,8 +174,8 @@ impl Rates {
         };
         let mut sums = Self { seconds: (end - from).as_secs_f64().max(1e-9), ..Self::default() };
         for course in courses.iter().filter(counts) {
-            let Ok(times) = &course.outcome else { continue };
-            let answer = Answer::of(course, times);
+            let Ok(answered) = &course.outcome else { continue };
+            let answer = Answer::of(course, &answered.times);
             sums.requests += 1;
             sums.good += u64::from(answer.is_good(slo));
             sums.prompt += course.prompt as u64;
@@ -193,7 +197,7 @@ pub fn measure(load: String, courses: &[Course], window: Window, slo: Slo) -> Me
     for course in &counted {
         behind.add(course.sent - course.due, 1);
         let times = match &course.outcome {
-            Ok(times) => times,
+            Ok(answered) => &answered.times,
             Err(Failure::Shed) => {
                 shed += 1;
                 continue;
@@ -237,6 +241,7 @@ pub fn measure(load: String, courses: &[Course], window: Window, slo: Slo) -> Me
         tpot_ms: tpot.quantiles(),
         e2e_ms: e2e.quantiles(),
         behind_ms: behind.quantiles(),
+        placement: forecasts::by_way(&counted),
     }
 }
 
@@ -260,7 +265,10 @@ mod tests {
         let course = |due: u64, sent: u64, tokens: &[(u64, u32)]| Course {
             due: start + ms(due),
             sent: start + ms(sent),
-            outcome: Ok(tokens.iter().map(|(at, n)| (start + ms(*at), *n)).collect()),
+            outcome: Ok(Answered {
+                times: tokens.iter().map(|(at, n)| (start + ms(*at), *n)).collect(),
+                forecast: None,
+            }),
             ended: start + ms(tokens.last().map_or(sent, |t| t.0)),
             prompt: 10,
         };

@@ -39,6 +39,18 @@ impl fmt::Display for Report {
                 format!("{:.2}/{:.2}/{:.2}", l.itl_ms.p50, l.itl_ms.p99, l.itl_ms.p999),
                 format!("{:.0}/{:.0}", l.e2e_ms.p50, l.e2e_ms.p99),
             )?;
+            for (way, seen) in &l.placement {
+                writeln!(
+                    f,
+                    "{:width$}  placement, {way}: {} answers, first token expected after p50 {:.0} ms, came after {:.0}; off by p50 {:.0}, p99 {:.0}",
+                    "",
+                    seen.answers,
+                    seen.expected_ms.p50,
+                    seen.measured_ms.p50,
+                    seen.error_ms.p50,
+                    seen.error_ms.p99
+                )?;
+            }
             if l.shed > 0 {
                 writeln!(f, "{:width$}  {} were shed", "", l.shed)?;
             }

@@ -11,7 +11,7 @@ use hyper_util::rt::TokioExecutor;
 use proto::v1::generate_request::Input;
 use proto::v1::generate_response::Event;
 use proto::v1::inference_client::InferenceClient;
-use proto::v1::{GenerateRequest, SamplingParams, TokenIds};
+use proto::v1::{GenerateRequest, SamplingParams, Timeline, TokenIds};
 use serde_json::{Value, json};
 use tonic::Code;
 use tonic::metadata::AsciiMetadataValue;
@@ -57,6 +57,36 @@ pub enum Failure {
 /// When tokens came: a time for each event, and how many it brought.
 pub type Times = Vec<(Instant, u32)>;
 
+/// What came back.
+#[derive(Debug, Clone, Default)]
+pub struct Answered {
+    /// Its tokens.
+    pub times: Times,
+    /// What placement had expected. A Tandem router tells it over gRPC.
+    pub forecast: Option<Forecast>,
+}
+
+/// Placement's expectation for the way that it took, and what came: choosing workers until the first token, ms.
+#[derive(Debug, Clone, Copy)]
+pub struct Forecast {
+    /// The decode worker prefilled.
+    pub is_local: bool,
+    /// Before.
+    pub expected_ms: f64,
+    /// After.
+    pub measured_ms: f64,
+}
+
+impl Forecast {
+    fn of(timeline: &Timeline) -> Option<Self> {
+        let told = timeline.expected.as_ref()?;
+        let is_local = timeline.prefill_worker == timeline.decode_worker;
+        let expected_ms = if is_local { told.local_ms } else { told.remote_ms };
+        let are_times = [expected_ms, told.measured_ms].iter().all(|ms| ms.is_finite() && *ms > 0.0);
+        are_times.then_some(Self { is_local, expected_ms, measured_ms: told.measured_ms })
+    }
+}
+
 impl Target {
     /// An OpenAI endpoint at `base`.
     pub fn openai(base: &str, model: &str, key: Option<String>) -> Result<Self, String> {
@@ -72,7 +102,7 @@ impl Target {
     }
 
     /// Sends one request and reads its answer to the end.
-    pub async fn ask(&self, request: &Planned) -> Result<Times, Failure> {
+    pub async fn ask(&self, request: &Planned) -> Result<Answered, Failure> {
         match self {
             Self::Grpc { channel, key } => grpc(channel.clone(), key.clone(), request).await,
             Self::OpenAi { base, model, key, client } => {
@@ -87,7 +117,7 @@ impl Target {
                 }
                 let post =
                     post.body(Full::from(body.to_string())).map_err(|e| Failure::Failed(e.to_string()))?;
-                openai(client, post).await
+                openai(client, post).await.map(|times| Answered { times, forecast: None })
             }
         }
     }
@@ -97,7 +127,7 @@ async fn grpc(
     channel: Channel,
     key: Option<AsciiMetadataValue>,
     request: &Planned,
-) -> Result<Times, Failure> {
+) -> Result<Answered, Failure> {
     let sampling = SamplingParams {
         temperature: Some(0.0),
         max_tokens: Some(request.output),
@@ -124,7 +154,9 @@ async fn grpc(
             Some(Event::Chunk(chunk)) if !chunk.token_ids.is_empty() => {
                 times.push((Instant::now(), u32::try_from(chunk.token_ids.len()).unwrap_or(u32::MAX)));
             }
-            Some(Event::Complete(_)) => return Ok(times),
+            Some(Event::Complete(end)) => {
+                return Ok(Answered { times, forecast: end.timeline.as_ref().and_then(Forecast::of) });
+            }
             _ => {}
         }
     }
