@@ -163,7 +163,7 @@ pub fn place(
 fn with_speeds<'a>(pool: impl Iterator<Item = &'a Candidate>, model: &Model) -> Vec<Candidate> {
     let mut pool: Vec<Candidate> = pool.cloned().collect();
     let fastest = pool.iter().map(|c| c.tokens_per_second).fold(0.0, f64::max);
-    let assumed = if fastest > 0.0 { fastest } else { model.default_tokens_per_second };
+    let assumed = if fastest > 0.0 { fastest } else { model.prefill_tokens_per_second() };
     let like_it = |c: &&mut Candidate| c.tokens_per_second <= 0.0 || c.tokens_per_second * ALIKE >= assumed;
     pool.iter_mut().filter(like_it).for_each(|c| c.tokens_per_second = assumed);
     pool
