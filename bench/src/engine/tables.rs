@@ -73,7 +73,9 @@ impl Bench<'_> {
 
     fn prefill(&mut self) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
-        for (count, length) in [(1, 128), (1, 512), (1, 2048), (1, 8192), (16, 2048), (8, 8192)] {
+        for (count, length) in
+            [(1, 128), (1, 512), (1, 1040), (1, 1500), (1, 2048), (1, 8192), (16, 2048), (8, 8192)]
+        {
             let pool = self.measured.engine().kv().layout().blocks;
             if length > self.settings.max_prompt || count * length.div_ceil(BLOCK_TOKENS) > pool {
                 continue;

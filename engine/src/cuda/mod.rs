@@ -174,7 +174,8 @@ impl CudaEngine {
         }
         let started = std::time::Instant::now();
         let sizes = if self.options.graphs { self.graphs.sizes().to_vec() } else { Vec::new() };
-        let mut rows = [&sizes[..], &PREFILL_ROWS].concat();
+        let mut rows = sizes.clone();
+        rows.extend(prefill_rows());
         rows.sort_unstable();
         rows.dedup();
         self.fixed.tune(&mut self.gemms, &self.stream, &rows)?;
@@ -396,5 +397,8 @@ impl Drop for CudaEngine {
     }
 }
 
-/// Rows at which large products are measured.
-const PREFILL_ROWS: [usize; 7] = [128, 256, 512, 1024, 2048, 4096, 8192];
+/// Rows at which large products are measured. A product is made in tiles of 128 rows or so, dealt to all multiprocessors at once:
+/// one more row of tiles can take a whole round more, and then another algorithm is the best. The more rounds there are, the less that matters.
+fn prefill_rows() -> impl Iterator<Item = usize> {
+    (128..=2048).step_by(128).chain((2304..=4096).step_by(256)).chain((5120..=8192).step_by(1024))
+}
