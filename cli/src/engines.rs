@@ -118,6 +118,7 @@ pub fn build(dir: &Path, args: &EngineArgs, role: Role, step_tokens: usize) -> a
                 threads,
                 max_batch_tokens,
                 quantise: args.quantize.map(Quantize::kind),
+                ..CpuOptions::default()
             },
         )?),
         Device::Sim => {

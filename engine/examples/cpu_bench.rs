@@ -1,12 +1,12 @@
 //! Speed of the CPU engine, with the memory's speed beside it.
 //!
-//! `cargo run --release -p engine --example cpu_bench -- [FOLDER | 135m | 1.1b] [THREADS] [bf16 | f32]`
+//! `cargo run --release -p engine --example cpu_bench -- [FOLDER | 135m | 1.1b] [THREADS] [KV: bf16 | f32] [int8 | int8-per-token]`
 
 use std::path::Path;
 use std::time::Instant;
 
 use engine::cpu::{CpuEngine, CpuOptions};
-use engine::model::{Architecture, ModelConfig, Rope, RopeScaling};
+use engine::model::{Architecture, ModelConfig, Quantisation, Rope, RopeScaling};
 use engine::{Batch, Engine, KvDtype, SampleRequest, SamplingParams, Segment};
 
 type Failure = Box<dyn std::error::Error>;
@@ -55,8 +55,9 @@ fn main() -> Result<(), Failure> {
         block_tokens: BLOCK_TOKENS,
         kv_dtype,
         threads,
-        max_batch_tokens: 2048,
-        quantise: None,
+        quantise: arguments.get(3).map(|_| Quantisation::Int8),
+        per_token: arguments.get(3).is_some_and(|text| text == "int8-per-token"),
+        ..CpuOptions::default()
     };
     let started = Instant::now();
     let mut engine = match model {
@@ -70,14 +71,16 @@ fn main() -> Result<(), Failure> {
         engine.config().parameters() as f64 / 1e6,
         started.elapsed().as_secs_f64()
     );
-    println!("memory read: {:.1} GB/s (one thread)", read_bandwidth());
-    for tokens in [512, 2048] {
-        prefill(&mut engine, tokens)?;
+    for peak in engine.peaks() {
+        println!("{}: {:.0} G operations/s", peak.name, peak.ops_per_second / 1e9);
     }
+    println!("memory read: {:.1} GB/s", engine.ceilings()?.bytes_per_second / 1e9);
+    prefill(&mut engine, 512)?;
     for batch in [1, 4, 8, 16, 32] {
         decode(&mut engine, batch, 128)?;
     }
-    decode(&mut engine, 1, 1024)
+    decode(&mut engine, 1, 1024)?;
+    prefill(&mut engine, 2048)
 }
 
 fn tokens(engine: &CpuEngine, count: usize) -> Vec<u32> {
@@ -103,12 +106,7 @@ fn prefill(engine: &mut CpuEngine, count: usize) -> Result<(), Failure> {
         engine.forward(&Batch { segments: vec![segment] }, &mut |_| {})?;
         best = best.min(started.elapsed().as_secs_f64());
     }
-    let flops = 2.0 * (engine.streamed_bytes() / 2) as f64 * count as f64;
-    println!(
-        "prefill {count:5}: {:7.0} tok/s, {:4.0} GFLOP/s in weights",
-        count as f64 / best,
-        flops / best / 1e9
-    );
+    println!("prefill {count:5}: {:7.0} tok/s", count as f64 / best);
     Ok(())
 }
 
@@ -154,20 +152,4 @@ fn decode(engine: &mut CpuEngine, batch: usize, context: usize) -> Result<(), Fa
         engine.streamed_bytes() as f64 / median / 1e9
     );
     Ok(())
-}
-
-/// Sums 256 MiB of words, the best of a few passes.
-fn read_bandwidth() -> f64 {
-    let words = vec![1u64; 32 << 20];
-    let mut best = 0.0f64;
-    for _ in 0..4 {
-        let started = Instant::now();
-        let sum: u64 = words
-            .chunks_exact(64)
-            .map(|line| line.iter().fold(0u64, |a, &b| a.wrapping_add(b)))
-            .fold(0, u64::wrapping_add);
-        std::hint::black_box(sum);
-        best = best.max(words.len() as f64 * 8.0 / started.elapsed().as_secs_f64() / 1e9);
-    }
-    best
 }

@@ -61,8 +61,9 @@ fn write_int8(golden: &Golden, model: &Model, dir: &Path) {
     safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
 }
 
+/// `per_token`, since a checkpoint is not turned and its head is left alone.
 fn options(quantise: Option<Quantisation>) -> CpuOptions {
-    CpuOptions { kv_blocks: 8, kv_dtype: KvDtype::F32, quantise, ..CpuOptions::default() }
+    CpuOptions { kv_blocks: 8, kv_dtype: KvDtype::F32, quantise, per_token: true, ..CpuOptions::default() }
 }
 
 fn logits(engine: &mut CpuEngine, tokens: &[u32]) -> Vec<f32> {

@@ -77,7 +77,8 @@ fn cpu(config: &ModelConfig) -> CpuEngine {
 }
 
 fn cpu_in(config: &ModelConfig, quantise: Option<Quantisation>) -> CpuEngine {
-    let options = CpuOptions { kv_blocks: BLOCKS, kv_dtype: KvDtype::F32, quantise, ..CpuOptions::default() };
+    let (kv_dtype, per_token) = (KvDtype::F32, true);
+    let options = CpuOptions { kv_blocks: BLOCKS, kv_dtype, quantise, per_token, ..CpuOptions::default() };
     CpuEngine::from_random(config.clone(), 7, options).unwrap()
 }
 
@@ -176,7 +177,7 @@ fn fp8_stays_close() {
     }
 }
 
-/// INT8 has the CPU engine's weights and scales, bit for bit; activations differ by bf16, and by the numbers that rounding
+/// INT8 has the weights and scales that the CPU engine has when it rounds per token, bit for bit; activations differ by bf16, and by the numbers that rounding
 /// then takes the other way.
 #[test]
 fn int8_agrees_with_the_cpu_engine_and_stays_close() {

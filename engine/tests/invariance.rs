@@ -45,8 +45,15 @@ fn engine_in(
     kv_dtype: KvDtype,
     block_tokens: usize,
 ) -> CpuEngine {
-    let options =
-        CpuOptions { kv_blocks: 256, block_tokens, kv_dtype, threads, max_batch_tokens: 512, quantise };
+    let options = CpuOptions {
+        kv_blocks: 256,
+        block_tokens,
+        kv_dtype,
+        threads,
+        max_batch_tokens: 512,
+        quantise,
+        ..CpuOptions::default()
+    };
     CpuEngine::from_random(config(window), 7, options).unwrap()
 }
 

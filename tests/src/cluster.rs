@@ -234,7 +234,7 @@ impl Cluster {
             kv_dtype,
             threads: 1,
             max_batch_tokens: step_tokens.max(spec.max_sequences),
-            quantise: None,
+            ..CpuOptions::default()
         };
         let mut engine: Box<dyn Engine> = Box::new(CpuEngine::load(model, options).unwrap());
         if let Some(gate) = spec.gates.get(&name) {

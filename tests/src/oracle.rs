@@ -27,7 +27,7 @@ impl Oracle {
             kv_dtype,
             threads: 1,
             max_batch_tokens: max_tokens,
-            quantise: None,
+            ..CpuOptions::default()
         };
         Self { engine: CpuEngine::load(dir, options).unwrap(), table: (0..blocks as u32).collect() }
     }

@@ -1,6 +1,7 @@
 //! The activations of a step.
 
 use super::region::Region;
+use super::simd::int8::Group;
 use crate::EngineError;
 use crate::model::ModelConfig;
 
@@ -33,21 +34,24 @@ impl Buffer {
 // SAFETY: plain memory; concurrent access is to disjoint rows or read-only, as each loop below says.
 unsafe impl Sync for Buffer {}
 
-/// Rows rounded to INT8, each with its scale and the sum of its numbers.
+/// Rows rounded to INT8, each with what its groups of inputs share.
 pub(super) struct Buffer8 {
     numbers: Region,
     pub(super) stride: usize,
-    scales: Region,
-    sums: Region,
-    rows: usize,
+    groups: Region,
+    /// Groups from row to row.
+    pub(super) group_stride: usize,
+    /// Inputs of a group.
+    pub(super) group: usize,
 }
 
 impl Buffer8 {
-    fn new(rows: usize, width: usize) -> Result<Self, EngineError> {
-        let stride = width.next_multiple_of(64) + 64;
+    fn new(rows: usize, width: usize, group: usize) -> Result<Self, EngineError> {
+        let (stride, group_stride) = (width.next_multiple_of(64) + 64, width.div_ceil(group));
         let region = |bytes| Region::new(bytes, "rounded activations");
-        let (numbers, scales, sums) = (region(rows * stride)?, region(rows * 4)?, region(rows * 4)?);
-        Ok(Self { numbers, stride, scales, sums, rows })
+        let (numbers, groups) =
+            (region(rows * stride)?, region(rows * group_stride * std::mem::size_of::<Group>())?);
+        Ok(Self { numbers, stride, groups, group_stride, group })
     }
 
     /// # Safety
@@ -58,27 +62,10 @@ impl Buffer8 {
     }
 
     /// # Safety
-    /// `row` below the buffer's rows, and nobody else uses its numbers now.
-    pub(super) unsafe fn note(&self, row: usize, (scale, sum): (f32, i32)) {
-        // SAFETY: inside the regions.
-        unsafe {
-            self.scales.as_ptr().cast::<f32>().add(row).write(scale);
-            self.sums.as_ptr().cast::<i32>().add(row).write(sum);
-        }
-    }
-
-    /// Scales and sums of the rows from `first`.
-    ///
-    /// # Safety
-    /// `first` below the buffer's rows, and nobody writes them while the slices live.
-    pub(super) unsafe fn notes(&self, first: usize) -> (&[f32], &[i32]) {
-        let count = self.rows - first;
-        // SAFETY: inside the regions.
-        unsafe {
-            let scales = self.scales.as_ptr().cast::<f32>().add(first).cast_const();
-            let sums = self.sums.as_ptr().cast::<i32>().add(first).cast_const();
-            (std::slice::from_raw_parts(scales, count), std::slice::from_raw_parts(sums, count))
-        }
+    /// `row` below the buffer's rows.
+    pub(super) unsafe fn groups(&self, row: usize) -> *mut Group {
+        // SAFETY: inside the region.
+        unsafe { self.groups.as_ptr().cast::<Group>().add(row * self.group_stride) }
     }
 }
 
@@ -108,11 +95,19 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    pub(super) fn new(config: &ModelConfig, tokens: usize, int8: bool) -> Result<Self, EngineError> {
+    /// With INT8 rows beside, whose scales are for `group` inputs each, where the network is in INT8.
+    pub(super) fn new(
+        config: &ModelConfig,
+        tokens: usize,
+        group: Option<usize>,
+    ) -> Result<Self, EngineError> {
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let mlp_rows = tokens.min(MLP_ROWS);
-        let rounded = || -> Result<_, EngineError> {
-            Ok((Buffer8::new(tokens, config.hidden.max(q))?, Buffer8::new(mlp_rows, config.ffn)?))
+        let rounded = |group| -> Result<_, EngineError> {
+            Ok((
+                Buffer8::new(tokens, config.hidden.max(q), group)?,
+                Buffer8::new(mlp_rows, config.ffn, group)?,
+            ))
         };
         Ok(Self {
             x: Buffer::new(tokens, config.hidden)?,
@@ -121,7 +116,7 @@ impl Buffers {
             attended: Buffer::new(tokens, q)?,
             gate_up: Buffer::new(mlp_rows, 2 * config.ffn.next_multiple_of(32))?,
             gated: Buffer::new(mlp_rows, config.ffn)?,
-            rounded: int8.then(rounded).transpose()?,
+            rounded: group.map(rounded).transpose()?,
             cos: Vec::new(),
             sin: Vec::new(),
             frequencies: config.rope.frequencies(config.head_dim),

@@ -9,8 +9,10 @@ use crate::EngineError;
 /// Far beyond any cache.
 const READ_BYTES: usize = 512 << 20;
 const READ_PIECES: usize = 256;
-/// Of 16 dots each: some milliseconds.
+/// Of [`SUMS`] dots each: some milliseconds.
 const ROUNDS: usize = 400_000;
+/// Enough to hide the latency of any of these, and few enough for sixteen registers.
+const SUMS: usize = 12;
 const RUNS: usize = 5;
 
 /// An instruction's rate over all threads; a multiply-add counts as two operations.
@@ -22,7 +24,7 @@ pub struct Peak {
     pub ops_per_second: f64,
 }
 
-/// Rounds of sixteen independent dots, and the operations of one dot.
+/// Rounds of independent dots, and the operations of one dot.
 struct Dots {
     name: &'static str,
     ops: usize,
@@ -37,7 +39,7 @@ pub(super) fn peaks(team: &mut Team) -> Vec<Peak> {
             // SAFETY: the CPU has the instructions: `known` asked.
             team.run(threads * 4, &|_| unsafe { (dots.run)(ROUNDS / 4) });
         });
-        let ops = (threads * ROUNDS * 16 * dots.ops) as f64;
+        let ops = (threads * ROUNDS * SUMS * dots.ops) as f64;
         Peak { name: dots.name, ops_per_second: ops / seconds }
     });
     measured.collect()
@@ -97,10 +99,10 @@ fn known() -> Vec<Dots> {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    //! Sixteen accumulators hide the latency of any of these.
-
     use std::arch::x86_64::*;
     use std::hint::black_box;
+
+    use super::SUMS;
 
     macro_rules! dots {
         ($name:ident, $features:literal, $zero:expr, |$sum:ident, $x:ident| $step:expr) => {
@@ -108,7 +110,7 @@ mod x86 {
             /// The instructions.
             #[target_feature(enable = $features)]
             pub(super) unsafe fn $name(rounds: usize) {
-                let mut sums = [$zero; 16];
+                let mut sums = [$zero; SUMS];
                 let $x = black_box($zero);
                 for _ in 0..rounds {
                     for $sum in &mut sums {
@@ -124,9 +126,10 @@ mod x86 {
     dots!(fma512, "avx512f", _mm512_setzero_ps(), |sum, x| _mm512_fmadd_ps(x, x, *sum));
     dots!(fma256, "avx2,fma", _mm256_setzero_ps(), |sum, x| _mm256_fmadd_ps(x, x, *sum));
     dots!(vnni, "avx512f,avx512vnni", _mm512_setzero_si512(), |sum, x| _mm512_dpbusd_epi32(*sum, x, x));
+    // What the tile is made of: see `int8::tile_x86`. All of it depends on the sum, or it would be computed once.
     dots!(maddubs, "avx2", _mm256_setzero_si256(), |sum, x| _mm256_add_epi32(
         *sum,
-        _mm256_madd_epi16(_mm256_maddubs_epi16(x, x), x)
+        _mm256_madd_epi16(_mm256_maddubs_epi16(x, _mm256_sign_epi8(x, *sum)), x)
     ));
     dots!(bf16, "avx512f,avx512bf16", _mm512_setzero_ps(), |sum, x| {
         // SAFETY: as many bits, any of which are numbers.

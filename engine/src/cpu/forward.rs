@@ -34,7 +34,7 @@ impl Step<'_> {
         self.embed(plan);
         for (index, layer) in network.layers.iter().enumerate() {
             let rows = plan.rows.len();
-            self.norm(&layer.attention_norm, rows, self.network.int8);
+            self.norm(&layer.attention_norm, rows, &layer.qkv.weights);
             self.linear(&layer.qkv, Side::Normed, Side::Qkv, rows);
             self.write_kv(plan, index, layer);
             on_layer(index);
@@ -68,12 +68,11 @@ impl Step<'_> {
         }
     }
 
-    /// `normed = norm(x)`, in INT8 too if the next product takes it.
-    fn norm(&mut self, weight: &[f32], rows: usize, round: bool) {
+    /// `normed = norm(x)`, in INT8 too if the product that follows takes it.
+    fn norm(&mut self, weight: &[f32], rows: usize, product: &Multiplied) {
         let (kernels, eps) = (self.kernels, self.config.rms_eps);
         let Buffers { x, normed, .. } = &*self.buffers;
-        let rounding =
-            Rounding::of(self.buffers, self.kernels8, Side::Normed, weight.len()).filter(|_| round);
+        let rounding = Rounding::of(self.buffers, self.kernels8, Side::Normed, weight.len(), product);
         by_rows(self.team, rows, &|row| {
             // SAFETY: each row is visited once; `x` is only read.
             unsafe {
@@ -131,7 +130,7 @@ impl Step<'_> {
         // SAFETY: tasks write disjoint heads of rows; the KV they read was written before this loop.
         self.team.run(tasks.len(), &|task| unsafe { (kernels.attention)(&layer, &tasks[task]) });
         let width = self.config.heads * self.config.head_dim;
-        if let Some(rounding) = Rounding::of(self.buffers, self.kernels8, Side::Attended, width) {
+        if let Some(rounding) = Rounding::of(self.buffers, self.kernels8, Side::Attended, width, &o.weights) {
             // SAFETY: each row is visited once.
             by_rows(self.team, rows, &|row| unsafe { rounding.row(row) });
         }
@@ -140,14 +139,14 @@ impl Step<'_> {
 
     /// `x += down(silu(gate(norm(x))) · up(norm(x)))`.
     fn mlp(&mut self, layer: &Layer, rows: usize) {
-        self.norm(&layer.mlp_norm, rows, self.network.int8);
+        self.norm(&layer.mlp_norm, rows, &layer.gate_up.weights);
         for first in (0..rows).step_by(MLP_ROWS) {
             let count = MLP_ROWS.min(rows - first);
             self.linear_from(&layer.gate_up, Side::Normed, Side::GateUp, count, first);
             let (kernels, ffn) = (self.kernels, self.config.ffn);
             let up = layer.gate_up.weights.n() / 2;
             let Buffers { gate_up, gated, .. } = &*self.buffers;
-            let rounding = Rounding::of(self.buffers, self.kernels8, Side::Gated, ffn);
+            let rounding = Rounding::of(self.buffers, self.kernels8, Side::Gated, ffn, &layer.down.weights);
             by_rows(self.team, count, &|row| {
                 // SAFETY: each row is visited once; gate and up lie in the row.
                 unsafe {
@@ -175,28 +174,16 @@ impl Step<'_> {
     }
 
     fn logits(&mut self, rows: usize) -> Vec<Vec<f32>> {
-        self.norm(&self.network.norm, rows, false);
+        let head = &self.network.head;
+        self.norm(&self.network.norm, rows, head);
         let mut logits: Vec<Vec<f32>> = Vec::new();
         // One row block at a time, so that the scratch is bounded.
         for first in (0..rows).step_by(ROW_BLOCK) {
             let count = ROW_BLOCK.min(rows - first);
-            let head = &self.network.head;
-            let mut out = vec![0.0f32; count * head.n];
-            let job = Gemm {
-                // SAFETY: a row of the buffer.
-                a: unsafe { self.buffers.normed.row(first) },
-                lda: self.buffers.normed.stride,
-                weights: head,
-                bias: None,
-                out: out.as_mut_ptr(),
-                ldo: head.n,
-                add: false,
-            };
-            spread(self.team, count, head.panels(), &|rows, panels| {
-                // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
-                unsafe { job.run(self.kernels, rows, panels) };
-            });
-            logits.extend(out.chunks_exact(head.n).map(<[f32]>::to_vec));
+            let (n, mut out) = (head.n(), vec![0.0f32; count * head.n()]);
+            let target = Target { at: out.as_mut_ptr(), stride: n, bias: None, add: false };
+            self.multiply(head, Side::Normed, first, count, &target);
+            logits.extend(out.chunks_exact(n).map(<[f32]>::to_vec));
         }
         logits
     }
@@ -207,25 +194,36 @@ impl Step<'_> {
 
     /// One product; `first` is where the rows begin in buffers of all tokens.
     fn linear_from(&mut self, linear: &Linear, from: Side, to: Side, rows: usize, first: usize) {
+        let row = |side: Side| if side.is_mlp() { 0 } else { first };
+        let out = to.of(self.buffers);
+        let target = Target {
+            // SAFETY: a row of the buffer.
+            at: unsafe { out.row(row(to)) },
+            stride: out.stride,
+            bias: linear.bias.as_deref(),
+            add: to == Side::Residual,
+        };
+        self.multiply(&linear.weights, from, row(from), rows, &target);
+    }
+
+    /// Rows of a buffer from `start`, times weights.
+    fn multiply(&mut self, weights: &Multiplied, from: Side, start: usize, rows: usize, to: &Target<'_>) {
         let (kernels, kernels8) = (self.kernels, self.kernels8);
-        let start = if from.is_mlp() { 0 } else { first };
-        let (out, bias, add) = (to.of(self.buffers), linear.bias.as_deref(), to == Side::Residual);
-        // SAFETY: `first` is a row of the buffer.
-        let (at, ldo) = (unsafe { out.row(if to.is_mlp() { 0 } else { first }) }, out.stride);
-        match (&linear.weights, from.rounded(self.buffers)) {
-            (Multiplied::Int8(weights), Some(a)) => {
+        let (bias, out, ldo, add) = (to.bias, to.at, to.stride, to.add);
+        match (weights, from.rounded(self.buffers)) {
+            (Multiplied::Int8(weights), Some(rounded)) => {
                 // SAFETY: `start` is a row of the buffer, which nobody writes during the product.
-                let (at_row, (row_scales, row_sums)) = unsafe { (a.row(start), a.notes(start)) };
-                let lda = a.stride;
-                let job = Gemm8 { a: at_row, lda, row_scales, row_sums, weights, bias, out: at, ldo, add };
+                let (a, groups) = unsafe { (rounded.row(start), rounded.groups(start)) };
+                let (lda, group, ldg) = (rounded.stride, rounded.group, rounded.group_stride);
+                let job = Gemm8 { a, lda, group, groups, ldg, weights, bias, out, ldo, add };
                 // SAFETY: tasks cover disjoint rows or columns of `out`; `a` is only read.
                 spread(self.team, rows, weights.panels(), &|r, p| unsafe { job.run(kernels8, r, p) });
             }
             (Multiplied::Brain(weights), _) => {
-                let a = from.of(self.buffers);
+                let from = from.of(self.buffers);
                 // SAFETY: `start` is a row of the buffer.
-                let at_row = unsafe { a.row(start) };
-                let job = Gemm { a: at_row, lda: a.stride, weights, bias, out: at, ldo, add };
+                let a = unsafe { from.row(start) };
+                let job = Gemm { a, lda: from.stride, weights, bias, out, ldo, add };
                 // SAFETY: as above.
                 spread(self.team, rows, weights.panels(), &|r, p| unsafe { job.run(kernels, r, p) });
             }
@@ -234,18 +232,36 @@ impl Step<'_> {
     }
 }
 
+/// Where a product goes.
+struct Target<'a> {
+    at: *mut f32,
+    stride: usize,
+    bias: Option<&'a [f32]>,
+    /// Added to what is there.
+    add: bool,
+}
+
 /// Rows on their way to INT8.
 struct Rounding<'a> {
     kernels: &'static Kernels8,
     from: &'a Buffer,
     width: usize,
+    turn: bool,
     to: &'a Buffer8,
 }
 
 impl<'a> Rounding<'a> {
-    /// Of a side, where the network is in INT8.
-    fn of(buffers: &'a Buffers, kernels: &'static Kernels8, side: Side, width: usize) -> Option<Self> {
-        Some(Self { kernels, from: side.of(buffers), width, to: side.rounded(buffers)? })
+    /// Of a side, where the product that takes it is in INT8.
+    fn of(
+        buffers: &'a Buffers,
+        kernels: &'static Kernels8,
+        side: Side,
+        width: usize,
+        product: &Multiplied,
+    ) -> Option<Self> {
+        let Multiplied::Int8(weights) = product else { return None };
+        let to = side.rounded(buffers)?;
+        Some(Self { kernels, from: side.of(buffers), width, turn: weights.turned, to })
     }
 
     /// # Safety
@@ -253,8 +269,14 @@ impl<'a> Rounding<'a> {
     unsafe fn row(&self, row: usize) {
         // SAFETY: the caller's; the CPU has the kernels' instructions.
         unsafe {
-            let job = EightRow { x: self.from.row(row), n: self.width, out: self.to.row(row) };
-            self.to.note(row, (self.kernels.quantise)(&job));
+            (self.kernels.quantise)(&EightRow {
+                x: self.from.row(row),
+                n: self.width,
+                turn: self.turn,
+                group: self.to.group,
+                out: self.to.row(row),
+                groups: self.to.groups(row),
+            });
         }
     }
 }

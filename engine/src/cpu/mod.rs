@@ -19,7 +19,7 @@ use self::network::Network;
 use self::plan::Plan;
 use self::region::KvRegion;
 use self::simd::Kernels;
-use self::simd::int8::Kernels8;
+use self::simd::int8::{GROUP, Kernels8, MOST_INPUTS};
 use self::team::Team;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, Quantisation, RandomWeights, WeightSource, Weights};
@@ -40,8 +40,11 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Most tokens of one step.
     pub max_batch_tokens: usize,
-    /// Weights of the layers are rounded to eight bits, activations too in every step; INT8 only.
+    /// Weights of layers and head are rounded to eight bits, activations too in every step; INT8 only.
     pub quantise: Option<Quantisation>,
+    /// INT8 as the CUDA engine has it, so that the two can be compared: activations with one scale per token, nothing
+    /// turned, the head in bf16.
+    pub per_token: bool,
 }
 
 impl Default for CpuOptions {
@@ -53,6 +56,7 @@ impl Default for CpuOptions {
             threads: 0,
             max_batch_tokens: 2048,
             quantise: None,
+            per_token: false,
         }
     }
 }
@@ -124,8 +128,11 @@ impl CpuEngine {
             max_context_tokens: config.max_context,
             vocab_size: config.vocab,
         };
-        let buffers = Buffers::new(&config, options.max_batch_tokens, kind.is_some())?;
-        let network = Network::load(&config, source, kind)?;
+        let group = if options.per_token { MOST_INPUTS } else { GROUP };
+        // What a checkpoint has in eight bits cannot be turned, and its head was left alone on purpose.
+        let turn = config.quantised.is_none() && !options.per_token;
+        let buffers = Buffers::new(&config, options.max_batch_tokens, kind.map(|_| group))?;
+        let network = Network::load(&config, source, kind, turn)?;
         tracing::debug!(device = info.device, parameters = config.parameters(), "engine ready");
         let max_batch_tokens = options.max_batch_tokens;
         Ok(Self { config, network, kv, kernels, kernels8, team, buffers, info, max_batch_tokens })

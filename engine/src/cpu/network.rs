@@ -5,10 +5,13 @@ use std::path::Path;
 use half::bf16;
 
 use super::simd::gemm::{PANEL, Packed};
-use super::simd::int8::{MOST_INPUTS, Packed8};
+use super::simd::int8::Packed8;
 use crate::EngineError;
-use crate::model::quantise::{kind_of, layer_matrix, to_int8};
+use crate::model::quantise::{kind_of, layer_matrix, to_int8, turned_rows};
 use crate::model::{Matrix, ModelConfig, Quantisation, Stored, WeightSource};
+
+/// Rows of the head that are rounded together.
+const HEAD_ROWS: usize = 64 * PANEL;
 
 /// A matrix as it is multiplied.
 pub(super) enum Multiplied {
@@ -65,25 +68,25 @@ pub(super) struct Network {
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Vec<f32>,
     /// `[vocab, hidden]`
-    pub(super) head: Packed,
+    pub(super) head: Multiplied,
 }
 
 impl Network {
-    /// `kind` is what [`check`] found.
+    /// `kind` is what [`check`] found; `turn` says that what is rounded here is turned, and the head rounded too.
     pub(super) fn load(
         config: &ModelConfig,
         source: &dyn WeightSource,
         kind: Option<Quantisation>,
+        turn: bool,
     ) -> Result<Self, EngineError> {
         let (vocab, hidden) = (config.vocab, config.hidden);
         let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
-        let mut head = Packed::zeroed(vocab, hidden)?;
-        if config.tie_embeddings {
-            head.fill(0, embedding.numbers());
-        } else {
-            head.fill(0, source.matrix("lm_head.weight", vocab, hidden)?.numbers());
-        }
-        let layers = (0..config.layers).map(|index| Layer::load(config, source, kind, index));
+        let own = match config.tie_embeddings {
+            true => None,
+            false => Some(source.matrix("lm_head.weight", vocab, hidden)?),
+        };
+        let head = head_of(own.as_ref().unwrap_or(&embedding), hidden, turn && kind.is_some())?;
+        let layers = (0..config.layers).map(|index| Layer::load(config, source, kind, turn, index));
         Ok(Self {
             int8: kind.is_some(),
             embedding,
@@ -114,6 +117,7 @@ impl Layer {
         config: &ModelConfig,
         source: &dyn WeightSource,
         kind: Option<Quantisation>,
+        turn: bool,
         index: usize,
     ) -> Result<Self, EngineError> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
@@ -121,7 +125,7 @@ impl Layer {
         let (q, kv) = (config.heads * dim, config.kv_heads * dim);
         let stack = |parts: &[(&str, usize)], columns, bias, align| {
             let parts = parts.iter().map(|&(part, rows)| (name(part), rows));
-            let stack = Stack { source, declared: config.quantised, columns, align };
+            let stack = Stack { source, declared: config.quantised, turn, columns, align };
             stack.load(kind, &parts.collect::<Vec<_>>(), bias)
         };
         let head_norms = || -> Result<_, EngineError> {
@@ -145,10 +149,29 @@ impl Layer {
     }
 }
 
+/// The head as it is multiplied, of a matrix `[vocab, hidden]`.
+fn head_of(matrix: &Matrix, hidden: usize, round: bool) -> Result<Multiplied, EngineError> {
+    let numbers = matrix.numbers();
+    let vocab = numbers.len() / hidden;
+    if !round {
+        let mut head = Packed::zeroed(vocab, hidden)?;
+        head.fill(0, numbers);
+        return Ok(Multiplied::Brain(head));
+    }
+    let mut head = Packed8::zeroed(vocab, hidden, true)?;
+    // A few rows at a time: all of them in between would take a head's memory once more.
+    for (index, rows) in numbers.chunks(HEAD_ROWS * hidden).enumerate() {
+        let (numbers, scales) = turned_rows(rows, hidden);
+        head.fill(index * HEAD_ROWS, &numbers, &scales);
+    }
+    Ok(Multiplied::Int8(head))
+}
+
 /// Matrices of `columns` inputs below each other, each starting at a multiple of `align` rows.
 struct Stack<'a> {
     source: &'a dyn WeightSource,
     declared: Option<Quantisation>,
+    turn: bool,
     columns: usize,
     align: usize,
 }
@@ -184,13 +207,18 @@ impl Stack<'_> {
     }
 
     fn int8(&self, parts: &[(String, usize)]) -> Result<Packed8, EngineError> {
-        let mut weights = Packed8::zeroed(self.rows(parts), self.columns)?;
+        let mut weights = Packed8::zeroed(self.rows(parts), self.columns, self.turn)?;
         let mut first = 0;
         for (name, rows) in parts {
             let name = format!("{name}.weight");
             let stored: Stored = layer_matrix(self.source, self.declared, &name, *rows, self.columns)?;
-            let (numbers, scales) = to_int8(&stored, self.columns)?;
-            weights.fill(first, &numbers, &scales);
+            if let (Stored::Brain(matrix), true) = (&stored, self.turn) {
+                let (numbers, scales) = turned_rows(matrix.numbers(), self.columns);
+                weights.fill(first, &numbers, &scales);
+            } else {
+                let (numbers, scales) = to_int8(&stored, self.columns)?;
+                weights.fill(first, &numbers, &scales);
+            }
             first += rows.next_multiple_of(self.align);
         }
         Ok(weights)
@@ -225,10 +253,6 @@ pub(super) fn check(
         return Err(EngineError::Unsupported(
             "FP8 on CPU cores: no CPU multiplies e4m3; take --quantize int8, the bf16 checkpoint or --device cuda".into(),
         ));
-    }
-    if kind.is_some() && config.ffn > MOST_INPUTS {
-        let reason = format!("intermediate_size {}, INT8 sums hold at most {MOST_INPUTS}", config.ffn);
-        return Err(EngineError::model(dir, reason));
     }
     Ok(kind)
 }

@@ -1,15 +1,19 @@
 //! Weights of eight bits: the one place that says what they mean, for every backend.
 //!
 //! A matrix `[outputs, inputs]` holds one eight-bit number per weight and one f32 scale per output; activations get one
-//! scale per token, in every step ("W8A8, per channel and per token, symmetric, dynamic"):
+//! scale per token, in every step ("W8A8, per channel and per token, symmetric, dynamic"), or what CPU cores take instead (below):
 //!
 //! ```text
-//! scale = max |x| of the row / 127 (INT8) or / 448 (FP8, e4m3)     number = round(x / scale), nearest, ties to even
+//! scale = max |x| of the row or group / 127 (INT8) or / 448 (FP8, e4m3)     number = round(x / scale), nearest, ties to even
 //! ```
+//!
+//! What CPU cores round by themselves (not a checkpoint that is INT8 already) lies closer to bf16: activations get a scale per
+//! 128 inputs of a token, and both sides are first turned ([`turn`]), which spreads an outlier over sixteen numbers; QuaRot (Ashkboos
+//! et al. 2024) does so over whole rows. Turned, the head can be in eight bits too.
 //!
 //! INT8 as in LLM.int8() (Dettmers et al. 2022, section 2, without outliers apart) and SmoothQuant (Xiao et al. 2022, its O1
 //! granularity, without smoothing), FP8 as in Micikevicius et al. 2022; compressed-tensors calls them `int-quantized` and
-//! `float-quantized`. Quantised are the products of the layers. Embedding and head stay bf16: a head's rounding shows
+//! `float-quantized`. Quantised are the products of the layers. Embedding and head else stay bf16: a head's rounding shows
 //! in every token's logits, an embedding is read a row a token; compressed-tensors leaves both alone too. Norms and biases
 //! are vectors: nothing to gain.
 
@@ -124,14 +128,54 @@ pub fn to_int8(stored: &Stored, columns: usize) -> Result<Rows8<'_>, EngineError
 
 /// Rows of `columns` numbers in INT8, with their scales.
 pub fn int8_rows(numbers: &[bf16], columns: usize) -> (Vec<i8>, Vec<f32>) {
+    rows_of(numbers, columns, |row, out| int8_row(row, out).0)
+}
+
+/// The same turned: products with turned activations are those of the numbers themselves.
+pub fn turned_rows(numbers: &[bf16], columns: usize) -> (Vec<i8>, Vec<f32>) {
+    rows_of(numbers, columns, |row, out| {
+        turn(row);
+        int8_row(row, out).0 / GAIN
+    })
+}
+
+fn rows_of(
+    numbers: &[bf16],
+    columns: usize,
+    round: impl Fn(&mut [f32], &mut [i8]) -> f32,
+) -> (Vec<i8>, Vec<f32>) {
     let mut out = vec![0i8; numbers.len()];
     let mut row = vec![0f32; columns];
     let scales = numbers.chunks_exact(columns).zip(out.chunks_exact_mut(columns)).map(|(from, to)| {
         row.iter_mut().zip(from).for_each(|(x, b)| *x = b.to_f32());
-        int8_row(&row, to).0
+        round(&mut row, to)
     });
     let scales = scales.collect();
     (out, scales)
+}
+
+/// Numbers that are turned together.
+const TURNED: usize = 64;
+/// What a product of two turned rows is larger by: a power of two, so that taking it out rounds nothing.
+const GAIN: f32 = 16.0;
+
+/// Multiplies each 64 numbers by a Hadamard matrix of order 16 over every fourth of them, four times its inverse: sums and differences
+/// only, whole vectors at a time. Dots of two turned rows are [`GAIN`] times those of the rows.
+#[inline(always)]
+pub fn turn(x: &mut [f32]) {
+    let mut blocks = x.chunks_exact_mut(TURNED);
+    for block in &mut blocks {
+        for half in [4, 8, 16, 32] {
+            for pair in block.chunks_exact_mut(2 * half) {
+                let (low, high) = pair.split_at_mut(half);
+                for (a, b) in low.iter_mut().zip(high) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+        }
+    }
+    // What is left over stays as it is, but for its share of the gain.
+    blocks.into_remainder().iter_mut().for_each(|x| *x *= 4.0);
 }
 
 /// Below this a row is zero: its inverse scale would not be a number.
@@ -178,6 +222,28 @@ mod tests {
             let top = x.iter().copied().fold(0f32, |a, b| a.max(b.abs()));
             prop_assert!(top == 0.0 || out.iter().any(|q| q.unsigned_abs() == 127));
         }
+    }
+
+    proptest! {
+        #[test]
+        fn turning_keeps_dots(x in proptest::collection::vec((-10i16..10, -10i16..10), 1..300)) {
+            let (mut a, mut b): (Vec<f32>, Vec<f32>) = x.into_iter().map(|(a, b)| (f32::from(a), f32::from(b))).unzip();
+            // Whole numbers this small are exact in f32.
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+            let before = dot(&a, &b);
+            turn(&mut a);
+            turn(&mut b);
+            prop_assert_eq!(dot(&a, &b), GAIN * before);
+        }
+    }
+
+    #[test]
+    fn an_outlier_is_spread() {
+        let mut x = [0.0; 64];
+        x[37] = 1.0;
+        turn(&mut x);
+        let spread: Vec<usize> = (0..64).filter(|&i| x[i].abs() == 1.0).collect();
+        assert_eq!(spread, (1..64).step_by(4).collect::<Vec<_>>());
     }
 
     #[test]

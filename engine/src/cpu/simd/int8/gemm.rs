@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use super::super::gemm::{PANEL, ROW_BLOCK};
 use super::super::tile::tiles;
-use super::{Finish, Kernels8, Tile8};
+use super::{Finish, Group, Kernels8, Tile8};
 use crate::EngineError;
 use crate::cpu::region::Region;
 
-/// Most inputs: sums of products of numbers up to 128 stay within 32 bits.
+/// Most inputs of a group: sums of products of numbers up to 128 stay within 32 bits.
 pub(crate) const MOST_INPUTS: usize = 1 << 17;
 /// Quads of inputs that row tiles take turns on: 16 KiB of weights.
 const SLICE_QUADS: usize = 128;
@@ -24,19 +24,17 @@ pub(crate) struct Packed8 {
     pub(crate) n: usize,
     pub(crate) k: usize,
     scales: Vec<f32>,
+    /// Whether its rows were turned, so that activations have to be.
+    pub(crate) turned: bool,
 }
 
 impl Packed8 {
     /// Room for `[n, k]`, all zero.
-    pub(crate) fn zeroed(n: usize, k: usize) -> Result<Self, EngineError> {
-        if k > MOST_INPUTS {
-            let reason = format!("INT8 products of {k} inputs, at most {MOST_INPUTS}");
-            return Err(EngineError::Unsupported(reason));
-        }
+    pub(crate) fn zeroed(n: usize, k: usize, turned: bool) -> Result<Self, EngineError> {
         let words = n.div_ceil(PANEL) * PANEL * k.div_ceil(4);
         let mut region = Region::new(words * 4, "a weight matrix")?;
         bytemuck::cast_slice_mut::<u8, u32>(region.bytes_mut()).fill(ZEROS);
-        Ok(Self { region, n, k, scales: vec![0.0; n] })
+        Ok(Self { region, n, k, scales: vec![0.0; n], turned })
     }
 
     /// Writes rows of the matrix, row-major `[rows, k]`, and their scales, at output columns `first..`.
@@ -88,9 +86,11 @@ pub(crate) struct Gemm8<'a> {
     /// `[rows, k]`, rows `lda` apart, zeros up to a whole number of quads.
     pub(crate) a: *const i8,
     pub(crate) lda: usize,
-    /// Of the rows of `a`.
-    pub(crate) row_scales: &'a [f32],
-    pub(crate) row_sums: &'a [i32],
+    /// Inputs that share a scale, a multiple of four.
+    pub(crate) group: usize,
+    /// Of the rows of `a`: `[rows, k / group]`, rows `ldg` apart.
+    pub(crate) groups: *const Group,
+    pub(crate) ldg: usize,
     pub(crate) weights: &'a Packed8,
     /// Padded to whole panels.
     pub(crate) bias: Option<&'a [f32]>,
@@ -111,15 +111,15 @@ impl Gemm8<'_> {
     /// The job's pointers valid for these rows; nobody else writes the same rows and columns of `out` or
     /// anything of `a`; panels in range; `kernels` are supported by the CPU.
     pub(crate) unsafe fn run(&self, kernels: &Kernels8, rows: Range<usize>, panels: Range<usize>) {
-        assert!(rows.len() <= ROW_BLOCK);
-        let mut sums = Sums([0; ROW_BLOCK * PANEL]);
-        let sums = &mut sums.0[..rows.len() * PANEL];
-        let (quads, most) = (self.weights.k.div_ceil(4), kernels.tile.len());
+        assert!(rows.len() <= ROW_BLOCK && self.group <= MOST_INPUTS);
+        let mut totals = Totals([0.0; ROW_BLOCK * PANEL]);
+        let totals = &mut totals.0[..rows.len() * PANEL];
+        let (quads, group, most) = (self.weights.k.div_ceil(4), self.group / 4, kernels.tile.len());
         // One tile streams the panel as it is; several take turns on a slice that stays in the first cache.
-        let slice = if rows.len() > most { SLICE_QUADS } else { quads.max(1) };
+        let slice = if rows.len() > most { SLICE_QUADS.next_multiple_of(group) } else { quads.max(1) };
         let last = panels.end.saturating_sub(1);
         for panel in panels {
-            sums.fill(0);
+            totals.fill(0.0);
             // Each tile fetches its share of the next panel, so that memory works all the time.
             let step = PANEL.div_ceil(rows.len().div_ceil(most).max(1));
             let mut fetched = 0;
@@ -130,12 +130,15 @@ impl Gemm8<'_> {
                     unsafe {
                         kernels.tile[count - 1](&Tile8 {
                             quads,
+                            group,
                             a: self.a.add((rows.start + start) * self.lda + 4 * first),
                             lda: self.lda,
+                            groups: self.groups.add((rows.start + start) * self.ldg + first / group),
+                            ldg: self.ldg,
                             panel: self.weights.panel(panel).add(first * PANEL),
                             next: self.weights.panel((panel + 1).min(last)).wrapping_add(fetched),
                             step,
-                            sums: sums[start * PANEL..].as_mut_ptr(),
+                            totals: totals[start * PANEL..].as_mut_ptr(),
                         });
                     }
                     fetched += quads * step;
@@ -146,11 +149,8 @@ impl Gemm8<'_> {
             // SAFETY: the caller's.
             unsafe {
                 (kernels.finish)(&Finish {
-                    sums,
+                    totals,
                     panel: PANEL,
-                    row_scales: &self.row_scales[rows.clone()],
-                    row_sums: &self.row_sums[rows.clone()],
-                    shift: kernels.shift,
                     column_scales: &self.weights.scales[columns.clone()],
                     bias: self.bias.map(|bias| &bias[columns]),
                     out: self.out.add(rows.start * self.ldo + column),
@@ -163,4 +163,4 @@ impl Gemm8<'_> {
 }
 
 #[repr(align(64))]
-struct Sums([i32; ROW_BLOCK * PANEL]);
+struct Totals([f32; ROW_BLOCK * PANEL]);

@@ -1,9 +1,10 @@
-//! INT8 products: `out [rows, n] = (a · wᵀ) · scale of the row · scale of the column`, a and w in eight bits.
+//! INT8 products: `out [rows, n] = (a · wᵀ) · scales of the row's groups · scale of the column`, a and w in eight bits.
 //!
-//! Sums are whole numbers, so every instruction set gives the same ones however it orders them; scales come in afterwards, in
-//! f32, in one order. Kernels: VNNI (512 bits, four products an instruction and lane), AVX2, plain code; chosen at run time.
-//! Bounds: a decode step reads each weight once (one byte), the bound is memory; a prompt multiplies 128 numbers per cycle with
-//! VNNI on Zen 4 (two operations each), the bound is that rate.
+//! Inputs share a scale in groups of [`GROUP`]: a group's sum is a whole number, so every instruction set gets the same one
+//! however it orders it; groups are then added in f32, first to last, by one multiply-add each. Kernels: VNNI (512 bits, four products an
+//! instruction and lane), AVX2, plain code; chosen at run time. Bounds: a decode step reads each weight once (one byte), the bound
+//! is memory; a prompt multiplies 128 numbers per cycle with VNNI on Zen 4 (two operations each), 32 with AVX2 on Zen 3 (four
+//! instructions per 32), the bound is that rate. A group's end costs three instructions per sum, beside 32 (VNNI) or 128.
 
 mod gemm;
 mod rows;
@@ -15,7 +16,11 @@ mod tile_x86;
 
 pub(crate) use gemm::{Gemm8, MOST_INPUTS, Packed8};
 pub(crate) use rows::{EightRow, Finish};
+pub(crate) use tile::Group;
 use tile::Tile8;
+
+/// Inputs that share a scale: an outlier costs its group precision, not its row. See bench/RESULTS-cpu.md for what other sizes cost.
+pub(crate) const GROUP: usize = 128;
 
 /// One instruction set's kernels. All are unsafe to call, as those of `super::Kernels` are.
 pub(crate) struct Kernels8 {
@@ -23,10 +28,8 @@ pub(crate) struct Kernels8 {
     /// By rows of the tile, from 1.
     tile: &'static [unsafe fn(&Tile8)],
     /// Rounds a row of activations.
-    pub(crate) quantise: unsafe fn(&EightRow) -> (f32, i32),
+    pub(crate) quantise: unsafe fn(&EightRow),
     finish: unsafe fn(&Finish<'_>),
-    /// What the tiles take the weights to be too large by.
-    shift: i32,
 }
 
 static SCALAR: Kernels8 = Kernels8 {
@@ -34,16 +37,14 @@ static SCALAR: Kernels8 = Kernels8 {
     tile: &[tile::plain::<1>, tile::plain::<2>],
     quantise: rows::quantise,
     finish: rows::finish,
-    shift: 128,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels8 = Kernels8 {
     name: "avx2",
-    tile: &[tile_x86::avx2::<1>, tile_x86::avx2::<2>, tile_x86::avx2::<3>, tile_x86::avx2::<4>],
+    tile: &[tile_x86::avx2_row, tile_x86::avx2::<2>, tile_x86::avx2::<3>, tile_x86::avx2::<4>],
     quantise: rows::quantise_avx2,
     finish: rows::finish_avx2,
-    shift: 0,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -65,7 +66,6 @@ static VNNI: Kernels8 = Kernels8 {
     ],
     quantise: rows::quantise_avx512,
     finish: rows::finish_avx512,
-    shift: 128,
 };
 
 impl Kernels8 {

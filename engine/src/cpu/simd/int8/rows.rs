@@ -1,41 +1,47 @@
-//! Work on rows: activations to INT8, sums to f32. Plain code, compiled once per instruction set.
+//! Work on rows: activations to INT8, totals to outputs. Plain code, compiled once per instruction set.
 
-use crate::model::quantise::int8_row;
+use super::Group;
+use crate::model::quantise::{int8_row, turn};
 
 /// A row to round.
 pub(crate) struct EightRow {
     /// `[n]`
-    pub(crate) x: *const f32,
+    pub(crate) x: *mut f32,
     pub(crate) n: usize,
+    /// For weights that are turned: `x` is turned in place.
+    pub(crate) turn: bool,
+    /// Numbers that share a scale, a multiple of four; fewer at the end.
+    pub(crate) group: usize,
     /// `[n]`, then zeros up to a whole number of quads.
     pub(crate) out: *mut i8,
+    /// `[n / group]`
+    pub(crate) groups: *mut Group,
 }
 
-/// The row's scale and the sum of its numbers.
-///
 /// # Safety
-/// Pointers valid for the sizes; `out` not shared.
+/// Pointers valid for the sizes; none of them shared.
 #[inline(always)]
-pub(super) unsafe fn quantise(row: &EightRow) -> (f32, i32) {
+pub(super) unsafe fn quantise(row: &EightRow) {
     // SAFETY: the caller's.
     unsafe {
-        let x = std::slice::from_raw_parts(row.x, row.n);
+        let x = std::slice::from_raw_parts_mut(row.x, row.n);
+        if row.turn {
+            turn(x);
+        }
         let out = std::slice::from_raw_parts_mut(row.out, row.n.next_multiple_of(4));
         out[row.n..].fill(0);
-        int8_row(x, &mut out[..row.n])
+        for (i, (x, out)) in x.chunks(row.group).zip(out.chunks_mut(row.group)).enumerate() {
+            let (scale, sum) = int8_row(x, &mut out[..x.len()]);
+            row.groups.add(i).write(Group { scale, sum });
+        }
     }
 }
 
-/// Sums of a panel become numbers of `out`.
+/// Totals of a panel become numbers of `out`.
 pub(crate) struct Finish<'a> {
     /// `[rows, PANEL]`
-    pub(super) sums: &'a [i32],
+    pub(super) totals: &'a [f32],
     pub(super) panel: usize,
-    /// Of the rows: their scales, and the sums of their numbers.
-    pub(super) row_scales: &'a [f32],
-    pub(super) row_sums: &'a [i32],
-    /// What every weight was too large by.
-    pub(super) shift: i32,
     /// Of the panel's columns that exist.
     pub(super) column_scales: &'a [f32],
     pub(super) bias: Option<&'a [f32]>,
@@ -50,11 +56,10 @@ pub(crate) struct Finish<'a> {
 #[inline(always)]
 pub(super) unsafe fn finish(job: &Finish<'_>) {
     let columns = job.column_scales.len();
-    for (m, sums) in job.sums.chunks_exact(job.panel).enumerate() {
-        let (scale, shift) = (job.row_scales[m], job.row_sums[m].wrapping_mul(job.shift));
+    for (m, totals) in job.totals.chunks_exact(job.panel).enumerate() {
         // SAFETY: `columns` numbers of a row of `out`, ours alone.
         let out = unsafe { std::slice::from_raw_parts_mut(job.out.add(m * job.ldo), columns) };
-        let product = |i: usize| sums[i].wrapping_sub(shift) as f32 * (scale * job.column_scales[i]);
+        let product = |i: usize| totals[i] * job.column_scales[i];
         match (job.bias, job.add) {
             (None, false) => (0..columns).for_each(|i| out[i] = product(i)),
             (None, true) => (0..columns).for_each(|i| out[i] += product(i)),
@@ -70,7 +75,7 @@ macro_rules! compiled {
         /// As the plain one; the instructions.
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = $features)]
-        pub(super) unsafe fn $quantise(row: &EightRow) -> (f32, i32) {
+        pub(super) unsafe fn $quantise(row: &EightRow) {
             // SAFETY: the caller's.
             unsafe { quantise(row) }
         }

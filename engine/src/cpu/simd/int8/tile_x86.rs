@@ -1,4 +1,4 @@
-//! The inner tile for x86: a few rows of A times a panel, sums in registers over all of K.
+//! The inner tile for x86: a few rows of A times a panel, sums in registers within a group of inputs.
 
 use std::arch::x86_64 as x86;
 
@@ -11,7 +11,7 @@ const WIDE: usize = 16;
 const HALF: usize = 8;
 
 /// Up to 12 rows × 32 columns: 24 sums, two weights and a broadcast in 32 registers; 24 dots for 14 loads. `vpdpbusd` takes
-/// unsigned times signed bytes: weights are packed plus 128, activations come signed.
+/// unsigned times signed bytes: weights are packed plus 128, activations come signed; sums begin at what that is too much.
 ///
 /// # Safety
 /// The pointers valid for the tile's sizes; AVX-512 with VNNI.
@@ -20,32 +20,36 @@ const HALF: usize = 8;
 pub(super) unsafe fn vnni<const MR: usize>(tile: &Tile8) {
     // SAFETY: the caller's; prefetches may name any address.
     unsafe {
-        let mut sums = [[x86::_mm512_setzero_si512(); 2]; MR];
-        for m in 0..MR {
-            for v in 0..2 {
-                sums[m][v] = x86::_mm512_loadu_si512(tile.sums.add(m * PANEL + v * WIDE).cast());
-            }
-        }
         let (mut panel, mut next, mut a) = (tile.panel, tile.next, tile.a);
-        for _ in 0..tile.quads {
-            let mut w = [x86::_mm512_setzero_si512(); 2];
-            for v in 0..2 {
-                w[v] = x86::_mm512_loadu_si512(panel.add(v * WIDE).cast());
-                x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(next.wrapping_add(v * WIDE).cast());
+        for (index, quads) in tile.ranges().enumerate() {
+            let mut sums = [[x86::_mm512_setzero_si512(); 2]; MR];
+            for m in 0..MR {
+                let group = *tile.groups.add(m * tile.ldg + index);
+                sums[m] = [x86::_mm512_set1_epi32(group.sum.wrapping_mul(-128)); 2];
+            }
+            for _ in quads {
+                let mut w = [x86::_mm512_setzero_si512(); 2];
+                for v in 0..2 {
+                    w[v] = x86::_mm512_loadu_si512(panel.add(v * WIDE).cast());
+                    x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(next.wrapping_add(v * WIDE).cast());
+                }
+                for m in 0..MR {
+                    let x = x86::_mm512_set1_epi32(a.add(m * tile.lda).cast::<i32>().read_unaligned());
+                    for v in 0..2 {
+                        sums[m][v] = x86::_mm512_dpbusd_epi32(sums[m][v], w[v], x);
+                    }
+                }
+                panel = panel.add(PANEL);
+                next = next.wrapping_add(tile.step);
+                a = a.add(4);
             }
             for m in 0..MR {
-                let x = x86::_mm512_set1_epi32(a.add(m * tile.lda).cast::<i32>().read_unaligned());
+                let scale = x86::_mm512_set1_ps((*tile.groups.add(m * tile.ldg + index)).scale);
                 for v in 0..2 {
-                    sums[m][v] = x86::_mm512_dpbusd_epi32(sums[m][v], w[v], x);
+                    let at = tile.totals.add(m * PANEL + v * WIDE);
+                    let sum = x86::_mm512_cvtepi32_ps(sums[m][v]);
+                    x86::_mm512_storeu_ps(at, x86::_mm512_fmadd_ps(sum, scale, x86::_mm512_loadu_ps(at)));
                 }
-            }
-            panel = panel.add(PANEL);
-            next = next.wrapping_add(tile.step);
-            a = a.add(4);
-        }
-        for m in 0..MR {
-            for v in 0..2 {
-                x86::_mm512_storeu_si512(tile.sums.add(m * PANEL + v * WIDE).cast(), sums[m][v]);
             }
         }
     }
@@ -55,27 +59,52 @@ pub(super) unsafe fn vnni<const MR: usize>(tile: &Tile8) {
 /// to the activation two products are at most 2 · 128 · 127 and fit.
 ///
 /// # Safety
-/// The pointers valid for the tile's sizes; AVX2.
-#[expect(clippy::needless_range_loop, reason = "indices name registers")]
-#[target_feature(enable = "avx2")]
+/// The pointers valid for the tile's sizes; AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn avx2<const MR: usize>(tile: &Tile8) {
-    let (flip, ones) = (x86::_mm256_set1_epi8(-128), x86::_mm256_set1_epi16(1));
     for offset in (0..PANEL).step_by(2 * HALF) {
+        // SAFETY: the caller's.
+        unsafe { avx2_columns::<MR, 2>(tile, offset) };
+    }
+}
+
+/// One row × 32 columns: the panel's lines in the order in which they lie in memory, for steps that memory bounds.
+///
+/// # Safety
+/// As `avx2`.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn avx2_row(tile: &Tile8) {
+    // SAFETY: the caller's.
+    unsafe { avx2_columns::<1, 4>(tile, 0) };
+}
+
+/// NV vectors of columns from `offset`.
+///
+/// # Safety
+/// As `avx2`.
+#[expect(clippy::needless_range_loop, reason = "indices name registers")]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_columns<const MR: usize, const NV: usize>(tile: &Tile8, offset: usize) {
+    let (flip, ones) = (x86::_mm256_set1_epi8(-128), x86::_mm256_set1_epi16(1));
+    for (index, quads) in tile.ranges().enumerate() {
         // SAFETY: the caller's; prefetches may name any address.
         unsafe {
-            let mut sums = [[x86::_mm256_setzero_si256(); 2]; MR];
-            for quad in 0..tile.quads {
-                let mut w = [x86::_mm256_setzero_si256(); 2];
-                for v in 0..2 {
+            let mut sums = [[x86::_mm256_setzero_si256(); NV]; MR];
+            for quad in quads {
+                let mut w = [x86::_mm256_setzero_si256(); NV];
+                let next = tile.next.wrapping_add(quad * tile.step + offset);
+                for v in 0..NV {
                     let packed = tile.panel.add(quad * PANEL + offset + v * HALF);
                     w[v] = x86::_mm256_xor_si256(x86::_mm256_loadu_si256(packed.cast()), flip);
+                    if v % 2 == 0 {
+                        x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(next.wrapping_add(v * HALF).cast());
+                    }
                 }
-                let next = tile.next.wrapping_add(quad * tile.step + offset);
-                x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(next.cast());
                 for m in 0..MR {
                     let x = tile.a.add(m * tile.lda + 4 * quad).cast::<i32>().read_unaligned();
                     let x = x86::_mm256_set1_epi32(x);
-                    for v in 0..2 {
+                    for v in 0..NV {
                         let pairs = x86::_mm256_maddubs_epi16(
                             x86::_mm256_abs_epi8(w[v]),
                             x86::_mm256_sign_epi8(x, w[v]),
@@ -85,10 +114,11 @@ pub(super) unsafe fn avx2<const MR: usize>(tile: &Tile8) {
                 }
             }
             for m in 0..MR {
-                for v in 0..2 {
-                    let at: *mut x86::__m256i = tile.sums.add(m * PANEL + offset + v * HALF).cast();
-                    let sum = x86::_mm256_add_epi32(x86::_mm256_loadu_si256(at), sums[m][v]);
-                    x86::_mm256_storeu_si256(at, sum);
+                let scale = x86::_mm256_set1_ps((*tile.groups.add(m * tile.ldg + index)).scale);
+                for v in 0..NV {
+                    let at = tile.totals.add(m * PANEL + offset + v * HALF);
+                    let sum = x86::_mm256_cvtepi32_ps(sums[m][v]);
+                    x86::_mm256_storeu_ps(at, x86::_mm256_fmadd_ps(sum, scale, x86::_mm256_loadu_ps(at)));
                 }
             }
         }
