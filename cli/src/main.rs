@@ -5,6 +5,7 @@ mod bench;
 mod bench_serve;
 mod check;
 mod completions;
+mod cpus;
 mod dial;
 mod doctor;
 mod drain;
@@ -31,6 +32,7 @@ mod trace;
 use cluster::Role;
 
 use args::Command;
+use cpus::Cpus;
 
 fn main() -> std::process::ExitCode {
     let settings = match settings::parse(std::env::args_os().collect()) {
@@ -44,6 +46,10 @@ fn main() -> std::process::ExitCode {
     init_logs(&cli.log, cli.log_json);
     raise_open_files();
     failpoints::setup();
+    // Before there are threads: they inherit it.
+    if let Some(Err(error)) = cli.command.cpus().map(Cpus::keep_to) {
+        return exit::report(&error);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::report(&anyhow::anyhow!("cannot start: {error}")),

@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::model::Quantisation;
 use kv_transport::verbs::DeviceSelector;
 
+use crate::cpus::Cpus;
 pub use bench::{Api, BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchServeArgs, BenchTable};
 pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, StatusArgs, TopArgs};
 pub use modelling::{NumberType, RooflineArgs, SimArgs, StrategyChoice};
@@ -116,6 +117,17 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// The CPUs that this process is to keep to.
+    pub fn cpus(&self) -> Option<&Cpus> {
+        match self {
+            Self::Prefill(args) | Self::Decode(args) => args.cpus.as_ref(),
+            Self::Worker(args) => args.worker.cpus.as_ref(),
+            _ => None,
+        }
+    }
+}
+
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Device {
@@ -141,7 +153,7 @@ impl Device {
 /// Rounding of weights and activations at load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantize {
-    /// Integers: weights with a scale per output, activations with a scale per token; CPU and GPUs
+    /// Integers: weights with a scale per output, activations with a scale per token (on a CPU per 128 inputs); CPU and GPUs
     Int8,
     /// e4m3, scales as for int8; Hopper GPUs
     Fp8,

@@ -9,6 +9,7 @@ use cluster::Role;
 use kv_transport::verbs::DeviceSelector;
 
 use super::{ClusterTlsArgs, EngineArgs, ModelChoice};
+use crate::cpus::Cpus;
 use crate::trace::TraceArgs;
 
 /// Which ways KV takes from worker to worker.
@@ -267,6 +268,9 @@ pub struct WorkerArgs {
     /// Gap between tokens that decode workers keep to, ms, where the strategy is adaptive, disaggregated or priority
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pub slo_itl_ms: u64,
+    /// CPUs that this process keeps to, such as 0-3,8: workers of one machine then leave each other's cores alone
+    #[arg(long)]
+    pub cpus: Option<Cpus>,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]
