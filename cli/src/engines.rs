@@ -83,8 +83,10 @@ pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result
         );
     }
     let quantise = args.quantize.map(Quantize::kind);
+    // A CPU rounds more finely than a GPU what comes in bf16: their numbers are not each other's.
+    let finely = if args.device == Device::Cpu && config.quantised.is_none() { "-turned" } else { "" };
     let quantised =
-        kind_of(quantise, config.quantised)?.map_or_else(String::new, |k| format!(",{}", k.name()));
+        kind_of(quantise, config.quantised)?.map_or_else(String::new, |k| format!(",{}{finely}", k.name()));
     // What only pretends must never be paired with what computes, nor be converted.
     let pretends = simulated.as_ref().map_or_else(String::new, |(shape, profile)| {
         let one = format!("{}x{}x{}", shape.layers, shape.kv_heads, shape.head_dim / profile.cell_divisor);
