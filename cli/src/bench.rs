@@ -7,7 +7,9 @@ use anyhow::{Context, bail};
 use engine::model::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device, Quantize};
+use crate::args::{
+    BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device, KvWireKind, Quantize,
+};
 use crate::{bench_serve, kv};
 
 /// Runs what was asked for.
@@ -37,6 +39,7 @@ fn measured(args: BenchKvArgs) -> kv::KvBench {
         runs: args.runs.into(),
         rdma: args.rdma,
         shm: args.shm,
+        packs: args.kv_wire == KvWireKind::Int8,
         tls: args.cluster_tls.files(),
         devices: args.rdma_device,
     }

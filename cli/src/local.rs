@@ -165,7 +165,7 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         TransportKind::Tcp => "tcp",
         TransportKind::Rdma => "rdma",
     };
-    command.args(["--transport", way]);
+    command.args(["--transport", way, "--kv-wire", spec.transport.kv_wire.name()]);
     if spec.transport.require_rdma {
         command.arg("--require-rdma");
     }

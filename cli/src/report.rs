@@ -74,10 +74,14 @@ pub fn timeline_text(complete: &v1::Complete) -> String {
     let moved = match kv.blocks {
         0 => "nothing moved".to_owned(),
         blocks => format!(
-            "{blocks} {}blocks, {:.2} MiB over {}",
+            "{blocks} {}blocks, {:.2} MiB over {}{}",
             if kv.converted { "converted " } else { "" },
             kv.bytes as f64 / 1048576.0,
-            kv.transport
+            kv.transport,
+            match kv.packed_bytes {
+                0 => String::new(),
+                packed => format!(" as {:.2} MiB of int8", packed as f64 / 1048576.0),
+            }
         ),
     };
     let rows = [

@@ -20,11 +20,11 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use worker::WorkerConfig;
-use worker::transport::{TransportChoice, TransportConfig};
+use worker::transport::{KvWire, TransportChoice, TransportConfig};
 
 use crate::args::{
-    Device, EngineArgs, EtcdArgs, PlacementArgs, RouterArgs, Strategy, TransportArgs, TransportKind,
-    WorkerArgs,
+    Device, EngineArgs, EtcdArgs, KvWireKind, PlacementArgs, RouterArgs, Strategy, TransportArgs,
+    TransportKind, WorkerArgs,
 };
 use crate::{engines, model, signal, trace};
 
@@ -308,8 +308,17 @@ fn transport(args: &TransportArgs, tls: bool) -> anyhow::Result<TransportConfig>
     if args.allow_plain_rdma && !tls {
         anyhow::bail!("--allow-plain-rdma: means nothing without --cluster-cert; leave it out");
     }
+    let wire = match args.kv_wire {
+        KvWireKind::Plain => KvWire::Plain,
+        KvWireKind::Int8 => KvWire::Int8,
+    };
+    if args.require_rdma && wire != KvWire::Plain {
+        anyhow::bail!(
+            "--kv-wire: contradicts --require-rdma, since only TCP packs KV; leave one of them out"
+        );
+    }
     let (devices, require_rdma) = (args.rdma_device.clone(), args.require_rdma);
-    Ok(TransportConfig { choice, devices, require_rdma, plain_rdma: args.allow_plain_rdma })
+    Ok(TransportConfig { choice, devices, require_rdma, plain_rdma: args.allow_plain_rdma, wire })
 }
 
 async fn load_engine(

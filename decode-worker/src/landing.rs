@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use engine::kv::pool::{Block, BlockState};
-use kv_transport::{Landed, Landing, LandingError, Reserve};
+use kv_transport::{Landed, Landing, LandingError, Packing, Reserve};
 use parking_lot::Mutex;
 use prost::Message;
 use proto::v1::{self, decode_event::Event};
@@ -54,7 +54,9 @@ impl DecodeService {
             None => {
                 let first_block = u32::try_from(held).unwrap_or(u32::MAX);
                 let (compat_hash, form) = (self.limits.compat_hash.clone(), Some(self.limits.form()));
-                let meta = v1::TicketMeta { first_block, compat_hash, form, ..v1::TicketMeta::default() };
+                let wire = self.receiver.packing().map_or("", Packing::name).to_owned();
+                let meta =
+                    v1::TicketMeta { first_block, compat_hash, form, wire, ..v1::TicketMeta::default() };
                 (self.limits.layout.blocks_for(request.stem.len()) - held, meta)
             }
         };

@@ -80,6 +80,10 @@ pub async fn run(
             ..SenderConfig::default()
         }),
     );
+    let packing = config.worker.transport.packing(&layout);
+    if packing.is_some() {
+        tracing::info!("KV may come over TCP as int8");
+    }
     let receiver = Receiver::new(
         config.worker.identity(),
         region,
@@ -89,6 +93,7 @@ pub async fn run(
             // Every sequence that is let in may wait for a transfer: the bounds add up.
             max_transfers: config.worker.max_sequences + config.worker.max_waiting,
             progress_timeout: config.worker.progress_timeout,
+            packing,
             ..ReceiverConfig::default()
         }),
     );

@@ -100,6 +100,8 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
     let nonsense = m.counter("tandem_kv_protocol_errors_total", "KV connections closed because of nonsense.");
     let rdma =
         m.counter("tandem_kv_rdma_received_bytes_total", "Of the KV bytes received, those written by RDMA.");
+    let help = "Of the KV bytes received, those that came over TCP as int8, as they came.";
+    let packed = m.counter("tandem_kv_packed_received_bytes_total", help);
     let help = "Of the KV bytes received, those copied from the memory of a peer on this host.";
     let shm = m.counter("tandem_kv_shm_received_bytes_total", help);
     let help = "Of the KV bytes received, those copied from the device of a peer on this host to ours.";
@@ -113,6 +115,7 @@ pub(crate) fn collect_receiver(m: &Metrics, receiver: Receiver) -> impl Fn() + S
             landings.of(end.name()).absolute(total);
         }
         bytes.absolute(stats.bytes_total);
+        packed.absolute(stats.packed_bytes_total);
         rdma.absolute(stats.rdma_bytes_total);
         shm.absolute(stats.shm_bytes_total);
         cuda_ipc.absolute(stats.cuda_ipc_bytes_total);

@@ -99,6 +99,7 @@ impl DecodeService {
             transport: report.transport.to_string(),
             refetched: count(report.refetched),
             converted: false,
+            packed_bytes: report.packed_bytes,
         })
     }
 

@@ -93,6 +93,11 @@ def int8(o):
         assert "--quantize=int8" in container(o, role)["args"], role
 
 
+def kv_wire(o):
+    for role in ("prefill", "decode"):
+        assert "--kv-wire=int8" in container(o, role)["args"], role
+
+
 def gpu(o):
     for role in ("prefill", "decode"):
         limits = container(o, role)["resources"]["limits"]
@@ -270,6 +275,7 @@ FEATURES = [
     ("gpu, fp8", sets("prefill.device=cuda", "decode.device=cuda", "engine.quantize=fp8",
                       "prefill.resources.limits.memory=64Gi", "decode.resources.limits.memory=64Gi"), gpu),
     ("int8 on CPUs", sets("engine.quantize=int8"), int8),
+    ("KV as int8 on its way", sets("engine.kvWire=int8"), kv_wire),
     ("rdma, hugepages", sets("prefill.rdma.enabled=true", "prefill.rdma.devices={mlx5_0,mlx5_1:1:3}", "prefill.rdma.require=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
                              "prefill.resources.limits.hugepages-2Mi=2Gi", "prefill.resources.limits.memory=8Gi"), rdma),
     ("model on a claim", sets("model.source=pvc", "model.pvc.claimName=models", "model.pvc.subPath=m"),

@@ -7,6 +7,7 @@ use bytes::{Buf, Bytes};
 use crate::error::Refusal;
 use crate::fence::Fence;
 use crate::landing_state::LandingEnd;
+use crate::packing::Packing;
 use crate::receiver::Known;
 use crate::serve::{Close, Connection};
 use crate::wire::{self, Header, Kind};
@@ -24,7 +25,8 @@ impl Connection {
         let mut secret = [0; 16];
         fields.copy_to_slice(&mut secret);
         let (generation, attempt) = (fields.get_u64_le(), fields.get_u32_le());
-        let outcome = self.attach(header.transfer, &secret, generation, attempt);
+        let outcome = self.accepts(header.arg);
+        let outcome = outcome.and_then(|()| self.attach(header.transfer, &secret, generation, attempt));
         // The secret leaves no copy behind.
         body.fill(0);
         secret.fill(0);
@@ -36,6 +38,12 @@ impl Connection {
             Err(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
         }
         Ok(())
+    }
+
+    /// Whether cells may come packed so; 0 says that they are not.
+    fn accepts(&self, packing: u64) -> Result<(), Refusal> {
+        let ours = self.receiver.config.packing.map(Packing::code);
+        if packing == 0 || ours == Some(packing) { Ok(()) } else { Err(Refusal::Packing) }
     }
 
     fn attach(

@@ -38,6 +38,8 @@ pub enum Refusal {
     Identity = 16,
     /// The ticket was made for another worker: stolen, or passed to the wrong one.
     Misused = 17,
+    /// The sender packs cells otherwise than this receiver unpacks them: another model, or a mixed roll-out.
+    Packing = 18,
 }
 
 impl Refusal {
@@ -60,6 +62,7 @@ impl Refusal {
             15 => Self::Insecure,
             16 => Self::Identity,
             17 => Self::Misused,
+            18 => Self::Packing,
             _ => Self::Protocol,
         }
     }
@@ -88,6 +91,7 @@ impl std::fmt::Display for Refusal {
                 "the sending worker's certificate does not speak for it: issue one with URI:tandem://worker/NAME among its subject alternative names"
             }
             Self::Misused => "the ticket was made for another worker",
+            Self::Packing => "cells that are packed so are not taken here: give both pools the same --kv-wire",
             Self::Protocol => "the peer speaks another version or nonsense",
         })
     }

@@ -13,7 +13,7 @@ use crate::transport::Transport;
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind, MAX_FRAME_CELLS};
 
 /// Bytes one system call moves into place at most: small enough that the checksum finds them in the cache.
-const READ_BYTES: usize = 256 << 10;
+pub(crate) const READ_BYTES: usize = 256 << 10;
 /// Bytes of a discard buffer.
 const DISCARD_BYTES: usize = 64 << 10;
 /// What may follow a frame's payload and is read along with it: the next header and its descriptors.
@@ -50,20 +50,7 @@ pub(crate) struct Plan {
 impl Connection {
     /// A write: places, verifies and acknowledges its cells, or throws them away and says why.
     pub(crate) async fn write_frame(&mut self, header: Header) -> Result<(), Close> {
-        let body_bytes = header.body_bytes as usize;
-        let limit = self.receiver.config.progress_timeout;
-        let body = self.need(body_bytes, limit).await?.get(..body_bytes).unwrap_or_default();
-        let intact = crc32c::crc32c(body) == header.body_crc;
-        let descriptors: Vec<_> = CellDescriptor::parse_all(body).collect();
-        self.inbox.consume(body_bytes);
-        let landing = match self.landing_of(&header, intact) {
-            Ok(landing) => landing,
-            Err((kind, arg)) => {
-                self.discard(header.payload_bytes as usize).await?;
-                self.reply(kind, header.transfer, header.seq, arg);
-                return Ok(());
-            }
-        };
+        let Some((landing, descriptors)) = self.cells_of(&header).await? else { return Ok(()) };
         if header.payload_bytes as usize != descriptors.len() * landing.cell_bytes {
             return Err(Close::Protocol("payload is not whole cells"));
         }
@@ -72,6 +59,27 @@ impl Connection {
         self.take_payload(&mut plan).await?;
         self.answer_cells(&header, &plan, committed_before);
         Ok(())
+    }
+
+    /// The cells of a write and the landing that they are for; nothing when the frame was thrown away and answered.
+    pub(crate) async fn cells_of(
+        &mut self,
+        header: &Header,
+    ) -> Result<Option<(Arc<LandingShared>, Vec<CellDescriptor>)>, Close> {
+        let body_bytes = header.body_bytes as usize;
+        let limit = self.receiver.config.progress_timeout;
+        let body = self.need(body_bytes, limit).await?.get(..body_bytes).unwrap_or_default();
+        let intact = crc32c::crc32c(body) == header.body_crc;
+        let descriptors: Vec<_> = CellDescriptor::parse_all(body).collect();
+        self.inbox.consume(body_bytes);
+        match self.landing_of(header, intact) {
+            Ok(landing) => Ok(Some((landing, descriptors))),
+            Err((kind, arg)) => {
+                self.discard(header.payload_bytes as usize).await?;
+                self.reply(kind, header.transfer, header.seq, arg);
+                Ok(None)
+            }
+        }
     }
 
     /// The landing that a frame of cells is for, or the reply that it gets instead.
@@ -212,7 +220,7 @@ impl Connection {
     }
 
     /// Reads bytes and throws them away.
-    async fn discard(&mut self, mut left: usize) -> Result<(), Close> {
+    pub(crate) async fn discard(&mut self, mut left: usize) -> Result<(), Close> {
         let limit = self.receiver.config.progress_timeout;
         self.receiver.counters.discarded_bytes.add(left as u64);
         while left > 0 {

@@ -7,7 +7,7 @@
 //!
 //! Whatever happens in between, memory is released only when nothing can write (or read) it any more, a stale or
 //! forged ticket writes nothing, and a bad cell is fetched again or fails the transfer. Nothing here knows what
-//! the cells mean.
+//! the cells mean, but for [`Packing`], which takes them for rows of bf16 numbers where both sides want that.
 //!
 //! * Decisions are plain synchronous values: [`landing_state`], [`push_state`], [`ticket`], [`wire`].
 //! * Waiting happens at the edge, always with a deadline: [`Landing`], [`Push`], one task per connection.
@@ -36,6 +36,8 @@ mod lend;
 mod link;
 pub mod mux;
 mod outgoing;
+mod packed;
+mod packing;
 mod push;
 pub mod push_state;
 mod receiver;
@@ -58,6 +60,7 @@ pub use error::{LandingError, PushError, Refusal, ReserveError, TicketError};
 pub use grid::Grid;
 pub use landing::{Landed, Landing, Revoking};
 pub use landing_state::LandingEnd;
+pub use packing::Packing;
 pub use push::{Cell, CellQueue, Push, PushReport};
 pub use receiver::{Receiver, ReceiverConfig, Reserve};
 pub use region::Region;

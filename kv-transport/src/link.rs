@@ -3,7 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -30,6 +30,8 @@ pub(crate) struct Link {
     why_tcp: Mutex<String>,
     /// How the peer reads our memory, if it does.
     pub(crate) lent: Option<Transport>,
+    /// Whether a push to it was packed.
+    pub(crate) packs: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -49,6 +51,7 @@ impl Link {
             lanes: watch::Sender::new(lanes),
             why_tcp: Mutex::default(),
             lent,
+            packs: AtomicBool::new(false),
             inner: Mutex::default(),
         }
     }

@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::job::{Job, QueuedCell};
+use crate::packed;
+use crate::packing::Packing;
 use crate::push::PushShared;
 use crate::socket::Socket;
 use crate::transport::Transport;
@@ -26,7 +28,7 @@ pub(crate) struct Outgoing {
     places: Vec<Range<usize>>,
     sent: usize,
     total: usize,
-    /// Bytes of its cells.
+    /// Bytes of its cells, as they go.
     pub(crate) bytes: u64,
     way: Transport,
     /// Answers the receiver owes for it.
@@ -49,11 +51,16 @@ impl Outgoing {
             body.put_slice(&push.ticket.secret.0);
             body.put_u64_le(push.ticket.generation);
             body.put_u32_le(push.ticket.attempt);
-            Header::bare(Kind::Attach, transfer, SEQ_ATTACH, 0).put_with_body(&body, &mut head);
+            let packing = push.packing.map_or(0, Packing::code);
+            Header::bare(Kind::Attach, transfer, SEQ_ATTACH, packing).put_with_body(&body, &mut head);
             answers += 1;
         }
         match job {
             Job::Attach => {}
+            Job::Write { seq, cells } if lent.is_none() && push.packing.is_some() => {
+                bytes = packed::put(&push, seq, &cells, &mut head)?;
+                answers += 1;
+            }
             Job::Write { seq, cells } => {
                 let mut body = Vec::with_capacity(cells.len() * LENT_CELL_BYTES);
                 for queued in &cells {

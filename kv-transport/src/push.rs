@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -14,6 +14,7 @@ use tokio::time::timeout_at;
 use crate::error::PushError;
 use crate::job::Job;
 use crate::link::Link;
+use crate::packing::Packing;
 use crate::push_state::{Next, PushPhase, PushState, QueuedCell};
 use crate::ticket::Ticket;
 use crate::transport::Used;
@@ -40,6 +41,8 @@ pub struct PushReport {
     pub cells: u64,
     /// How they went: `tcp`, `rdma`, `shm`, or several joined by `+` when the transfer moved.
     pub transport: &'static str,
+    /// Bytes that packed cells were on their way, repetitions included; 0 when none went packed.
+    pub packed_bytes: u64,
     /// Cells that had to be sent again.
     pub refetched: u64,
     /// When the receiver's acknowledgement of the commit arrived.
@@ -132,7 +135,8 @@ impl Push {
         let cells = u64::from(shared.grid.planes) * self.slots() as u64;
         let bytes = cells * u64::from(shared.grid.cell_bytes);
         let commit_ack = shared.inner.lock().commit_ack.unwrap_or_else(Instant::now);
-        Ok(PushReport { bytes, cells, transport: shared.used.name(), refetched, commit_ack })
+        let packed_bytes = shared.packed_bytes.load(Ordering::Relaxed);
+        Ok(PushReport { bytes, cells, transport: shared.used.name(), packed_bytes, refetched, commit_ack })
     }
 
     /// Gives up and tells the receiver why.
@@ -158,6 +162,9 @@ pub(crate) struct PushShared {
     pub(crate) listed: AtomicBool,
     /// The ways its cells went.
     pub(crate) used: Used,
+    /// How cells are packed that go over TCP.
+    pub(crate) packing: Option<Packing>,
+    pub(crate) packed_bytes: AtomicU64,
     deadline: tokio::time::Instant,
     inner: Mutex<Inner>,
     changed: Notify,
@@ -182,15 +189,15 @@ impl PushShared {
         ticket: Ticket,
         deadline: tokio::time::Instant,
         state: PushState,
-        (region, grid): (Region, Grid),
+        (region, grid, packing): (Region, Grid, Option<Packing>),
         link: Arc<Link>,
         hold: Arc<dyn Any + Send + Sync>,
     ) -> Self {
         let reason = "the sender dropped the push".to_owned();
         let inner = Inner { state, hold: Some(hold), payload: Bytes::new(), reason, commit_ack: None };
         let (inner, changed) = (Mutex::new(inner), Notify::new());
-        let (listed, used) = (AtomicBool::new(false), Used::default());
-        Self { ticket, grid, region, link, listed, used, deadline, inner, changed }
+        let (listed, used, packed_bytes) = (AtomicBool::new(false), Used::default(), AtomicU64::new(0));
+        Self { ticket, grid, region, link, listed, used, packing, packed_bytes, deadline, inner, changed }
     }
 
     /// Applies an event to the state and does what follows from it, outside the lock.

@@ -14,6 +14,7 @@ use crate::error::{Refusal, ReserveError, TicketError};
 use crate::landing_shared::{LandingFacts, LandingShared};
 use crate::landing_state::{LandingEnd, LandingPhase};
 use crate::mux::KvIncoming;
+use crate::packing::Packing;
 use crate::socket::Socket;
 use crate::stats::{ReceiverCounters, ReceiverStats};
 use crate::ticket::{Secret, Ticket};
@@ -49,6 +50,8 @@ pub struct ReceiverConfig {
     pub secure: bool,
     /// Memory that a sender on this host lends is read instead of a connection (default true).
     pub borrow: bool,
+    /// How cells may come packed over TCP; whole rows of it must make a cell (default: not at all).
+    pub packing: Option<Packing>,
     /// Where this receiver can be reached, `host:port`, best first; goes into every ticket (default empty).
     pub endpoints: Vec<String>,
 }
@@ -67,6 +70,7 @@ impl Default for ReceiverConfig {
             require_rdma: false,
             secure: false,
             borrow: true,
+            packing: None,
             endpoints: Vec::new(),
         }
     }
@@ -145,6 +149,11 @@ impl Receiver {
     /// Who it is.
     pub fn identity(&self) -> &Identity {
         &self.shared.identity
+    }
+
+    /// How cells may come packed to it.
+    pub fn packing(&self) -> Option<Packing> {
+        self.shared.config.packing
     }
 
     /// Reserves slots and issues the ticket to write them. On an error the hold is dropped.
@@ -232,6 +241,7 @@ impl Receiver {
             committed_total: counters.committed.get(),
             voided_total,
             bytes_total: counters.bytes.get(),
+            packed_bytes_total: counters.packed_bytes.get(),
             discarded_bytes_total: counters.discarded_bytes.get(),
             duplicate_cells_total: counters.duplicate_cells.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),

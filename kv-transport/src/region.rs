@@ -147,6 +147,18 @@ impl Region {
         Ok(look(unsafe { std::slice::from_raw_parts(at, range.len()) }))
     }
 
+    /// Lets a range be filled, for as long as `fill` runs.
+    pub(crate) fn with_bytes_mut<T>(
+        &self,
+        range: Range<usize>,
+        fill: impl FnOnce(&mut [u8]) -> T,
+    ) -> io::Result<T> {
+        let at = self.at(&range)?;
+        // SAFETY: in bounds and alive; the range lies in a cell that was claimed for this write, so nobody else reads or writes
+        // it (`from_raw`'s contract).
+        Ok(fill(unsafe { std::slice::from_raw_parts_mut(at, range.len()) }))
+    }
+
     /// Copies `bytes` to `offset`.
     pub fn copy_in(&self, offset: usize, bytes: &[u8]) -> io::Result<()> {
         let at = self.at(&(offset..offset.saturating_add(bytes.len())))?;

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::dial::{Unreached, dial};
 use crate::error::PushError;
 use crate::lend::Lender;
 use crate::link::Link;
+use crate::packing::Packing;
 use crate::push::{Push, PushShared};
 use crate::push_state::{FrameBounds, PushPhase, PushState};
 use crate::socket::{Secure, Socket};
@@ -141,6 +143,16 @@ impl Sender {
     /// Opens a ticket: reaches its receiver, on warm connections if there are any, and shows it the ticket.
     /// `hold` keeps the source memory until nothing reads it.
     pub async fn open(&self, ticket: Bytes, hold: Arc<dyn Any + Send + Sync>) -> Result<Push, PushError> {
+        self.open_packed(ticket, hold, None).await
+    }
+
+    /// The same; what goes over TCP goes packed. Only for a receiver that is known to unpack it: another one refuses the ticket.
+    pub async fn open_packed(
+        &self,
+        ticket: Bytes,
+        hold: Arc<dyn Any + Send + Sync>,
+        packing: Option<Packing>,
+    ) -> Result<Push, PushError> {
         let shared = &self.shared;
         let ticket = Ticket::decode(&ticket)?;
         let deadline = Instant::now() + Duration::from_millis(ticket.time_to_live_ms).min(FAR);
@@ -152,15 +164,10 @@ impl Sender {
             bytes: link.lent.map_or(shared.config.frame_bytes, |_| usize::MAX).min(wire::MAX_FRAME_BYTES),
             window_bytes: shared.config.window_bytes,
         };
-        let memory = || (shared.region.clone(), shared.grid);
-        let state = || {
-            PushState::new(
-                shared.grid.planes as usize,
-                ticket.slots.len(),
-                shared.grid.cell_bytes as usize,
-                bounds,
-            )
-        };
+        let cell_bytes = shared.grid.cell_bytes as usize;
+        let packing = packing.filter(|packing| packing.packed_bytes(cell_bytes).is_some());
+        let memory = || (shared.region.clone(), shared.grid, packing);
+        let state = || PushState::new(shared.grid.planes as usize, ticket.slots.len(), cell_bytes, bounds);
         let new =
             |link| Arc::new(PushShared::new(ticket.clone(), deadline, state(), memory(), link, hold.clone()));
         let mut push = new(link.clone());
@@ -172,6 +179,12 @@ impl Sender {
             added = link.add(&push);
         }
         added?;
+        if let Some(packing) = packing.filter(|_| link.lent.is_none())
+            && !link.packs.swap(true, Ordering::Relaxed)
+        {
+            let peer = &ticket.receiver.worker;
+            tracing::info!(%peer, packing = packing.name(), "what goes to this peer over TCP is packed");
+        }
         let push_handle = Push::new(push.clone());
         link.list(&push);
         push.wait(|state| (state.phase() != PushPhase::Opening).then_some(())).await?;
@@ -198,6 +211,7 @@ impl Sender {
             committed_total: counters.committed.get(),
             failed_total: counters.failed.get(),
             bytes_total: counters.bytes.get(),
+            packed_bytes_total: counters.packed_bytes.get(),
             refetched_cells_total: counters.refetched_cells.get(),
             connects_total: counters.connects.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),

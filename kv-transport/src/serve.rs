@@ -69,6 +69,8 @@ pub(crate) struct Connection {
     pub(crate) commits: Vec<(u128, u32)>,
     pub(crate) fairness: Fairness,
     pub(crate) discard: Box<[u8]>,
+    /// Packed cells that came, until they are unpacked.
+    pub(crate) packed: Vec<u8>,
     pub(crate) peer: Identity,
     pub(crate) notify: mpsc::Sender<Notice>,
     notices: mpsc::Receiver<Notice>,
@@ -100,6 +102,7 @@ pub(crate) async fn serve(receiver: Arc<ReceiverShared>, stream: Socket) {
         commits: Vec::new(),
         fairness: Fairness::default(),
         discard: Box::default(),
+        packed: Vec::new(),
         peer: Identity { worker: String::new(), incarnation: 0 },
         notices,
         notify,
@@ -140,6 +143,7 @@ impl Connection {
             }
             match header.kind {
                 Kind::Write => self.write_frame(header).await?,
+                Kind::Packed => self.packed_frame(header).await?,
                 Kind::Attach => self.attach_frame(header).await?,
                 Kind::Commit => self.commit_frame(header).await?,
                 Kind::Abort => self.abort_frame(header).await?,

@@ -25,6 +25,7 @@ pub(crate) struct ReceiverCounters {
     pub(crate) committed: Counter,
     pub(crate) voided: [Counter; LandingEnd::ALL.len()],
     pub(crate) bytes: Counter,
+    pub(crate) packed_bytes: Counter,
     pub(crate) rdma_bytes: Counter,
     pub(crate) shm_bytes: Counter,
     pub(crate) cuda_ipc_bytes: Counter,
@@ -67,8 +68,10 @@ pub struct ReceiverStats {
     pub committed_total: u64,
     /// Transfers that ended without a commit, by reason.
     pub voided_total: [(LandingEnd, u64); LandingEnd::ALL.len()],
-    /// Payload bytes written into place.
+    /// Payload bytes written into place; of packed cells, as they came.
     pub bytes_total: u64,
+    /// Of these, bytes of packed cells.
+    pub packed_bytes_total: u64,
     /// Of these, bytes written by RDMA.
     pub rdma_bytes_total: u64,
     /// Of these, bytes copied from memory that a sender on this host lent.
@@ -110,6 +113,7 @@ pub(crate) struct SenderCounters {
     pub(crate) committed: Counter,
     pub(crate) failed: Counter,
     pub(crate) bytes: Counter,
+    pub(crate) packed_bytes: Counter,
     pub(crate) refetched_cells: Counter,
     pub(crate) connects: Counter,
     pub(crate) rdma_bytes: Counter,
@@ -132,8 +136,10 @@ pub struct SenderStats {
     pub committed_total: u64,
     /// Pushes that ended without a commit.
     pub failed_total: u64,
-    /// Payload bytes handed to the network, repetitions included.
+    /// Payload bytes handed to the network, repetitions included; of packed cells, as they went.
     pub bytes_total: u64,
+    /// Of the bytes, those of packed cells.
+    pub packed_bytes_total: u64,
     /// Cells sent again because of a bad checksum.
     pub refetched_cells_total: u64,
     /// Connections made.

@@ -11,6 +11,9 @@
 //!
 //! A sender whose memory the receiver can map, being on the same host, says so once ([`Kind::Lend`], [`Kind::Borrowed`]); then
 //! [`Kind::Lent`] says where cells lie, and the receiver copies them.
+//!
+//! A ticket whose receiver said so elsewhere lets cells travel packed ([`crate::Packing`]): the attach names the packing, and
+//! [`Kind::Packed`] is a write of packed cells. Their checksums are of the packed bytes.
 
 use bytes::{Buf, BufMut};
 
@@ -68,6 +71,8 @@ pub enum Kind {
     Lend = 9,
     /// Sender: cells that lie in the memory it lent, which must not be read once the transfer is over.
     Lent = 10,
+    /// Sender: cells, packed as `arg` says, which is what the attach said.
+    Packed = 11,
     /// Receiver: the attach was accepted.
     Attached = 17,
     /// Receiver: write `seq` was taken; bit `i` of `arg` set means its cell `i` must be sent again.
@@ -100,6 +105,7 @@ impl Kind {
             8 => Self::Placed,
             9 => Self::Lend,
             10 => Self::Lent,
+            11 => Self::Packed,
             17 => Self::Attached,
             18 => Self::Ack,
             19 => Self::CommitAck,
@@ -128,7 +134,7 @@ pub struct Header {
     pub body_crc: u32,
     /// The transfer this is about.
     pub transfer: u128,
-    /// Mask of bad cells in an ack, code in a refusal.
+    /// Mask of bad cells in an ack, code in a refusal, packing in an attach.
     pub arg: u64,
     /// Number of the frame within its push; replies repeat it.
     pub seq: u32,
@@ -191,7 +197,7 @@ impl Header {
         let payload = self.payload_bytes as usize;
         match self.kind {
             Kind::Attach => body == ATTACH_BYTES && payload == 0,
-            Kind::Write => {
+            Kind::Write | Kind::Packed => {
                 let count = usize::from(self.count);
                 (1..=MAX_FRAME_CELLS).contains(&count)
                     && body == count * CELL_BYTES

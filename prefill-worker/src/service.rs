@@ -71,7 +71,9 @@ impl PrefillService {
             let source = Arc::new(Source::default());
             let stage = self.stages.wanted(&ticket, &self.sender)?;
             let sender = stage.as_ref().map_or(&self.sender, |stage| &stage.sender);
-            let push = sender.open(ticket, Arc::clone(&source) as _).await.map_err(error::push)?;
+            let packing = self.stages.packing(&ticket, stage.as_deref());
+            let push = sender.open_packed(ticket, Arc::clone(&source) as _, packing);
+            let push = push.await.map_err(error::push)?;
             let is_converted = stage.is_some();
             let computed = self.compute(&request, &push, source, stage).await?;
             let (report, exposed) = self.commit(&request, push, &computed).await?;
@@ -186,6 +188,7 @@ impl PrefillService {
                 transport: report.transport.to_string(),
                 refetched: count(report.refetched),
                 converted,
+                packed_bytes: report.packed_bytes,
             }),
             load: Some(load_to_wire(&self.load.borrow())),
         }
@@ -202,6 +205,7 @@ fn trace(span: &Span, began: Instant, computed: &Computed, report: &PushReport) 
     span.part("compute", started, computed.at);
     span.part("exposed transfer", computed.at, Instant::now());
     span.set("tandem.kv.bytes", i64::try_from(report.bytes).unwrap_or(i64::MAX));
+    span.set("tandem.kv.packed_bytes", i64::try_from(report.packed_bytes).unwrap_or(i64::MAX));
     span.set("tandem.kv.transport", report.transport.to_string());
 }
 

@@ -9,7 +9,7 @@ use engine::kv::convert::Conversion;
 use engine::kv::pool::BlockPool;
 use engine::shared::SharedMemory;
 use engine::{KvDtype, KvLayout, KvMemory};
-use kv_transport::{Grid, Region, Sender, SenderConfig};
+use kv_transport::{Grid, Packing, Region, Sender, SenderConfig};
 use parking_lot::Mutex;
 use prost::Message;
 use proto::v1;
@@ -66,6 +66,15 @@ impl Stages {
             )));
         }
         self.stage(KvLayout { blocks: self.bytes / one.total_bytes(), ..one }, ours).map(Some)
+    }
+
+    /// How cells are packed over TCP for whoever issued the ticket, of our pool's layout or of the stage's: not, unless both
+    /// sides want it.
+    pub fn packing(&self, ticket: &[u8], stage: Option<&Stage>) -> Option<Packing> {
+        let packing = self.transport.packing(stage.map_or(&self.layout, |stage| stage.conversion.to()))?;
+        let ticket = kv_transport::Ticket::decode(ticket).ok()?;
+        let meta = v1::TicketMeta::decode(ticket.meta).ok()?;
+        (meta.wire == Packing::INT8).then_some(packing)
     }
 
     fn stage(&self, layout: KvLayout, ours: &Sender) -> Result<Arc<Stage>, Status> {

@@ -242,6 +242,7 @@ impl Journey {
             self.kv.refetched += kv.refetched;
             self.kv.transport = kv.transport;
             self.kv.converted |= kv.converted;
+            self.kv.packed_bytes += kv.packed_bytes;
         }
         let Some(timing) = reply.timing else { return };
         self.note_timing(&timing);

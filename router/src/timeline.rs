@@ -44,6 +44,7 @@ pub fn json(complete: &v1::Complete) -> Value {
             "cached_blocks": kv.cached_blocks,
             "transport": kv.transport,
             "refetched": kv.refetched,
+            "packed_bytes": kv.packed_bytes,
         },
     })
 }

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::transport::Channel;
 use worker::WorkerConfig;
-use worker::transport::{TransportChoice, TransportConfig};
+use worker::transport::{KvWire, TransportChoice, TransportConfig};
 
 use crate::gate::Gate;
 
@@ -70,6 +70,8 @@ pub struct Spec {
     pub progress_timeout: Duration,
     /// Which ways KV takes; through sockets unless a test says otherwise.
     pub transport: TransportConfig,
+    /// As what prefill and decode workers want KV to travel over TCP.
+    pub wires: [KvWire; 2],
     /// Engines that can be held, by worker.
     pub gates: BTreeMap<String, Gate>,
     /// Where spans go.
@@ -96,6 +98,7 @@ impl Default for Spec {
             worker_silence: Duration::from_secs(10),
             progress_timeout: Duration::from_secs(30),
             transport: TransportConfig { choice: TransportChoice::Tcp, ..TransportConfig::default() },
+            wires: [KvWire::Plain; 2],
             gates: BTreeMap::new(),
             tracer: Tracer::default(),
         }
@@ -262,7 +265,10 @@ impl Cluster {
             progress_timeout: spec.progress_timeout,
             lease: Duration::from_secs(10),
             drain_deadline: Duration::from_secs(30),
-            transport: spec.transport.clone(),
+            transport: TransportConfig {
+                wire: spec.wires[usize::from(!is_prefill)],
+                ..spec.transport.clone()
+            },
             next_role: None,
             tls: None,
         };

@@ -5,6 +5,7 @@ use std::path::Path;
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::kv::convert::Conversion;
 use engine::{Batch, Engine, KvDtype, KvMemory, SampleRequest, SamplingParams, Segment};
+use kv_transport::Packing;
 
 /// An engine of its own.
 pub struct Oracle {
@@ -66,12 +67,21 @@ impl Oracle {
 pub struct Mixed {
     prefill: Oracle,
     decode: Oracle,
+    packing: Option<Packing>,
 }
 
 impl Mixed {
     /// With pools of those block sizes and element types.
     pub fn new(dir: &Path, max_tokens: usize, from: (usize, KvDtype), to: (usize, KvDtype)) -> Self {
-        Self { prefill: Oracle::of(dir, max_tokens, from), decode: Oracle::of(dir, max_tokens, to) }
+        let (prefill, decode) = (Oracle::of(dir, max_tokens, from), Oracle::of(dir, max_tokens, to));
+        Self { prefill, decode, packing: None }
+    }
+
+    /// KV is packed and unpacked on its way, in rows of a head's vector.
+    #[must_use]
+    pub fn packed(self) -> Self {
+        let head_dim = self.decode.engine.kv().layout().head_dim;
+        Self { packing: Packing::int8(head_dim as u16), ..self }
     }
 
     /// The greedy output.
@@ -83,7 +93,13 @@ impl Mixed {
         for layer in 0..to.layout().layers {
             for block in 0..to.layout().blocks_for(prompt.len()) {
                 let source = |block| &*bytes(from.as_ref(), layer, block as u32);
-                conversion.fill(block, prompt.len(), source, bytes(to.as_ref(), layer, block as u32));
+                let made = bytes(to.as_ref(), layer, block as u32);
+                conversion.fill(block, prompt.len(), source, made);
+                if let Some(packing) = self.packing {
+                    let mut packed = vec![0; packing.packed_bytes(made.len()).unwrap()];
+                    packing.pack(made, &mut packed);
+                    packing.unpack(&packed, made);
+                }
             }
         }
         while output.len() < max_tokens {

@@ -128,6 +128,8 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         m.counter("tandem_kv_refetched_cells_total", "Cells sent again because of a bad checksum.");
     let connects = m.counter("tandem_kv_connects_total", "KV connections made.");
     let rdma = m.counter("tandem_kv_rdma_sent_bytes_total", "Of the KV bytes sent, those written by RDMA.");
+    let help = "Of the KV bytes sent, those that went over TCP as int8, as they went.";
+    let packed = m.counter("tandem_kv_packed_sent_bytes_total", help);
     let help = "Of the KV bytes sent, those that a peer on this host copied from our memory.";
     let shm = m.counter("tandem_kv_shm_sent_bytes_total", help);
     let help = "Of the KV bytes sent, those that a peer on this host copied from our device to its own.";
@@ -144,6 +146,7 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
             bytes_total,
             refetched_cells_total,
             connects_total,
+            packed_bytes_total,
             rdma_bytes_total,
             rdma_peers,
             shm_bytes_total,
@@ -159,6 +162,7 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         pushes.of("failed").absolute(failed_total);
         refetched.absolute(refetched_cells_total);
         connects.absolute(connects_total);
+        packed.absolute(packed_bytes_total);
         rdma.absolute(rdma_bytes_total);
         peers_by.of("rdma").set(rdma_peers as f64);
         shm.absolute(shm_bytes_total);

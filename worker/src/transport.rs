@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use engine::{KvDtype, KvLayout};
 use kv_transport::verbs::DeviceSelector;
 use kv_transport::{
-    Fabric, FabricConfig, FabricError, ReceiverConfig, Region, Secure, SenderConfig, Transport,
+    Fabric, FabricConfig, FabricError, Packing, ReceiverConfig, Region, Secure, SenderConfig, Transport,
 };
 use tls::ClusterFiles;
 
@@ -22,6 +23,16 @@ pub enum TransportChoice {
     Rdma,
 }
 
+/// As what KV travels over TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvWire {
+    /// As the pools hold it.
+    #[default]
+    Plain,
+    /// bf16 KV as eight-bit numbers with a scale for each head's vector, where the other side wants it too.
+    Int8,
+}
+
 /// Settings of the transport.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TransportConfig {
@@ -33,6 +44,8 @@ pub struct TransportConfig {
     pub require_rdma: bool,
     /// With certificates: RDMA may be used although what it writes is not encrypted.
     pub plain_rdma: bool,
+    /// As what KV travels over TCP.
+    pub wire: KvWire,
 }
 
 /// What is there.
@@ -49,6 +62,14 @@ pub struct Ways {
 }
 
 impl TransportConfig {
+    /// How cells of a pool of that layout are packed over TCP, if they are.
+    pub fn packing(&self, layout: &KvLayout) -> Option<Packing> {
+        if self.wire == KvWire::Plain || layout.dtype != KvDtype::Bf16 {
+            return None;
+        }
+        Packing::int8(u16::try_from(layout.head_dim).ok()?)
+    }
+
     /// Opens what is wanted, with the pool's region registered. An error names what is missing.
     /// With certificates KV over TCP is encrypted, and RDMA, which is not, is used only where that was allowed.
     pub fn open(&self, region: &Region, tls: Option<&ClusterFiles>) -> Result<Ways, FabricError> {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use kv_transport::verbs::DeviceSelector;
 
-use super::{ClusterTlsArgs, Device, DialArgs, Quantize};
+use super::{ClusterTlsArgs, Device, DialArgs, KvWireKind, Quantize};
 
 /// Settings of `bench`.
 #[derive(Debug, Args)]
@@ -54,6 +54,9 @@ pub struct BenchKvArgs {
     /// Through shared memory; both sides on this host
     #[arg(long, conflicts_with = "rdma")]
     pub shm: bool,
+    /// Beside each row another one of bf16 that goes as this, in heads of 128; block sizes are multiples of 256 then
+    #[arg(long, value_enum, default_value_t = KvWireKind::Plain, conflicts_with_all = ["rdma", "shm"])]
+    pub kv_wire: KvWireKind,
     /// RDMA devices to use, as device, device:port or device:port:gid, comma-separated [default: every active port]
     #[arg(long, value_delimiter = ',')]
     pub rdma_device: Vec<DeviceSelector>,

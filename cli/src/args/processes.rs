@@ -24,6 +24,10 @@ pub struct TransportArgs {
     /// Refuse a peer without RDMA, and a transfer that would have to leave it, rather than use TCP
     #[arg(long)]
     pub require_rdma: bool,
+    /// As what KV goes over TCP from prefill to decode workers: plain, as the pools hold it, or int8, half the bytes and rounded;
+    /// only where both workers say int8 and the decode worker's pool is bf16
+    #[arg(long, value_enum, default_value_t = KvWireKind::Plain)]
+    pub kv_wire: KvWireKind,
     /// With --cluster-cert: use RDMA although what it writes is not encrypted; without this, TCP is used
     #[arg(long)]
     pub allow_plain_rdma: bool,
@@ -38,6 +42,25 @@ pub enum TransportKind {
     Tcp,
     /// RDMA; a worker without it does not start
     Rdma,
+}
+
+/// As what KV goes over TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvWireKind {
+    /// As the pools hold it
+    Plain,
+    /// As eight-bit numbers with a scale for each head's vector
+    Int8,
+}
+
+impl KvWireKind {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Int8 => "int8",
+        }
+    }
 }
 
 /// How requests are placed.

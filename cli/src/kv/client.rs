@@ -7,14 +7,14 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use engine::shared::SharedMemory;
-use kv_transport::{Cell, Grid, Identity, Region, Secure, Sender, SenderConfig};
+use kv_transport::{Cell, Grid, Identity, Packing, Region, Secure, Sender, SenderConfig};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 use worker::secure::KvSecure;
 
-use super::{CHILD_ADDRESS, KvBench, MAX_BYTES, Row, cpu_seconds, fabric};
+use super::{CHILD_ADDRESS, KvBench, MAX_BYTES, Row, cpu_seconds, fabric, packing};
 
 /// Pushes of one block, for the latency.
 const LATENCIES: usize = 300;
@@ -59,7 +59,10 @@ pub(super) async fn run(bench: &KvBench) -> anyhow::Result<Vec<Row>> {
     let mut line = Line { read: BufReader::new(read).lines(), write };
     let mut rows = Vec::new();
     for &block in &bench.blocks {
-        rows.push(measure(bench, block, &mut line).await?);
+        rows.push(measure(bench, block, false, &mut line).await?);
+        if bench.packs {
+            rows.push(measure(bench, block, true, &mut line).await?);
+        }
     }
     Ok(rows)
 }
@@ -73,6 +76,22 @@ fn memory(bytes: usize, shared: bool) -> anyhow::Result<Region> {
     let (start, file) = (memory.as_ptr(), memory.file());
     // SAFETY: mapped for as long as the region keeps it; nobody else writes it.
     Ok(unsafe { Region::from_raw(start, bytes, Arc::new(memory)) }.backed_by(file))
+}
+
+/// Numbers as KV has them, bf16 between -1 and 1: no page is all zeros, and packing has something to do.
+fn fill(region: &Region) -> anyhow::Result<()> {
+    let mut state = 1_u32;
+    let number = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let between = f32::from((state >> 16) as u16) / 32768.0 - 1.0;
+        ((between.to_bits() >> 16) as u16).to_le_bytes()
+    };
+    let numbers: Vec<u8> = (0..1 << 19).flat_map(number).collect();
+    for at in (0..region.len()).step_by(numbers.len()) {
+        let some = numbers.get(..numbers.len().min(region.len() - at)).unwrap_or_default();
+        region.copy_in(at, some)?;
+    }
+    Ok(())
 }
 
 async fn child(bench: &KvBench) -> anyhow::Result<(Child, String)> {
@@ -92,7 +111,7 @@ async fn child(bench: &KvBench) -> anyhow::Result<(Child, String)> {
     Ok((child, address))
 }
 
-async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result<Row> {
+async fn measure(bench: &KvBench, block: u32, packs: bool, line: &mut Line) -> anyhow::Result<Row> {
     let total = bench.mib << 20;
     if block == 0 || u64::from(block) > total || total > MAX_BYTES {
         bail!("--blocks, --mib: a block of {block} bytes in a push of {total}, at most {MAX_BYTES}");
@@ -100,11 +119,12 @@ async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result
     let slots = u32::try_from(total / u64::from(block))?;
     let bytes = u64::from(slots) * u64::from(block);
     let region = memory(usize::try_from(bytes)?, bench.shm)?;
-    // Not all zeros: pages must be real ones.
-    for at in (0..bytes).step_by(4096) {
-        region.copy_in(usize::try_from(at)?, &at.to_le_bytes())?;
+    fill(&region)?;
+    let packing = packing().filter(|_| packs);
+    if packing.is_some_and(|packing| packing.packed_bytes(block as usize).is_none()) {
+        bail!("--kv-wire, --blocks: {block} bytes are not whole heads of 128 numbers");
     }
-    let way = if bench.rdma { "rdma" } else { "tcp" };
+    let way = if bench.rdma { "rdma" } else { packing.map_or("tcp", Packing::name) };
     line.ask(&format!("setup {block} {slots} {way}")).await?;
     let grid = Grid { planes: 1, plane_stride: bytes, cell_bytes: block };
     let cells: Vec<Cell> = (0..slots)
@@ -124,19 +144,22 @@ async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result
     let sender = Sender::new(identity, region, grid, config);
     let push = async |ticket: Bytes, cells: &[Cell]| {
         let started = Instant::now();
-        let push = sender.open(ticket, Arc::new(())).await?;
+        let push = sender.open_packed(ticket, Arc::new(()), packing).await?;
         push.cells(0, cells).await?;
         let report = push.commit(Bytes::new()).await?;
-        anyhow::Ok((started.elapsed().as_secs_f64(), report.transport))
+        anyhow::Ok((started.elapsed().as_secs_f64(), report))
     };
 
-    let (mut rates, mut cpu, mut transport) = (Vec::new(), Vec::new(), "");
+    let (mut rates, mut cpu, mut transport, mut on_the_wire) = (Vec::new(), Vec::new(), "", 1.0);
     for run in 0..=bench.runs {
         let ticket = line.ticket(slots).await?;
         let before = cpu_seconds() + line.ask("cpu").await?.parse::<f64>()?;
-        let (seconds, way) = push(ticket, &cells).await?;
+        let (seconds, report) = push(ticket, &cells).await?;
         let after = cpu_seconds() + line.ask("cpu").await?.parse::<f64>()?;
-        transport = way;
+        transport = report.transport;
+        if report.packed_bytes > 0 {
+            on_the_wire = report.packed_bytes as f64 / report.bytes as f64;
+        }
         // The first one connects and touches the pages.
         if run > 0 {
             rates.push(bytes as f64 / seconds / 1e9);
@@ -163,6 +186,7 @@ async fn measure(bench: &KvBench, block: u32, line: &mut Line) -> anyhow::Result
     Ok(Row {
         block_bytes: block,
         transport: transport.to_owned(),
+        on_the_wire,
         gb_per_s: [at(&rates, 0.0), at(&rates, 0.5), at(&rates, 1.0)],
         cpu_s_per_gb: at(&cpu, 0.5),
         p50_us: at(&times, 0.5),

@@ -1,6 +1,6 @@
 //! The far side of a measurement: reserves what it is asked for, on one port, by a protocol of lines.
 //!
-//! `setup CELL_BYTES SLOTS RDMA` → `ok` · `reserve N` → `ticket HEX` · `cpu` → `cpu SECONDS` · else `error TEXT`.
+//! `setup CELL_BYTES SLOTS tcp|rdma|int8` → `ok` · `reserve N` → `ticket HEX` · `cpu` → `cpu SECONDS` · else `error TEXT`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use worker::secure::{PROTOCOLS, kv_socket};
 
-use super::{MAX_BYTES, cpu_seconds, fabric};
+use super::{MAX_BYTES, cpu_seconds, fabric, packing};
 
 /// The first byte of a TLS connection.
 const TLS: u8 = 0x16;
@@ -117,7 +117,7 @@ impl Far {
     async fn obey(&self, words: &[&str], local: SocketAddr) -> anyhow::Result<String> {
         let mut now = self.now.lock().await;
         match words {
-            ["setup", cell, slots, rdma] => {
+            ["setup", cell, slots, way] => {
                 let (cell_bytes, slots): (u32, u32) = (cell.parse()?, slots.parse()?);
                 let bytes = u64::from(cell_bytes) * u64::from(slots);
                 anyhow::ensure!(
@@ -129,12 +129,13 @@ impl Far {
                     old.shutdown();
                 }
                 let region = Region::zeroed(usize::try_from(bytes)?);
-                let rdma = *rdma == "rdma";
+                let rdma = *way == "rdma";
                 let config = ReceiverConfig {
                     endpoints: vec![local.to_string()],
                     fabric: fabric(rdma, &self.devices, &region)?,
                     require_rdma: rdma,
                     secure: self.is_secure,
+                    packing: packing().filter(|_| *way == "int8"),
                     ..ReceiverConfig::default()
                 };
                 let grid = Grid { planes: 1, plane_stride: bytes, cell_bytes };

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use kv_transport::verbs::DeviceSelector;
-use kv_transport::{Fabric, FabricConfig, Region};
+use kv_transport::{Fabric, FabricConfig, Packing, Region};
 use serde::Serialize;
 use tls::ClusterFiles;
 
@@ -15,6 +15,11 @@ pub use far::serve;
 
 /// Most bytes that one side allocates for a measurement.
 const MAX_BYTES: u64 = 4 << 30;
+
+/// How cells are packed, when they are: heads as many models have them.
+fn packing() -> Option<Packing> {
+    Packing::int8(128)
+}
 
 /// What is measured.
 #[derive(Debug, Clone)]
@@ -33,6 +38,8 @@ pub struct KvBench {
     pub rdma: bool,
     /// Whether memory is shared; then the far side must be on this host.
     pub shm: bool,
+    /// Whether each block size is measured again with cells that travel packed.
+    pub packs: bool,
     /// RDMA devices.
     pub devices: Vec<DeviceSelector>,
     /// Certificates, for encrypted connections; those of both sides speak for any worker.
@@ -46,6 +53,8 @@ pub struct Row {
     pub block_bytes: u32,
     /// How it went.
     pub transport: String,
+    /// Bytes on their way for each byte of a block: less than 1 when they were packed.
+    pub on_the_wire: f64,
     /// GB/s of the push, open to committed: least, median, most.
     pub gb_per_s: [f64; 3],
     /// CPU seconds of both sides for 10⁹ bytes, median.
@@ -65,13 +74,14 @@ pub async fn run(bench: &KvBench, json: bool) -> anyhow::Result<()> {
         return Ok(());
     }
     println!("{} MiB a push, {} streams, {} runs", bench.mib, bench.streams, bench.runs);
-    println!("   block  way   GB/s median (least to most)   CPU s/GB   one block p50     p99");
+    println!("   block  way   wire  GB/s median (least to most)   CPU s/GB   one block p50     p99");
     for row in rows {
         let [least, median, most] = row.gb_per_s;
         println!(
-            "{:>5} KiB  {:<5} {median:>6.2} ({least:.2} to {most:.2}) {:>20.2} {:>12.0} µs {:>7.0} µs",
+            "{:>5} KiB  {:<5} {:.3} {median:>6.2} ({least:.2} to {most:.2}) {:>20.2} {:>12.0} µs {:>7.0} µs",
             row.block_bytes >> 10,
             row.transport,
+            row.on_the_wire,
             row.cpu_s_per_gb,
             row.p50_us,
             row.p99_us,

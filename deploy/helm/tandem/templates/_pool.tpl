@@ -117,6 +117,9 @@ spec:
 - --kv-mib={{ $pool.kvMib }}
 - --block-tokens={{ $pool.blockTokens | default $top.Values.engine.blockTokens }}
 - --kv-dtype={{ $pool.kvDtype | default $top.Values.engine.kvDtype }}
+{{- if not $pool.rdma.require }}
+- --kv-wire={{ $top.Values.engine.kvWire }}
+{{- end }}
 {{- with $top.Values.engine.quantize }}
 - --quantize={{ . }}
 {{- end }}
