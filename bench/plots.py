@@ -55,9 +55,9 @@ def post(port, body):
     return urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers), timeout=300)
 
 
-def gaps(port, tokens, started):
+def gaps(port, model, tokens, started):
     """When each token of one answer came, and how long after the one before."""
-    body = {"model": "m", "prompt": [7, 11, 13, 17], "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
+    body = {"model": model, "prompt": [7, 11, 13, 17], "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
     seen = []
     with post(port, body) as stream:
         for line in stream:
@@ -67,32 +67,22 @@ def gaps(port, tokens, started):
     return [(at - seen[0], (at - before) * 1e3) for before, at in zip(seen, seen[1:])]
 
 
-def serving(options, strategy, roles):
-    """A cluster with one thread a worker: commands and the router's port."""
-    router, *ports = (processes.free_port() for _ in range(1 + len(roles)))
-    common = ["--model", options.model, "--strategy", strategy, "--log", "error"]
-    commands = [[options.tandem, "router", *common, "--model-name", "m", "--listen", f"127.0.0.1:{router}"]]
-    for role, port in zip(roles, ports):
-        commands.append([options.tandem, role, *common, "--registry", f"127.0.0.1:{router}", "--listen", f"127.0.0.1:{port}",
-                         "--threads", "1", "--kv-mib", "512", "--slo-itl-ms", str(options.slo_itl_ms)])
-    return processes.cluster(strategy, commands, (router, *ports), 60), router
-
-
 def interference(options):
     """A sequence decodes; 1.5 s on, a long prompt comes. Its gaps, by strategy."""
+    name = pathlib.Path(options.model).name
     figure, axes = plt.subplots(1, 4, figsize=(12, 3), sharey=True)
     ways = {"shared": ["decode"], "chunked": ["decode"], "priority": ["decode"], "disaggregated": ["decode", "prefill"]}
     for axis, (strategy, roles) in zip(axes, ways.items()):
-        cluster, port = serving(options, strategy, roles)
-        with cluster:
+        commands, ports = processes.by_strategy(options.tandem, options.model, strategy, roles, options.slo_itl_ms)
+        with processes.cluster(strategy, commands, ports, 60):
             started, rows = threading.Event(), []
-            reader = threading.Thread(target=lambda: rows.extend(gaps(port, options.tokens, started)))
+            reader = threading.Thread(target=lambda: rows.extend(gaps(ports[0], name, options.tokens, started)))
             reader.start()
             started.wait(60)
             time.sleep(1.5)
             prompt = [(i * 7919) % 40000 + 100 for i in range(options.prompt_tokens)]
             asked = time.monotonic()
-            post(port, {"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0}).read()
+            post(ports[0], {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0}).read()
             took = time.monotonic() - asked
             reader.join()
         worst = max(gap for _, gap in rows)

@@ -22,6 +22,17 @@ def healthy(port):
         return False
 
 
+def by_strategy(tandem, model, strategy, roles, slo_itl_ms):
+    """A router and workers of one thread each: the commands, their ports, the router's first."""
+    ports = [free_port() for _ in range(1 + len(roles))]
+    common = ["--model", model, "--strategy", strategy, "--log", "error"]
+    commands = [[tandem, "router", *common, "--listen", f"127.0.0.1:{ports[0]}"]]
+    for role, port in zip(roles, ports[1:]):
+        commands.append([tandem, role, *common, "--registry", f"127.0.0.1:{ports[0]}", "--listen", f"127.0.0.1:{port}",
+                         "--threads", "1", "--kv-mib", "512", "--slo-itl-ms", slo_itl_ms])
+    return commands, ports
+
+
 @contextlib.contextmanager
 def cluster(name, commands, ports, patience):
     """Starts the commands; yields them, once every port is healthy, with the seconds that took."""

@@ -21,14 +21,9 @@ STRATEGIES = {"shared": TOGETHER, "chunked": TOGETHER, "priority": TOGETHER, "di
 
 def one(options, strategy, rate, seed):
     """One load on a fresh cluster: no prompt is in a cache."""
-    router, *ports = (processes.free_port() for _ in range(3))
-    common = ["--model", options.model, "--strategy", strategy, "--log", "error"]
-    commands = [[options.tandem, "router", *common, "--listen", f"127.0.0.1:{router}"]]
-    for role, port in zip(STRATEGIES[strategy], ports):
-        commands.append([options.tandem, role, *common, "--registry", f"127.0.0.1:{router}", "--listen", f"127.0.0.1:{port}",
-                         "--threads", "1", "--kv-mib", "512", "--slo-itl-ms", str(options.slo_itl_ms)])
-    with processes.cluster(strategy, commands, (router, *ports), 60):
-        command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{router}", "--json", "--rate", rate, "--seconds", options.seconds, "--warm-up", 4,
+    commands, ports = processes.by_strategy(options.tandem, options.model, strategy, STRATEGIES[strategy], options.slo_itl_ms)
+    with processes.cluster(strategy, commands, ports, 60):
+        command = [options.tandem, "bench", "serve", "--addr", f"127.0.0.1:{ports[0]}", "--json", "--rate", rate, "--seconds", options.seconds, "--warm-up", 4,
                    "--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens, "--spread", 0.5, "--vocab", 40000, "--seed", seed]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         if done.returncode != 0:
