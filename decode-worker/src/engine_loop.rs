@@ -24,7 +24,7 @@ use crate::choice::Choice;
 use crate::metrics::LoopMetrics;
 use crate::order::Order;
 use crate::outlook::Outlook;
-use crate::scheduler::{self, LocalPrefill, Rules};
+use crate::scheduler::{self, Rules};
 use begin::Sealed;
 use group::Group;
 
@@ -213,23 +213,16 @@ impl EngineLoop {
 
     /// What the step that ran teaches: how long steps take, and how many sequences keep the limit.
     fn learn(&mut self, run: &[(usize, usize)], took: Duration) {
-        let mut shape = StepShape::default();
-        for &(index, count) in run {
-            let choice = &self.choices[index];
-            shape = match count {
-                1 => shape.with_sequence(choice.computed),
-                _ => shape.with_prompt(choice.computed, count),
-            };
-        }
+        let add = |shape: StepShape, &(index, count): &(usize, usize)| {
+            shape.with_run(self.choices[index].computed, count)
+        };
+        let shape = run.iter().fold(StepShape::default(), add);
         let actual = took.as_secs_f64() * 1e3;
         if self.model.is_fitted() {
             self.metrics.steps.predicted(self.model.predict_ms(&shape), actual);
         }
         self.model.add(&shape, actual);
-        if self.rules.prefill == LocalPrefill::Priority && self.model.is_fitted() && shape.sequences > 0 {
-            let each = shape.kv_tokens as f64 / shape.sequences as f64;
-            self.outlook.set_most_sequences(self.model.most_sequences(each, self.rules.itl_limit_ms));
-        }
+        self.outlook.ran(&shape, &self.model, &self.rules);
     }
 
     /// Gives each planned choice its blocks; one that gets none sits this step out.

@@ -3,7 +3,10 @@
 
 use std::sync::Arc;
 
+use engine::pace::{StepModel, StepShape};
 use parking_lot::Mutex;
+
+use crate::scheduler::{LocalPrefill, Rules};
 
 /// Output tokens expected before any request has ended.
 const FIRST_GUESS: f64 = 128.0;
@@ -93,8 +96,15 @@ impl Outlook {
         Ok(Expected { outlook: self.clone(), sequences: wanted.sequences, left: Mutex::new(growth) })
     }
 
-    /// How many sequences keep the ITL limit.
-    pub fn set_most_sequences(&self, most: usize) {
+    /// A step of that shape ran: how many such sequences keep the ITL limit, where there is one to keep.
+    pub fn ran(&self, shape: &StepShape, model: &StepModel, rules: &Rules) {
+        if rules.prefill == LocalPrefill::Priority && model.is_fitted() && shape.sequences > 0 {
+            let each = shape.kv_tokens as f64 / shape.sequences as f64;
+            self.set_most_sequences(model.most_sequences(each, rules.itl_limit_ms));
+        }
+    }
+
+    fn set_most_sequences(&self, most: usize) {
         self.state.lock().most_sequences = most;
     }
 

@@ -28,6 +28,14 @@ impl StepShape {
         Self { prompt_tokens: self.prompt_tokens + tokens, prompt_reads: self.prompt_reads + reads, ..self }
     }
 
+    /// With what one sequence runs in a step: its one token, or some of its prompt.
+    pub fn with_run(self, computed: usize, tokens: usize) -> Self {
+        match tokens {
+            1 => self.with_sequence(computed),
+            _ => self.with_prompt(computed, tokens),
+        }
+    }
+
     fn features(&self) -> [f64; 5] {
         [1.0, self.sequences as f64, self.kv_tokens as f64, self.prompt_tokens as f64, self.prompt_reads]
     }

@@ -1,3 +1,5 @@
+//! Packed rows: the error's bound, what comes back unchanged, numbers that are none.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Routes between shards, against counting heads one by one over every even split.
+
 use super::*;
 
 fn shards(heads: u32, of: u32) -> Option<Vec<Shard>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use decode_worker::outlook::{Expected, NoRoom, Outlook, Wanted};
-use decode_worker::scheduler::{self, LocalPrefill, Rules, View};
+use decode_worker::scheduler::{self, Rules, View};
 use engine::kv::pool::BlockPool;
 use engine::pace::{StepModel, StepShape};
 use engine::roofline::Chunk;
@@ -163,10 +163,7 @@ impl DecodeWorker {
                 continue;
             }
             choice.running = count;
-            shape = match count {
-                1 => shape.with_sequence(choice.computed),
-                _ => shape.with_prompt(choice.computed, count),
-            };
+            shape = shape.with_run(choice.computed, count);
             let draws = choice.computed + count == choice.tokens;
             cost.add(&mut load, Chunk { position: choice.computed, tokens: count, draws });
             runs += 1;
@@ -177,20 +174,12 @@ impl DecodeWorker {
         self.largest_batch = self.largest_batch.max(runs);
         let computing = ns(cost.seconds(&load));
         if runs > 0 {
-            self.learn(&shape, ms(computing));
+            self.model.add(&shape, ms(computing));
+            self.outlook.ran(&shape, &self.model, &self.rules);
         }
         let took = (computing + ns(unsealing)).max(1);
         self.step = Some((now, took));
         Some(took)
-    }
-
-    /// What the step teaches, as in the decode worker.
-    fn learn(&mut self, shape: &StepShape, took_ms: f64) {
-        self.model.add(shape, took_ms);
-        if self.rules.prefill == LocalPrefill::Priority && self.model.is_fitted() && shape.sequences > 0 {
-            let each = shape.kv_tokens as f64 / shape.sequences as f64;
-            self.outlook.set_most_sequences(self.model.most_sequences(each, self.rules.itl_limit_ms));
-        }
     }
 
     /// Ends the step that runs: tokens drawn at `now`.
