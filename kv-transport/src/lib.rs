@@ -51,6 +51,7 @@ mod socket;
 mod stats;
 mod stream;
 mod stream_rdma;
+mod summed;
 pub mod ticket;
 mod transport;
 pub mod verbs;

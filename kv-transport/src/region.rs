@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::device::DeviceMemory;
+use crate::summed::copy_summed;
 
 /// Pieces one system call moves at most, the head or tail buffer included. Linux allows 1024.
 pub(crate) const MAX_PIECES: usize = 72;
@@ -167,15 +168,14 @@ impl Region {
         Ok(())
     }
 
-    /// Copies `len` bytes at `from` to `offset`.
+    /// Copies `len` bytes at `from` to `offset`; yields the CRC-32C of what is there now.
     ///
     /// # Safety
     /// `from` must be valid for reads of `len` bytes, which may change meanwhile, and not overlap the region.
-    pub(crate) unsafe fn copy_from(&self, offset: usize, from: *const u8, len: usize) -> io::Result<()> {
+    pub(crate) unsafe fn copy_from(&self, offset: usize, from: *const u8, len: usize) -> io::Result<u32> {
         let at = self.at(&(offset..offset.saturating_add(len)))?;
-        // SAFETY: in bounds and alive; the rest is the caller's word.
-        unsafe { std::ptr::copy_nonoverlapping(from, at, len) };
-        Ok(())
+        // SAFETY: in bounds and alive; a claim keeps everybody else from the target, and the rest is the caller's word.
+        Ok(unsafe { copy_summed(from, at, len) })
     }
 
     /// Copies from `offset` into `bytes`.
