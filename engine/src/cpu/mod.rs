@@ -1,5 +1,6 @@
 //! The engine on CPU cores: bf16 weights and f32 arithmetic, or INT8; AVX-512, AVX2 or plain code.
 
+mod arena;
 mod buffers;
 mod ceilings;
 mod forward;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use half::bf16;
 
+use super::arena::Arena;
 use super::simd::gemm::{PANEL, Packed};
 use super::simd::int8::Packed8;
 use crate::EngineError;
@@ -85,8 +86,10 @@ impl Network {
             true => None,
             false => Some(source.matrix("lm_head.weight", vocab, hidden)?),
         };
-        let head = head_of(own.as_ref().unwrap_or(&embedding), hidden, turn && kind.is_some())?;
-        let layers = (0..config.layers).map(|index| Layer::load(config, source, kind, turn, index));
+        let mut arena = Arena::default();
+        let head = head_of(&mut arena, own.as_ref().unwrap_or(&embedding), hidden, turn && kind.is_some())?;
+        let layers =
+            (0..config.layers).map(|index| Layer::load(config, source, kind, turn, &mut arena, index));
         Ok(Self {
             int8: kind.is_some(),
             embedding,
@@ -118,14 +121,16 @@ impl Layer {
         source: &dyn WeightSource,
         kind: Option<Quantisation>,
         turn: bool,
+        arena: &mut Arena,
         index: usize,
     ) -> Result<Self, EngineError> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (hidden, ffn, dim) = (config.hidden, config.ffn, config.head_dim);
         let (q, kv) = (config.heads * dim, config.kv_heads * dim);
-        let stack = |parts: &[(&str, usize)], columns, bias, align| {
+        let mut stack = |parts: &[(&str, usize)], columns, bias, align| {
             let parts = parts.iter().map(|&(part, rows)| (name(part), rows));
-            let stack = Stack { source, declared: config.quantised, turn, columns, align };
+            let mut stack =
+                Stack { arena: &mut *arena, source, declared: config.quantised, turn, columns, align };
             stack.load(kind, &parts.collect::<Vec<_>>(), bias)
         };
         let head_norms = || -> Result<_, EngineError> {
@@ -150,15 +155,20 @@ impl Layer {
 }
 
 /// The head as it is multiplied, of a matrix `[vocab, hidden]`.
-fn head_of(matrix: &Matrix, hidden: usize, round: bool) -> Result<Multiplied, EngineError> {
+fn head_of(
+    arena: &mut Arena,
+    matrix: &Matrix,
+    hidden: usize,
+    round: bool,
+) -> Result<Multiplied, EngineError> {
     let numbers = matrix.numbers();
     let vocab = numbers.len() / hidden;
     if !round {
-        let mut head = Packed::zeroed(vocab, hidden)?;
+        let mut head = Packed::zeroed(arena, vocab, hidden)?;
         head.fill(0, numbers);
         return Ok(Multiplied::Brain(head));
     }
-    let mut head = Packed8::zeroed(vocab, hidden, true)?;
+    let mut head = Packed8::zeroed(arena, vocab, hidden, true)?;
     // A few rows at a time: all of them in between would take a head's memory once more.
     for (index, rows) in numbers.chunks(HEAD_ROWS * hidden).enumerate() {
         let (numbers, scales) = turned_rows(rows, hidden);
@@ -169,6 +179,7 @@ fn head_of(matrix: &Matrix, hidden: usize, round: bool) -> Result<Multiplied, En
 
 /// Matrices of `columns` inputs below each other, each starting at a multiple of `align` rows.
 struct Stack<'a> {
+    arena: &'a mut Arena,
     source: &'a dyn WeightSource,
     declared: Option<Quantisation>,
     turn: bool,
@@ -178,7 +189,7 @@ struct Stack<'a> {
 
 impl Stack<'_> {
     fn load(
-        &self,
+        &mut self,
         kind: Option<Quantisation>,
         parts: &[(String, usize)],
         bias: bool,
@@ -195,8 +206,9 @@ impl Stack<'_> {
         parts.iter().map(|part| part.1.next_multiple_of(self.align)).sum()
     }
 
-    fn brain(&self, parts: &[(String, usize)]) -> Result<Packed, EngineError> {
-        let mut weights = Packed::zeroed(self.rows(parts), self.columns)?;
+    fn brain(&mut self, parts: &[(String, usize)]) -> Result<Packed, EngineError> {
+        let rows = self.rows(parts);
+        let mut weights = Packed::zeroed(self.arena, rows, self.columns)?;
         let mut first = 0;
         for (name, rows) in parts {
             let matrix = self.source.matrix(&format!("{name}.weight"), *rows, self.columns)?;
@@ -206,8 +218,9 @@ impl Stack<'_> {
         Ok(weights)
     }
 
-    fn int8(&self, parts: &[(String, usize)]) -> Result<Packed8, EngineError> {
-        let mut weights = Packed8::zeroed(self.rows(parts), self.columns, self.turn)?;
+    fn int8(&mut self, parts: &[(String, usize)]) -> Result<Packed8, EngineError> {
+        let rows = self.rows(parts);
+        let mut weights = Packed8::zeroed(self.arena, rows, self.columns, self.turn)?;
         let mut first = 0;
         for (name, rows) in parts {
             let name = format!("{name}.weight");

@@ -41,6 +41,10 @@ impl Region {
         Self { map, file }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.map.len()
+    }
+
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.map.as_ptr().cast_mut()
     }

@@ -11,29 +11,29 @@ use half::bf16;
 use super::Kernels;
 use super::tile::{PanelTile, tiles};
 use crate::EngineError;
-use crate::cpu::region::Region;
+use crate::cpu::arena::{Arena, Piece};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
 
 /// A weight matrix `[n, k]` in packed form.
 pub(crate) struct Packed {
-    region: Region,
+    piece: Piece,
     pub(crate) n: usize,
     pub(crate) k: usize,
 }
 
 impl Packed {
     /// Room for `[n, k]`, all zero.
-    pub(crate) fn zeroed(n: usize, k: usize) -> Result<Self, EngineError> {
+    pub(crate) fn zeroed(arena: &mut Arena, n: usize, k: usize) -> Result<Self, EngineError> {
         let words = n.div_ceil(PANEL) * PANEL * k.div_ceil(2);
-        Ok(Self { region: Region::new(words * 4, "a weight matrix")?, n, k })
+        Ok(Self { piece: arena.piece(words * 4)?, n, k })
     }
 
     /// Writes rows of the matrix, row-major `[rows, k]`, at output columns `first..`.
     pub(crate) fn fill(&mut self, first: usize, numbers: &[bf16]) {
         let (k, panel_words) = (self.k, self.panel_words());
-        let words: &mut [u32] = bytemuck::cast_slice_mut(self.region.bytes_mut());
+        let words: &mut [u32] = bytemuck::cast_slice_mut(self.piece.bytes_mut());
         // By groups of the columns that share a panel: its cache lines are written whole.
         let rows = numbers.len() / k;
         let mut row = 0;
@@ -68,8 +68,8 @@ impl Packed {
     /// # Safety
     /// `panel` below `panels()`.
     unsafe fn panel(&self, panel: usize) -> *const u32 {
-        // SAFETY: the region holds `panels()` panels.
-        unsafe { self.region.as_ptr().cast::<u32>().add(panel * self.panel_words()).cast_const() }
+        // SAFETY: the piece holds `panels()` panels.
+        unsafe { self.piece.as_ptr().cast::<u32>().add(panel * self.panel_words()) }
     }
 }
 

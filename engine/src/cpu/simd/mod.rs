@@ -37,8 +37,8 @@ pub(crate) struct Kernels {
 }
 
 macro_rules! kernels {
-    ($module:ident, $name:literal, $lanes:ty, $vectors:literal, $features:literal,
-     [$($rows:literal $panel:ident $accumulate:ident),*]) => {
+    ($module:ident, $name:literal, $lanes:ty, $features:literal,
+     [$($panel:ident $panel_rows:literal x $vectors:literal),*], [$($accumulate:ident $rows:literal),*]) => {
         mod $module {
             use super::*;
 
@@ -48,8 +48,10 @@ macro_rules! kernels {
                 #[inline(never)]
                 unsafe fn $panel(job: &PanelTile) {
                     // SAFETY: passed on to the caller.
-                    unsafe { tile::panel::<$lanes, $rows, $vectors>(job) }
+                    unsafe { tile::panel::<$lanes, $panel_rows, $vectors>(job) }
                 }
+            )*
+            $(
                 #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
                 #[inline(never)]
                 unsafe fn $accumulate(job: &Product) {
@@ -91,17 +93,22 @@ macro_rules! kernels {
     };
 }
 
+// Tiles: rows × vectors of columns.
 #[cfg(target_arch = "x86_64")]
-kernels!(with_avx512, "avx512", avx512::Avx512, 2, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", [
-    1 panel1 accumulate1, 2 panel2 accumulate2, 3 panel3 accumulate3, 4 panel4 accumulate4,
-    5 panel5 accumulate5, 6 panel6 accumulate6, 7 panel7 accumulate7, 8 panel8 accumulate8
+kernels!(with_avx512, "avx512", avx512::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", [
+    panel1 1 x 2, panel2 2 x 2, panel3 3 x 2, panel4 4 x 2, panel5 5 x 2, panel6 6 x 2, panel7 7 x 2, panel8 8 x 2
+], [
+    accumulate1 1, accumulate2 2, accumulate3 3, accumulate4 4, accumulate5 5, accumulate6 6, accumulate7 7, accumulate8 8
 ]);
+// One row takes the panel's lines in the order in which they lie in memory, in four chains of sums. Unpacked weights take four of
+// the sixteen registers, so a sixth row would spill.
 #[cfg(target_arch = "x86_64")]
-kernels!(with_avx2, "avx2", avx2::Avx2, 1, "avx2,fma", [
-    1 panel1 accumulate1, 2 panel2 accumulate2, 3 panel3 accumulate3, 4 panel4 accumulate4,
-    5 panel5 accumulate5, 6 panel6 accumulate6
+kernels!(with_avx2, "avx2", avx2::Avx2, "avx2,fma", [
+    panel1 1 x 2, panel2 2 x 1, panel3 3 x 1, panel4 4 x 1, panel5 5 x 1
+], [
+    accumulate1 1, accumulate2 2, accumulate3 3, accumulate4 4, accumulate5 5, accumulate6 6
 ]);
-kernels!(with_nothing, "scalar", lanes::Scalar, 1, "sse2", [1 panel1 accumulate1, 2 panel2 accumulate2]);
+kernels!(with_nothing, "scalar", lanes::Scalar, "sse2", [panel1 1 x 1, panel2 2 x 1], [accumulate1 1, accumulate2 2]);
 
 impl Kernels {
     /// What this CPU can run, best first.

@@ -7,6 +7,7 @@ use super::attention::{AttentionLayer, AttentionTask};
 use super::gemm::{Gemm, PANEL, Packed};
 use super::rows::{NormRow, QkvRow, SwigluRow};
 use super::*;
+use crate::cpu::arena::Arena;
 use crate::{KvDtype, KvLayout};
 
 fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -66,7 +67,7 @@ proptest! {
         let k = 2 * half_k;
         let (a, w) = (noise(seed, rows * k), brain(&noise(seed + 1, n * k)));
         let bias = biased.then(|| noise(seed + 2, n.next_multiple_of(PANEL)));
-        let mut weights = Packed::zeroed(n, k).unwrap();
+        let mut weights = Packed::zeroed(&mut Arena::default(), n, k).unwrap();
         // In two parts, as q, k and v are.
         let cut = n / 3;
         weights.fill(0, &w[..cut * k]);

@@ -9,7 +9,7 @@ use super::super::gemm::{PANEL, ROW_BLOCK};
 use super::super::tile::tiles;
 use super::{Finish, Group, Kernels8, Tile8};
 use crate::EngineError;
-use crate::cpu::region::Region;
+use crate::cpu::arena::{Arena, Piece};
 
 /// Most inputs of a group: sums of products of numbers up to 128 stay within 32 bits.
 pub(crate) const MOST_INPUTS: usize = 1 << 17;
@@ -20,7 +20,7 @@ const ZEROS: u32 = 0x8080_8080;
 
 /// A weight matrix `[n, k]` in packed form, with the scales of its rows.
 pub(crate) struct Packed8 {
-    region: Region,
+    piece: Piece,
     pub(crate) n: usize,
     pub(crate) k: usize,
     scales: Vec<f32>,
@@ -30,18 +30,18 @@ pub(crate) struct Packed8 {
 
 impl Packed8 {
     /// Room for `[n, k]`, all zero.
-    pub(crate) fn zeroed(n: usize, k: usize, turned: bool) -> Result<Self, EngineError> {
+    pub(crate) fn zeroed(arena: &mut Arena, n: usize, k: usize, turned: bool) -> Result<Self, EngineError> {
         let words = n.div_ceil(PANEL) * PANEL * k.div_ceil(4);
-        let mut region = Region::new(words * 4, "a weight matrix")?;
-        bytemuck::cast_slice_mut::<u8, u32>(region.bytes_mut()).fill(ZEROS);
-        Ok(Self { region, n, k, scales: vec![0.0; n], turned })
+        let mut piece = arena.piece(words * 4)?;
+        bytemuck::cast_slice_mut::<u8, u32>(piece.bytes_mut()).fill(ZEROS);
+        Ok(Self { piece, n, k, scales: vec![0.0; n], turned })
     }
 
     /// Writes rows of the matrix, row-major `[rows, k]`, and their scales, at output columns `first..`.
     pub(crate) fn fill(&mut self, first: usize, numbers: &[i8], scales: &[f32]) {
         let (k, panel_words) = (self.k, self.panel_words());
         self.scales[first..first + scales.len()].copy_from_slice(scales);
-        let words: &mut [u32] = bytemuck::cast_slice_mut(self.region.bytes_mut());
+        let words: &mut [u32] = bytemuck::cast_slice_mut(self.piece.bytes_mut());
         let rows = numbers.len() / k;
         let mut row = 0;
         while row < rows {
@@ -76,8 +76,8 @@ impl Packed8 {
     /// # Safety
     /// `panel` below `panels()`.
     unsafe fn panel(&self, panel: usize) -> *const u32 {
-        // SAFETY: the region holds `panels()` panels.
-        unsafe { self.region.as_ptr().cast::<u32>().add(panel * self.panel_words()).cast_const() }
+        // SAFETY: the piece holds `panels()` panels.
+        unsafe { self.piece.as_ptr().cast::<u32>().add(panel * self.panel_words()) }
     }
 }
 

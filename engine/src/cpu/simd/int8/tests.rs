@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::super::gemm::PANEL;
 use super::*;
+use crate::cpu::arena::Arena;
 use crate::model::quantise::{int8_row, turn};
 
 fn numbers(seed: u64, count: usize) -> Vec<i8> {
@@ -70,7 +71,7 @@ proptest! {
         let w = numbers(seed + 1, n * k);
         let scale = |i: usize| 0.001 * (1 + i % 7) as f32;
         let column_scales: Vec<f32> = (0..n).map(|i| scale(i + 3)).collect();
-        let mut weights = Packed8::zeroed(n, k, false).unwrap();
+        let mut weights = Packed8::zeroed(&mut Arena::default(), n, k, false).unwrap();
         // In two parts, as q, k and v are.
         let cut = n / 3;
         weights.fill(0, &w[..cut * k], &column_scales[..cut]);
