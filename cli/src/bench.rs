@@ -54,6 +54,7 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
         profile: args.trace.is_some() || args.table.iter().any(wants_profile),
         name: args.shape.clone(),
         quantise: args.quantize.map(Quantize::kind),
+        kv_dtype: args.kv_dtype.of_engine(),
         config: shape(&args.shape)?,
         kinds: kinds(&args.table),
         runs: args.runs,
@@ -108,12 +109,15 @@ pub fn shape(name: &str) -> anyhow::Result<ModelConfig> {
 
 fn kinds(tables: &[BenchTable]) -> Vec<Kind> {
     let kind = |table: &BenchTable| match table {
-        BenchTable::All => vec![Kind::Prefill, Kind::Decode, Kind::Graphs, Kind::Chunk, Kind::Int8],
+        BenchTable::All => {
+            vec![Kind::Prefill, Kind::Decode, Kind::Graphs, Kind::Chunk, Kind::Draw, Kind::Int8]
+        }
         BenchTable::Prefill => vec![Kind::Prefill],
         BenchTable::Decode => vec![Kind::Decode],
         BenchTable::Graphs => vec![Kind::Graphs],
         BenchTable::Chunk => vec![Kind::Chunk],
         BenchTable::Int8 => vec![Kind::Int8],
+        BenchTable::Draw => vec![Kind::Draw],
         BenchTable::Profile => Vec::new(),
     };
     tables.iter().flat_map(kind).collect()

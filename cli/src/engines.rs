@@ -16,7 +16,7 @@ use engine::{Engine, KvDtype, KvLayout};
 use telemetry::trace::Tracer;
 use worker::config::MAX_BLOCK_TOKENS;
 
-use crate::args::{Device, EngineArgs, KvType, Quantize};
+use crate::args::{Device, EngineArgs, Quantize};
 
 /// An engine, its block pool, and the hash that only interchangeable workers share.
 pub struct Built {
@@ -52,10 +52,7 @@ pub fn plan(dir: &Path, args: &EngineArgs, step_tokens: usize) -> anyhow::Result
     if !(1..=MAX_BLOCK_TOKENS).contains(&args.block_tokens) {
         bail!("--block-tokens: {} is not between 1 and {MAX_BLOCK_TOKENS}", args.block_tokens);
     }
-    let kv_dtype = match args.kv_dtype {
-        KvType::Bf16 => KvDtype::Bf16,
-        KvType::F32 => KvDtype::F32,
-    };
+    let kv_dtype = args.kv_dtype.of_engine();
     let one = KvLayout {
         layers: config.layers,
         blocks: 1,

@@ -151,7 +151,7 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         .args(["--model-name", &model::served_name(spec.model, &dir)])
         .args(["--block-tokens", &engine.block_tokens.to_string()])
         .args(["--kv-mib", &engine.kv_mib.to_string()])
-        .args(["--kv-dtype", if engine.kv_dtype == crate::args::KvType::F32 { "f32" } else { "bf16" }])
+        .args(["--kv-dtype", engine.kv_dtype.of_engine().name()])
         .args(["--device", engine.device.name()])
         .args(["--sim-profile", &engine.sim_profile])
         .args(["--gpu", &engine.gpu.to_string()])

@@ -8,22 +8,21 @@ use std::path::{Path, PathBuf};
 
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::model::Quantisation;
-use engine::{Batch, Engine, Segment};
+use engine::{Batch, Engine, KvDtype, Segment};
 
 /// Means over all tokens of all texts.
 #[derive(Default)]
 struct Compared {
     tokens: usize,
-    /// Negative log-likelihood of each token after those before it, in bf16 and INT8.
+    /// Negative log-likelihood of each token after those before it, in bf16 and rounded.
     nll: [f64; 2],
-    /// Kullback-Leibler divergence of INT8 from bf16: how far the drawn-from distributions lie apart, whether or not the
+    /// Kullback-Leibler divergence of the rounded from bf16: how far the drawn-from distributions lie apart, whether or not the
     /// text happens to like it. Perplexities of a few thousand tokens are known to half a percent, this to a few.
     divergence: f64,
 }
 
-fn load(folder: &Path, quantise: Option<Quantisation>) -> CpuEngine {
-    let options = CpuOptions { kv_blocks: 128, quantise, ..CpuOptions::default() };
-    CpuEngine::load(folder, options).unwrap()
+fn load(folder: &Path, options: CpuOptions) -> CpuEngine {
+    CpuEngine::load(folder, CpuOptions { kv_blocks: 128, ..options }).unwrap()
 }
 
 /// Log-probabilities after each of the positions.
@@ -46,23 +45,31 @@ fn run(engine: &mut CpuEngine, tokens: &[u32], positions: &[usize]) -> Vec<Vec<f
     logits.into_iter().map(normal).collect()
 }
 
-fn compare(folder: &Path, texts: &[Vec<u32>]) -> Compared {
-    let (mut plain, mut int8) = (load(folder, None), load(folder, Some(Quantisation::Int8)));
-    let mut sums = Compared::default();
+/// Each rounding against bf16.
+fn compare(folder: &Path, roundings: &[CpuOptions], texts: &[Vec<u32>]) -> Vec<Compared> {
+    let mut plain = load(folder, CpuOptions::default());
+    let mut rounded: Vec<_> = roundings.iter().map(|options| load(folder, options.clone())).collect();
+    let mut sums: Vec<_> = roundings.iter().map(|_| Compared::default()).collect();
     for tokens in texts {
         let positions: Vec<usize> = (0..tokens.len() - 1).collect();
         for positions in positions.chunks(64) {
-            let both = run(&mut plain, tokens, positions).into_iter().zip(run(&mut int8, tokens, positions));
-            for (&position, (p, q)) in positions.iter().zip(both) {
-                let next = tokens[position + 1] as usize;
-                sums.tokens += 1;
-                sums.nll = [sums.nll[0] - p[next], sums.nll[1] - q[next]];
-                sums.divergence += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+            let expected = run(&mut plain, tokens, positions);
+            for (engine, sums) in rounded.iter_mut().zip(&mut sums) {
+                for ((&position, p), q) in positions.iter().zip(&expected).zip(run(engine, tokens, positions))
+                {
+                    let next = tokens[position + 1] as usize;
+                    sums.tokens += 1;
+                    sums.nll = [sums.nll[0] - p[next], sums.nll[1] - q[next]];
+                    sums.divergence += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+                }
             }
         }
     }
-    let mean = |sum: f64| sum / sums.tokens as f64;
-    Compared { nll: sums.nll.map(mean), divergence: mean(sums.divergence), ..sums }
+    let means = sums.into_iter().map(|sums| {
+        let mean = |sum: f64| sum / sums.tokens as f64;
+        Compared { nll: sums.nll.map(mean), divergence: mean(sums.divergence), ..sums }
+    });
+    means.collect()
 }
 
 /// The reference's prompts with their answers: talk, as the model is made for.
@@ -76,8 +83,9 @@ fn talk() -> Vec<Vec<u32>> {
     rows.iter().map(|row| [ids(row, "prompt_ids"), ids(row, "output_ids")].concat()).collect()
 }
 
+/// What each rounding may change perplexity by, and diverge. Small models suffer most.
 #[test]
-fn int8_finds_text_as_likely_as_bf16_does() {
+fn rounded_networks_find_text_as_likely_as_bf16_does() {
     let Some(folder) = std::env::var_os("TANDEM_TEST_MODEL").map(PathBuf::from) else {
         eprintln!("NOT RUN: TANDEM_TEST_MODEL is not set to the folder of SmolLM2-135M-Instruct");
         return;
@@ -85,17 +93,23 @@ fn int8_finds_text_as_likely_as_bf16_does() {
     let tokenizer = tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).unwrap();
     let text = include_str!("../../tests/golden/plain_text.txt");
     let technical = vec![tokenizer.encode(text, false).unwrap().get_ids().to_vec()];
-    for (name, texts) in [("technical text", technical), ("talk", talk())] {
-        let Compared { tokens, nll: [plain, int8], divergence } = compare(&folder, &texts);
-        let loss = (int8 - plain).exp() - 1.0;
-        println!(
-            "{name}, {tokens} tokens: mean negative log-likelihood {plain:.4} in bf16, {int8:.4} in INT8; perplexity {:.3} and {:.3} ({:+.2} %); divergence {divergence:.5}",
-            plain.exp(),
-            int8.exp(),
-            loss * 100.0
-        );
-        // Small models suffer most.
-        assert!(loss.abs() < 0.01, "{name}: {plain} {int8}");
-        assert!(divergence < 0.01, "{name}: {divergence}");
+    let int8 = CpuOptions { quantise: Some(Quantisation::Int8), ..CpuOptions::default() };
+    let fp8 = CpuOptions { kv_dtype: KvDtype::Fp8, ..CpuOptions::default() };
+    let limits = [("INT8", 0.01, 0.01), ("KV in fp8", 0.05, 0.05)];
+    for (texts, of) in [("technical text", technical), ("talk", talk())] {
+        for (compared, (name, perplexity, most)) in
+            compare(&folder, &[int8.clone(), fp8.clone()], &of).into_iter().zip(limits)
+        {
+            let Compared { tokens, nll: [plain, rounded], divergence } = compared;
+            let loss = (rounded - plain).exp() - 1.0;
+            println!(
+                "{name}, {texts}, {tokens} tokens: mean negative log-likelihood {plain:.4} in bf16, {rounded:.4}; perplexity {:.3} and {:.3} ({:+.2} %); divergence {divergence:.5}",
+                plain.exp(),
+                rounded.exp(),
+                loss * 100.0
+            );
+            assert!(loss.abs() < perplexity, "{name}, {texts}: {plain} {rounded}");
+            assert!(divergence < most, "{name}, {texts}: {divergence}");
+        }
     }
 }

@@ -52,7 +52,7 @@ impl Stages {
         let Some(form) = form else { return Ok(None) };
         let bad = |why: String| Status::invalid_argument(format!("ticket.meta.form: {why}"));
         let dtype = KvDtype::named(&form.dtype).ok_or_else(|| {
-            bad(format!("KV of type {:?} cannot be made here; bf16 and f32 can", form.dtype))
+            bad(format!("KV of type {:?} cannot be made here; bf16, f32 and fp8 can", form.dtype))
         })?;
         let block_tokens = form.block_tokens as usize;
         if (block_tokens, dtype) == (self.layout.block_tokens, self.layout.dtype) {

@@ -8,7 +8,7 @@ use engine::model::ModelConfig;
 use engine::roofline::{self, Dtype, Numbers, Part, Work};
 use engine::sim::{Exchange, Profile};
 
-use super::measure::{Chunk, decodes, fill, table, times, tokens};
+use super::measure::{Chunk, Drawing, decodes, fill, table, times, tokens};
 use super::{BLOCK_TOKENS, Measured, Settings, build};
 
 /// Rows of decode steps and of chunks; together the products' curve.
@@ -49,7 +49,7 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn seconds(&mut self, step: Vec<Chunk>) -> Result<f64> {
-        Ok(times(self.measured.engine(), &[step], self.settings.runs)?.median_ms / 1e3)
+        Ok(times(self.measured.engine(), &[step], &Drawing::default(), self.settings.runs)?.median_ms / 1e3)
     }
 
     fn decode(&mut self, batch: usize, context: usize) -> Result<f64> {
@@ -180,6 +180,7 @@ mod tests {
             name: "smollm2".into(),
             config: config.clone(),
             quantise: None,
+            kv_dtype: engine::KvDtype::Bf16,
             kinds: vec![Kind::Decode],
             runs: 1,
             max_batch: 1,

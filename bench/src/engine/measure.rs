@@ -48,19 +48,27 @@ pub struct Chunk {
     pub draws: bool,
 }
 
-/// Runs one step, greedy, to its end.
-pub fn step(engine: &mut dyn Engine, chunks: &[Chunk]) -> Result<()> {
-    with_batch(chunks, |batch| engine.forward(batch, &mut |_| {}))?;
+/// How tokens are drawn, and after which others.
+#[derive(Default)]
+pub struct Drawing {
+    /// Greedy by default.
+    pub params: SamplingParams,
+    /// What penalties look at.
+    pub output: Vec<u32>,
+}
+
+/// Runs one step to its end.
+pub fn step(engine: &mut dyn Engine, chunks: &[Chunk], drawing: &Drawing) -> Result<()> {
+    with_batch(chunks, drawing, |batch| engine.forward(batch, &mut |_| {}))?;
     Ok(())
 }
 
 /// Calls `run` with the chunks as a batch.
-pub fn with_batch<T>(chunks: &[Chunk], run: impl FnOnce(&Batch<'_>) -> T) -> T {
-    let params = SamplingParams::default();
+pub fn with_batch<T>(chunks: &[Chunk], drawing: &Drawing, run: impl FnOnce(&Batch<'_>) -> T) -> T {
     let draw = [SampleRequest {
-        params: &params,
+        params: &drawing.params,
         prompt: &[],
-        output: &[],
+        output: &drawing.output,
         banned: &[],
         constraint: None,
         choice: 0,
@@ -75,15 +83,18 @@ pub fn with_batch<T>(chunks: &[Chunk], run: impl FnOnce(&Batch<'_>) -> T) -> T {
 }
 
 /// Times `runs` runs of these steps in a row after one that is not counted.
-pub fn times(engine: &mut dyn Engine, steps: &[Vec<Chunk>], runs: usize) -> Result<Times> {
+pub fn times(engine: &mut dyn Engine, steps: &[Vec<Chunk>], drawing: &Drawing, runs: usize) -> Result<Times> {
+    time_of(runs, 1, || steps.iter().try_for_each(|chunks| step(engine, chunks, drawing)))
+}
+
+/// Times `runs` calls after one that is not counted; each is `parts` of what is timed.
+pub fn time_of(runs: usize, parts: usize, mut call: impl FnMut() -> Result<()>) -> Result<Times> {
     let mut all = Vec::with_capacity(runs);
     for run in 0..=runs {
         let started = Instant::now();
-        for chunks in steps {
-            step(engine, chunks)?;
-        }
+        call()?;
         if run > 0 {
-            all.push(started.elapsed().as_secs_f64() * 1e3);
+            all.push(started.elapsed().as_secs_f64() * 1e3 / parts as f64);
         }
     }
     Ok(Times::of(all))
@@ -149,7 +160,7 @@ pub fn fill(
 ) -> Result<()> {
     let each = (position + 1).div_ceil(block_tokens);
     for chunks in prompts(1, position, vocab, block_tokens, 2048) {
-        step(engine, &chunks)?;
+        step(engine, &chunks, &Drawing::default())?;
     }
     let pairs: Vec<(u32, u32)> =
         (each..batch * each).map(|block| ((block % each) as u32, block as u32)).collect();

@@ -14,8 +14,9 @@ use anyhow::{Result, bail};
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::model::{ModelConfig, Quantisation};
+use engine::roofline::Dtype;
 pub use engine::roofline::{Ceilings, shapes};
-use engine::{Engine, EngineError};
+use engine::{Engine, EngineError, KvDtype};
 
 /// Tokens per block of the measured pool.
 pub(crate) const BLOCK_TOKENS: usize = 16;
@@ -33,6 +34,8 @@ pub enum Kind {
     Chunk,
     /// Eight bits against bf16: a long prompt, decode steps of one sequence and of many.
     Int8,
+    /// Decode steps that draw otherwise than greedily.
+    Draw,
 }
 
 /// What to measure.
@@ -44,6 +47,8 @@ pub struct Settings {
     pub config: ModelConfig,
     /// What the layers' weights are rounded to.
     pub quantise: Option<Quantisation>,
+    /// How KV is stored.
+    pub kv_dtype: KvDtype,
     /// Which tables, in this order.
     pub kinds: Vec<Kind>,
     /// Runs per row.
@@ -58,6 +63,16 @@ pub struct Settings {
     pub device: Device,
     /// Also say where the time of a prefill and of two decode steps goes.
     pub profile: bool,
+}
+
+impl Settings {
+    pub(crate) fn kv_type(&self) -> Dtype {
+        match self.kv_dtype {
+            KvDtype::Bf16 => Dtype::Bf16,
+            KvDtype::F32 => Dtype::F32,
+            KvDtype::Fp8 => Dtype::Fp8,
+        }
+    }
 }
 
 /// Where.
@@ -139,10 +154,7 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
         Measured::Cuda(_) => Vec::new(),
     };
     let mut report = Report {
-        shape: match settings.quantise {
-            Some(kind) => format!("{} in {}", settings.name, kind.name()),
-            None => settings.name.clone(),
-        },
+        shape: shape(settings),
         peaks,
         device: measured.engine().info().device.clone(),
         ceilings,
@@ -161,6 +173,14 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
         report.tables.push(eight_bits(settings, progress)?);
     }
     Ok(report)
+}
+
+/// The shape's name, and what is not bf16.
+fn shape(settings: &Settings) -> String {
+    let weights = settings.quantise.map(|kind| format!(" in {}", kind.name())).unwrap_or_default();
+    let kv = settings.kv_dtype;
+    let kv = if kv == KvDtype::Bf16 { String::new() } else { format!(", KV in {}", kv.name()) };
+    format!("{}{weights}{kv}", settings.name)
 }
 
 /// The same steps in bf16 and in each kind of eight bits that the device multiplies, each beside its own ceilings.
@@ -195,6 +215,7 @@ fn build(settings: &Settings) -> Result<Measured> {
                 block_tokens: BLOCK_TOKENS,
                 threads,
                 max_batch_tokens,
+                kv_dtype: settings.kv_dtype,
                 quantise: settings.quantise,
                 ..Default::default()
             };
@@ -209,6 +230,7 @@ fn build(settings: &Settings) -> Result<Measured> {
                 max_sequences: settings.max_batch + 1,
                 prepare: true,
                 host_side: false,
+                kv_dtype: settings.kv_dtype,
                 quantise: settings.quantise,
                 ..CudaOptions::default()
             };

@@ -8,7 +8,7 @@ use engine::cuda::{Part, Span};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::measure::{Chunk, decodes, fill, prompts, with_batch};
+use super::measure::{Chunk, Drawing, decodes, fill, prompts, with_batch};
 use super::{BLOCK_TOKENS, Measured, Settings};
 
 /// One step's parts.
@@ -56,8 +56,8 @@ pub(super) fn measure(
     for (step, chunks) in steps {
         progress(&format!("profile: {step}"));
         // The first run warms up.
-        with_batch(&chunks, |batch| engine.profile(batch))?;
-        let spans = with_batch(&chunks, |batch| engine.profile(batch))?;
+        with_batch(&chunks, &Drawing::default(), |batch| engine.profile(batch))?;
+        let spans = with_batch(&chunks, &Drawing::default(), |batch| engine.profile(batch))?;
         profiles.push(Profile { step, parts: parts(settings, &chunks, &spans), spans });
     }
     Ok(profiles)

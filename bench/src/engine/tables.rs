@@ -1,9 +1,10 @@
 //! The tables: what each row runs.
 
 use anyhow::Result;
+use engine::SamplingParams;
 use engine::roofline::{self, Numbers, Work};
 
-use super::measure::{Chunk, Times, decodes, fill, prompts, times};
+use super::measure::{Chunk, Drawing, Times, decodes, fill, prompts, time_of, times, tokens, with_batch};
 use super::report::{Row, Table};
 use super::{BLOCK_TOKENS, Ceilings, Kind, Measured, STEP_TOKENS, Settings};
 
@@ -27,6 +28,7 @@ pub(super) fn measure(
         Kind::Graphs => ("graphs", bench.graphs()?),
         Kind::Chunk => ("chunk", bench.chunk()?),
         Kind::Int8 => ("eight bits", bench.eight_bits()?),
+        Kind::Draw => ("drawing", bench.draw()?),
     };
     Ok(Table { title: title.into(), rows })
 }
@@ -43,32 +45,46 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn time(&mut self, name: &str, steps: &[Vec<Chunk>]) -> Result<Times> {
+    fn time(&mut self, name: &str, steps: &[Vec<Chunk>], drawing: &Drawing) -> Result<Times> {
         (self.progress)(name);
-        times(self.measured.engine(), steps, self.settings.runs)
+        times(self.measured.engine(), steps, drawing, self.settings.runs)
     }
 
     /// A row of `steps`, with the sum of the steps' floors beside it.
     fn row(&mut self, name: String, steps: &[Vec<Chunk>], counted_tokens: usize) -> Result<Row> {
-        let took = self.time(&name, steps)?;
+        self.row_drawn(name, steps, counted_tokens, &Drawing::default())
+    }
+
+    fn row_drawn(
+        &mut self,
+        name: String,
+        steps: &[Vec<Chunk>],
+        counted_tokens: usize,
+        drawing: &Drawing,
+    ) -> Result<Row> {
+        let took = self.time(&name, steps, drawing)?;
+        Ok(self.floored(name, steps, counted_tokens, took))
+    }
+
+    fn floored(&self, name: String, steps: &[Vec<Chunk>], counted_tokens: usize, took: Times) -> Row {
         let (config, weights) = (&self.settings.config, self.measured.streamed_bytes());
         let floors = steps.iter().map(|chunks| {
             let chunks: Vec<_> = chunks.iter().map(chunk_of).collect();
             // What the engine says it reads: it knows which of its weights are rounded.
-            let work = Work::of(config, Numbers::BF16, &chunks);
+            let work = Work::of(config, Numbers { kv: self.settings.kv_type(), ..Numbers::BF16 }, &chunks);
             Work { weight_bytes: weights as f64, ..work }.floor_ms(self.ceilings)
         });
         let floors: Option<Vec<_>> = floors.collect();
         let floor_ms = floors.as_ref().map(|all| all.iter().map(|floor| floor.0).sum::<f64>());
         let bound = floors.and_then(|all| all.first().map(|floor| floor.1.name().to_owned()));
-        Ok(Row {
+        Row {
             tokens_per_second: counted_tokens as f64 / took.median_ms * 1e3,
             fraction: floor_ms.map(|floor| floor / took.median_ms),
             name,
             took,
             floor_ms,
             bound,
-        })
+        }
     }
 
     fn prefill(&mut self) -> Result<Vec<Row>> {
@@ -125,6 +141,33 @@ impl Bench<'_> {
         Ok(rows)
     }
 
+    /// What the draw costs a decode step, greedy and otherwise. Log-probabilities are the host's work, and are shown for what they cost.
+    fn draw(&mut self) -> Result<Vec<Row>> {
+        self.fill(self.settings.max_batch)?;
+        let warm = SamplingParams { temperature: 0.8, ..SamplingParams::default() };
+        let ways = [
+            ("greedy", SamplingParams::default()),
+            ("temperature", warm.clone()),
+            ("top-p 0.9", SamplingParams { top_p: 0.9, ..warm.clone() }),
+            ("top-k 40, top-p 0.9", SamplingParams { top_k: 40, top_p: 0.9, ..warm.clone() }),
+            (
+                "min-p 0.05, repetition 1.1",
+                SamplingParams { min_p: 0.05, repetition_penalty: 1.1, ..warm.clone() },
+            ),
+            ("with 5 log-probabilities", SamplingParams { logprobs: Some(5), ..warm }),
+        ];
+        let (context, vocab) = (self.settings.context, self.settings.config.vocab);
+        let mut rows = Vec::new();
+        for batch in [1, 32, 128].into_iter().filter(|&batch| batch <= self.settings.max_batch) {
+            for (name, params) in &ways {
+                let drawing = Drawing { params: params.clone(), output: tokens(context, vocab, 7) };
+                let name = format!("batch {batch}, {name}");
+                rows.push(self.row_drawn(name, &self.one_step(batch), batch, &drawing)?);
+            }
+        }
+        Ok(rows)
+    }
+
     fn graphs(&mut self) -> Result<Vec<Row>> {
         self.fill(self.settings.max_batch)?;
         let mut rows = Vec::new();
@@ -136,9 +179,25 @@ impl Bench<'_> {
                 let name = format!("batch {batch}, graphs {}", if on { "on" } else { "off" });
                 rows.push(self.row(name, &self.one_step(batch), batch)?);
             }
+            self.measured.set_graphs(true);
+            rows.extend(self.ahead(batch)?);
         }
         self.measured.set_graphs(true);
         Ok(rows)
+    }
+
+    /// A step that is queued while the one before it runs, so that the device never waits for the host.
+    fn ahead(&mut self, batch: usize) -> Result<Option<Row>> {
+        const STEPS: usize = 16;
+        let name = format!("batch {batch}, graphs on, {STEPS} queued at once");
+        (self.progress)(&name);
+        let (steps, runs) = (self.one_step(batch), self.settings.runs);
+        let Measured::Cuda(engine) = &mut *self.measured else { return Ok(None) };
+        let took = with_batch(&steps[0], &Drawing::default(), |batch| {
+            time_of(runs, STEPS, || Ok(engine.repeat(batch, STEPS)?))
+        })?;
+        let row = self.floored(name, &steps, batch, took);
+        Ok(Some(row))
     }
 
     /// ITL of 128 sequences with a prompt of 8192 tokens beside them, for chunk sizes; 0 is decode alone. The chunk's

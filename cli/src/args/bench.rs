@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use kv_transport::verbs::DeviceSelector;
 
-use super::{ClusterTlsArgs, Device, DialArgs, KvWireKind, Quantize};
+use super::{ClusterTlsArgs, Device, DialArgs, KvType, KvWireKind, Quantize};
 
 /// Settings of `bench`.
 #[derive(Debug, Args)]
@@ -188,6 +188,9 @@ pub struct BenchEngineArgs {
     /// Round the layers' weights, and activations in every step
     #[arg(long, value_enum)]
     pub quantize: Option<Quantize>,
+    /// Element type of the KV pool
+    #[arg(long, value_enum, default_value_t = KvType::Bf16)]
+    pub kv_dtype: KvType,
     /// Write where the time of some steps goes, for chrome://tracing or Perfetto; GPU only
     #[arg(long)]
     pub trace: Option<PathBuf>,
@@ -214,6 +217,8 @@ pub enum BenchTable {
     Chunk,
     /// Eight bits against bf16: a prompt of 2048 tokens, decode batches of 1 and 128
     Int8,
+    /// Decode steps that draw greedily, with a temperature, filters, penalties, log-probabilities
+    Draw,
     /// Where the time of a prefill and of decode steps goes, per kernel; GPU only
     Profile,
 }

@@ -243,7 +243,8 @@ pub struct EngineArgs {
     /// the first one is met; the longest prompt must fit
     #[arg(long, default_value_t = 512)]
     pub convert_mib: usize,
-    /// Element type of the KV pool. Where the pools differ, prefill workers convert
+    /// Element type of the KV pool. Where the pools differ, prefill workers convert. fp8 halves KV and rounds it: to three bits of
+    /// mantissa, at most 448
     #[arg(long, value_enum, default_value_t = KvType::Bf16)]
     pub kv_dtype: KvType,
     /// Tokens in one engine step [default: prefill 512 on a CPU, 8192 on a GPU; decode 256, with --strategy shared 2048
@@ -266,8 +267,21 @@ pub struct EngineArgs {
 pub enum KvType {
     /// 16-bit brain float
     Bf16,
-    /// 32-bit float
+    /// 32-bit float; on a CPU only
     F32,
+    /// 8-bit float, e4m3; on a GPU from compute capability 8.9 on
+    Fp8,
+}
+
+impl KvType {
+    /// The same as the engine calls it.
+    pub fn of_engine(self) -> engine::KvDtype {
+        match self {
+            Self::Bf16 => engine::KvDtype::Bf16,
+            Self::F32 => engine::KvDtype::F32,
+            Self::Fp8 => engine::KvDtype::Fp8,
+        }
+    }
 }
 
 /// Settings of `model`.

@@ -1,7 +1,7 @@
 //! Attention of a step: single tokens, chunks, or anything by the plain kernel.
 
 use super::driver::{Grid, args};
-use super::fixed::{hopper_shared_bytes, pool_rows, portable_shared_bytes};
+use super::fixed::{hopper_shared_bytes, portable_shared_bytes};
 use super::kernels::FastAttention;
 use super::plan::List;
 use super::step::Step;
@@ -106,15 +106,19 @@ impl Step<'_> {
     ) -> Result<(), EngineError> {
         let fixed = self.fixed;
         let (config, layout) = (&fixed.config, fixed.pool.layout());
+        if self.plan.tasks == 0 {
+            return Ok(());
+        }
+        self.widen(index)?;
+        let (kv, kv_rows, layer_row) = fixed.kv_of_chunks(index);
         let (out, tasks, tables) =
             (fixed.buffers.attended.at, self.list(List::Tasks), self.list(List::Tables));
         let (heads, kv_heads) = (config.heads as i32, config.kv_heads as i32);
         let block_tokens = layout.block_tokens as i32;
         let mut grid = Grid::new((config.heads, self.plan.tasks, 1), 128);
         if let (Some(kernel), Some(maps)) = (&fast.prefill_sm90, &fixed.maps) {
-            let layer_row = (pool_rows(layout) / layout.layers * index) as i32;
+            let (layer_row, beyond) = (layer_row as i32, kv_rows as i32);
             let block_shift = layout.block_tokens.trailing_zeros() as i32;
-            let beyond = pool_rows(layout) as i32;
             grid.threads = 384;
             grid.shared = hopper_shared_bytes(layout.head_dim) as u32;
             return kernel.launch_chained(
@@ -136,12 +140,23 @@ impl Step<'_> {
                 ],
             );
         }
-        let (q, pool, stride) = (fixed.buffers.qkv.at, fixed.pool.layer(index), fixed.qkv_width() as i32);
+        let pool = kv + (layer_row * layout.head_dim * 2) as u64;
+        let (q, stride) = (fixed.buffers.qkv.at, fixed.qkv_width() as i32);
         grid.shared = portable_shared_bytes(layout.head_dim) as u32;
         fast.prefill.launch_chained(
             self.stream,
             grid,
             args![out, q, pool, tasks, tables, stride, heads, kv_heads, block_tokens, window, scale],
         )
+    }
+
+    /// Makes the KV that the chunks attend to bf16, where the pool is in eight bits.
+    fn widen(&self, index: usize) -> Result<(), EngineError> {
+        let (fixed, blocks, count) = (self.fixed, self.list(List::Widened), self.plan.widened.len());
+        let Some(widened) = fixed.widened.as_ref().filter(|_| count > 0) else { return Ok(()) };
+        let (to, from) = (widened.at, fixed.pool.layer(index));
+        let vectors = fixed.pool.layout().block_bytes() / 8;
+        let (grid, vectors) = (Grid::new((vectors.div_ceil(1024), count, 1), 256), vectors as i32);
+        fixed.kernels.widen_blocks.launch(self.stream, grid, args![to, from, blocks, vectors])
     }
 }

@@ -11,9 +11,9 @@ use super::kernels::{FastAttention, Kernels};
 use super::network::{Layer, Linear, Network};
 use super::plan::Tiling;
 use super::pool::DevicePool;
-use super::{Attention, tensor_map};
+use super::{Attention, options, tensor_map};
 use crate::model::ModelConfig;
-use crate::{EngineError, KvLayout, KvMemory};
+use crate::{EngineError, KvMemory};
 
 /// Queries of a block of the portable prefill kernel.
 const QUERIES: usize = 64;
@@ -31,6 +31,8 @@ pub(super) struct Fixed {
     pub(super) buffers: Buffers,
     /// cos and sin of every position.
     pub(super) angles: Memory,
+    /// A layer of KV in bf16, its blocks where they are in a layer of the pool: what chunks attend to where the pool is in eight bits.
+    pub(super) widened: Option<Memory>,
     pub(super) maps: Option<Maps>,
     capacity: Capacity,
     attention: Attention,
@@ -71,8 +73,21 @@ impl Fixed {
         if let Some(rounding) = &kernels.quantise {
             rounding.swiglu.allow_shared(2 * config.ffn)?;
         }
-        let mut fixed =
-            Self { device, config, kernels, network, pool, buffers, angles, maps: None, capacity, attention };
+        let widened = options::widened_bytes(pool.layout());
+        let widened = (widened > 0).then(|| Memory::new(&device, widened, "a layer of KV in bf16"));
+        let mut fixed = Self {
+            device,
+            config,
+            kernels,
+            network,
+            pool,
+            buffers,
+            angles,
+            widened: widened.transpose()?,
+            maps: None,
+            capacity,
+            attention,
+        };
         fixed.maps = fixed.hopper_maps(capacity.rows)?;
         Ok(fixed)
     }
@@ -121,11 +136,22 @@ impl Fixed {
         };
         let dim = layout.head_dim;
         kernel.allow_shared(hopper_shared_bytes(dim))?;
-        let pool_rows = pool_rows(&layout);
+        let (kv, kv_rows, _) = self.kv_of_chunks(0);
         Ok(Some(Maps {
             q: tensor_map::of_rows(self.buffers.qkv.at, rows + QUERIES_SM90, self.qkv_width(), QUERIES_SM90)?,
-            kv: tensor_map::of_rows(self.pool.layer(0), pool_rows, dim, layout.block_tokens)?,
+            kv: tensor_map::of_rows(kv, kv_rows, dim, layout.block_tokens)?,
         }))
+    }
+
+    /// The bf16 KV that chunks attend to in a layer: where all of it is, its rows (one head of one token each), and which row the layer
+    /// begins at.
+    pub(super) fn kv_of_chunks(&self, layer: usize) -> (u64, usize, usize) {
+        let layout = self.pool.layout();
+        let rows = layout.layer_bytes() / (layout.head_dim * layout.dtype.bytes());
+        match &self.widened {
+            Some(widened) => (widened.at, rows, 0),
+            None => (self.pool.layer(0), rows * layout.layers, rows * layer),
+        }
     }
 
     /// The tensor-core kernels, where they know the head and block size.
@@ -136,7 +162,8 @@ impl Fixed {
 
     pub(super) fn tiling(&self) -> Tiling {
         let queries = if self.maps.is_some() { QUERIES_SM90 } else { QUERIES };
-        Tiling { queries, singles_apart: true }
+        let widens = self.widened.is_some() && self.fast().is_some();
+        Tiling { queries, singles_apart: true, widens }
     }
 
     pub(super) fn qkv_width(&self) -> usize {
@@ -148,11 +175,6 @@ impl Fixed {
         let parts = self.config.group().div_ceil(8) * self.config.kv_heads;
         (max_split_blocks(&self.device) / (parts * sequences.max(1))).clamp(1, 64)
     }
-}
-
-/// The pool seen as rows of one head of one token.
-pub(super) fn pool_rows(layout: &KvLayout) -> usize {
-    layout.total_bytes() / (layout.head_dim * layout.dtype.bytes())
 }
 
 /// Two tiles each of keys and values, rows padded by 16 bytes.

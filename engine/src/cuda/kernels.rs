@@ -14,8 +14,8 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::driver::{Device, Kernel, Module};
 use super::thin::Thin;
 use super::wide::Wide;
-use crate::EngineError;
 use crate::model::Quantisation;
+use crate::{EngineError, KvDtype};
 
 const COMMON: &str = include_str!("kernels/common.cuh");
 const HOPPER: &str = include_str!("kernels/hopper.cuh");
@@ -37,6 +37,7 @@ macro_rules! source {
 const ROWS: Source = source!("rows", false);
 const BLOCKS: Source = source!("blocks", false);
 const ATTENTION_ANY: Source = source!("attention_any", false);
+const DRAW: Source = source!("draw", false);
 const THIN: Source = source!("thin", false);
 const THIN8: Source = source!("thin8", false);
 const WIDE8_SM90: Source = source!("wide8_sm90", true);
@@ -59,12 +60,22 @@ pub(super) struct Kernels {
     pub(super) copy_blocks_of_layer: Kernel,
     pub(super) copy_cells: Kernel,
     pub(super) fork_blocks: Kernel,
+    pub(super) widen_blocks: Kernel,
     pub(super) checksums: Kernel,
     pub(super) attention_any: Kernel,
+    pub(super) drawing: Drawing,
     /// Rounding to eight bits, where the network is; on Hopper.
     pub(super) quantise: Option<Rounding>,
     /// For the model's head size, where there is one.
     pub(super) fast: Option<FastAttention>,
+}
+
+/// Draws other than of the largest logit.
+pub(super) struct Drawing {
+    pub(super) raw: Kernel,
+    pub(super) mask: Kernel,
+    pub(super) edit: Kernel,
+    pub(super) draw: Kernel,
 }
 
 /// Rows of bf16 to eight bits, alone or together with what makes the rows.
@@ -102,14 +113,18 @@ impl Kernels {
         device: &Arc<Device>,
         head_dim: usize,
         quantise: Option<Quantisation>,
+        kv: KvDtype,
     ) -> Result<Self, EngineError> {
+        // Kernels that read or write the pool.
+        let of_pool = if kv == KvDtype::Fp8 { "_fp8" } else { "" };
         let module = |source: &Source| Module::load(device, &compiled(device, source)?);
         let (rows, blocks, any) = (module(&ROWS)?, module(&BLOCKS)?, module(&ATTENTION_ANY)?);
+        let draw = module(&DRAW)?;
         let fast = || -> Result<FastAttention, EngineError> {
             let decode = module(&DECODE)?;
             let sm90 = || module(&PREFILL_SM90)?.kernel(&format!("prefill_attention_sm90_{head_dim}"));
             Ok(FastAttention {
-                decode: decode.kernel(&format!("decode_attention_{head_dim}"))?,
+                decode: decode.kernel(&format!("decode_attention{of_pool}_{head_dim}"))?,
                 join: decode.kernel("decode_join")?,
                 prefill: module(&PREFILL)?.kernel(&format!("prefill_attention_{head_dim}"))?,
                 prefill_sm90: (device.capability == (9, 0)).then(sm90).transpose()?,
@@ -129,15 +144,22 @@ impl Kernels {
             rms_norm: rows.kernel("rms_norm")?,
             swiglu: rows.kernel("swiglu")?,
             rotation_table: rows.kernel("rotation_table")?,
-            rotate_and_store: rows.kernel("rotate_and_store")?,
+            rotate_and_store: rows.kernel(&format!("rotate_and_store{of_pool}"))?,
             argmax: rows.kernel("argmax")?,
             random_weights: rows.kernel("random_weights")?,
             read_all: rows.kernel("read_all")?,
             copy_blocks_of_layer: blocks.kernel("copy_blocks_of_layer")?,
             copy_cells: blocks.kernel("copy_cells")?,
             fork_blocks: blocks.kernel("fork_blocks")?,
+            widen_blocks: blocks.kernel("widen_blocks")?,
             checksums: blocks.kernel("checksums")?,
-            attention_any: any.kernel("attention_any")?,
+            attention_any: any.kernel(&format!("attention_any{of_pool}"))?,
+            drawing: Drawing {
+                raw: draw.kernel("raw_logits")?,
+                mask: draw.kernel("mask_logits")?,
+                edit: draw.kernel("edit_logits")?,
+                draw: draw.kernel("draw_tokens")?,
+            },
             quantise: quantise.map(rounding).transpose()?,
             fast: matches!(head_dim, 64 | 128).then(fast).transpose()?,
         })
@@ -239,7 +261,7 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &THIN, &THIN8, &DECODE, &PREFILL];
+        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &THIN8, &DECODE, &PREFILL];
         for source in anywhere.into_iter().chain([&QUANTISE, &WIDE8_SM90, &PREFILL_SM90]) {
             let architectures: &[&str] =
                 if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };

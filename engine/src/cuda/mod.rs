@@ -7,6 +7,7 @@
 mod attention;
 mod buffers;
 mod ceilings;
+mod draws;
 mod driver;
 mod exchange;
 mod fixed;
@@ -31,6 +32,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use self::ceilings::Ceilings;
+use self::draws::{Draws, Source};
 use self::driver::{Device, Event, Pinned, Stream};
 use self::fixed::Fixed;
 use self::gemm::Gemms;
@@ -47,8 +49,8 @@ pub use self::profile::{Part, Span};
 use self::step::Step;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
-use crate::sampling::{self, sample};
-use crate::{Batch, Engine, EngineError, EngineInfo, KvLayout, KvMemory, Loading, Sampled};
+use crate::sampling::sample;
+use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Loading, Sampled};
 
 /// Rows of logits that come to the host at once, for draws that the device does not make.
 const HOST_LOGITS: usize = 32;
@@ -64,6 +66,7 @@ pub struct CudaEngine {
     stream: Stream,
     copies: Stream,
     loads: Loads,
+    draws: Draws,
     /// Per layer: KV in the pool; KV on the host side.
     layer_events: Vec<Event>,
     host_events: Vec<Event>,
@@ -120,9 +123,15 @@ impl CudaEngine {
                 kind.name()
             )));
         }
+        if options.kv_dtype == KvDtype::Fp8 && device.capability < (8, 9) {
+            let (name, (major, minor)) = (&device.name, device.capability);
+            return Err(EngineError::Unsupported(format!(
+                "KV in fp8 needs compute capability 8.9; {name} has {major}.{minor}; leave --kv-dtype at bf16"
+            )));
+        }
         options::check_widths(&config, kind)?;
         check_memory(&device, &config, &layout)?;
-        let kernels = Arc::new(Kernels::load(&device, config.head_dim, kind)?);
+        let kernels = Arc::new(Kernels::load(&device, config.head_dim, kind, options.kv_dtype)?);
         let stream = Stream::new(&device)?;
         let loader = Loader { device: &device, kernels: &kernels, stream: &stream, origin, quantise: kind };
         let network = Network::load(&loader, &config)?;
@@ -149,6 +158,7 @@ impl CudaEngine {
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
             copies: Stream::new(&device)?,
             loads: Loads::new(&device)?,
+            draws: Draws::new(&device, config.vocab, capacity.wanted)?,
             fixed: Fixed::new(
                 Arc::clone(&device),
                 config,
@@ -198,6 +208,15 @@ impl CudaEngine {
         self.queue(batch, false, Some(&mut profile))?;
         self.stream.synchronize()?;
         profile.spans()
+    }
+
+    /// Runs a step `count` times, each queued while the one before it runs: what a worker would gain at most if it queued a step before it
+    /// has read the last one's tokens.
+    pub fn repeat(&mut self, batch: &Batch<'_>, count: usize) -> Result<(), EngineError> {
+        for _ in 0..count {
+            self.queue(batch, false, None)?;
+        }
+        self.stream.synchronize()
     }
 
     /// What the device reaches: products of the layers' type, and reads.
@@ -324,6 +343,8 @@ impl Engine for CudaEngine {
     ) -> Result<Vec<Vec<Sampled>>, EngineError> {
         let plan = self.queue(batch, false, None)?;
         let wanted = plan.wanted.len();
+        let (kernels, logits) = (&self.fixed.kernels.drawing, self.fixed.buffers.logits.at);
+        let sources = self.draws.queue(&self.stream, kernels, logits, (&plan, batch))?;
         self.stream
             .download(&mut self.tokens.as_mut_slice::<i32>()[..wanted], self.fixed.buffers.tokens.at)?;
         if self.options.publish {
@@ -334,17 +355,19 @@ impl Engine for CudaEngine {
             (0..self.fixed.config.layers).for_each(on_layer);
         }
         let mut sampled = vec![Vec::new(); batch.segments.len()];
-        for (row, &index) in plan.wanted_segments.iter().enumerate() {
+        for ((row, &index), source) in plan.wanted_segments.iter().enumerate().zip(sources) {
             let requests = batch.segments[index].samples;
-            if requests.iter().all(sampling::is_argmax) {
-                let token = self.tokens.as_slice::<i32>()[row] as u32;
-                let drawn = Sampled { token, logprob: f32::NAN, top: Vec::new() };
-                sampled[index] = vec![drawn; requests.len()];
-            } else {
-                let logits = self.fetch_logits(row..row + 1)?.pop().unwrap_or_default();
-                sampled[index] =
-                    requests.iter().map(|request| sample(&mut logits.clone(), request)).collect();
-            }
+            sampled[index] = match source {
+                Source::Best => {
+                    let token = self.tokens.as_slice::<i32>()[row] as u32;
+                    vec![Sampled { token, logprob: f32::NAN, top: Vec::new() }; requests.len()]
+                }
+                Source::Device(place) => self.draws.drawn(&place),
+                Source::Host => {
+                    let logits = self.fetch_logits(row..row + 1)?.pop().unwrap_or_default();
+                    requests.iter().map(|request| sample(&mut logits.clone(), request)).collect()
+                }
+            };
         }
         Ok(sampled)
     }

@@ -25,7 +25,7 @@ pub struct CudaOptions {
     pub kv_blocks: usize,
     /// Tokens per block.
     pub block_tokens: usize,
-    /// Element type of the KV pool; bf16 only.
+    /// Element type of the KV pool: bf16, or fp8, which halves what decode steps read of it.
     pub kv_dtype: KvDtype,
     /// Most tokens of one step.
     pub max_batch_tokens: usize,
@@ -69,18 +69,23 @@ impl Default for CudaOptions {
 /// Refuses what the kernels cannot do, before anything is loaded.
 pub(super) fn check(config: &ModelConfig, options: &CudaOptions) -> Result<(), EngineError> {
     let refuse = |what: String| Err(EngineError::Unsupported(format!("on a cuda device: {what}")));
-    if options.kv_dtype != KvDtype::Bf16 {
-        return refuse("the KV pool is bf16 only; leave --kv-dtype at bf16".into());
+    if options.kv_dtype == KvDtype::F32 {
+        return refuse("the KV pool is bf16 or fp8; take --kv-dtype bf16".into());
     }
     if options.max_batch_tokens == 0 || options.max_sequences == 0 {
         return refuse("a step of no tokens".into());
     }
-    for (name, size) in
-        [("hidden_size", config.hidden), ("intermediate_size", config.ffn), ("head_dim", config.head_dim)]
-    {
-        if size % 8 != 0 {
-            return refuse(format!("{name} {size} is not a multiple of 8"));
+    for (name, size, unit) in [
+        ("hidden_size", config.hidden, 8),
+        ("intermediate_size", config.ffn, 8),
+        ("head_dim", config.head_dim, 16),
+    ] {
+        if size % unit != 0 {
+            return refuse(format!("{name} {size} is not a multiple of {unit}"));
         }
+    }
+    if config.qk_norm && !config.head_dim.is_power_of_two() {
+        return refuse(format!("norms of heads of {} numbers, not a power of two", config.head_dim));
     }
     Ok(())
 }
@@ -99,13 +104,18 @@ pub(super) fn check_widths(config: &ModelConfig, kind: Option<Quantisation>) -> 
     Ok(())
 }
 
+/// Room for a layer of KV in bf16, which chunks attend to where the pool is in eight bits.
+pub(super) fn widened_bytes(layout: &KvLayout) -> usize {
+    if layout.dtype == KvDtype::Fp8 { 2 * layout.layer_bytes() } else { 0 }
+}
+
 pub(super) fn check_memory(
     device: &Device,
     config: &ModelConfig,
     layout: &KvLayout,
 ) -> Result<(), EngineError> {
     let (weights, free) = (config.parameters() * 2, device.free_bytes());
-    let pool = layout.total_bytes();
+    let pool = layout.total_bytes() + widened_bytes(layout);
     if weights.saturating_add(pool) > free {
         return Err(EngineError::OutOfMemory(format!(
             "{}: the weights need {weights} bytes and the KV pool {pool}, {free} of {} are free; use fewer KV \
@@ -125,7 +135,7 @@ pub(super) fn capacity(config: &ModelConfig, options: &CudaOptions, quantise: bo
     Capacity {
         rows,
         wanted: options.max_sequences,
-        inputs: lists + 2 * tables + 2 * options.kv_blocks,
+        inputs: lists + 3 * tables + 2 * options.kv_blocks,
         quantise,
     }
 }

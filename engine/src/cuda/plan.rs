@@ -19,6 +19,8 @@ pub(super) struct Plan {
     pub(super) wanted: Vec<i32>,
     /// Index of `wanted` → segment.
     pub(super) wanted_segments: Vec<usize>,
+    /// Blocks that chunks attend to, if they are to be widened, each once.
+    pub(super) widened: Vec<i32>,
     /// Blocks that the step writes, each once.
     pub(super) written: Vec<i32>,
 }
@@ -36,6 +38,7 @@ pub(super) enum List {
     Wanted,
     Tasks,
     Tables,
+    Widened,
     Written,
 }
 
@@ -45,6 +48,8 @@ pub(super) struct Tiling {
     pub(super) queries: usize,
     /// Chunks of one token go to the decode kernel.
     pub(super) singles_apart: bool,
+    /// Chunks attend to KV that is made bf16 first.
+    pub(super) widens: bool,
 }
 
 impl Plan {
@@ -67,8 +72,11 @@ impl Plan {
             let used = layout.blocks_for(segment.position + segment.tokens.len());
             let blocks = segment.blocks[..used].iter().map(|&block| block as i32);
             plan.written.extend(blocks.clone().skip(segment.position / layout.block_tokens));
-            tables.extend(blocks);
             let count = segment.tokens.len();
+            if tiling.widens && count > 1 {
+                plan.widened.extend(blocks.clone());
+            }
+            tables.extend(blocks);
             if count == 1 && tiling.singles_apart {
                 lists[List::DecodeRows as usize].push(first as i32);
                 plan.decodes += 1;
@@ -94,6 +102,9 @@ impl Plan {
         }
         plan.numbers.extend(tasks.iter().flatten());
         plan.numbers.append(&mut tables);
+        plan.widened.sort_unstable();
+        plan.widened.dedup();
+        plan.numbers.extend(&plan.widened);
         plan.numbers.extend(&plan.written);
         plan
     }
@@ -109,6 +120,7 @@ impl Plan {
         match list {
             List::Tasks => 6 * self.rows,
             List::Tables => 6 * self.rows + 4 * self.tasks,
+            List::Widened => self.numbers.len() - self.written.len() - self.widened.len(),
             List::Written => self.numbers.len() - self.written.len(),
             rows => rows as usize * self.rows,
         }
@@ -133,7 +145,7 @@ mod tests {
 
     const LAYOUT: KvLayout =
         KvLayout { layers: 1, blocks: 64, kv_heads: 1, block_tokens: 4, head_dim: 8, dtype: KvDtype::Bf16 };
-    const TILING: Tiling = Tiling { queries: 4, singles_apart: true };
+    const TILING: Tiling = Tiling { queries: 4, singles_apart: true, widens: true };
 
     fn list(plan: &Plan, which: List, count: usize) -> Vec<i32> {
         plan.numbers[plan.start(which)..][..count].to_vec()
@@ -163,6 +175,7 @@ mod tests {
         // The task with the most keys first.
         assert_eq!(list(&plan, List::Tasks, 8), [4, 2, 6, 0, 0, 4, 2, 0]);
         assert_eq!(list(&plan, List::Tables, 4), [9, 7, 20, 21]);
+        assert_eq!(list(&plan, List::Widened, 2), [7, 9]);
         assert_eq!(list(&plan, List::Written, 3), [9, 7, 21]);
         assert_eq!((plan.wanted, plan.wanted_segments), (vec![6], vec![1]));
     }

@@ -217,7 +217,7 @@ impl Step<'_> {
     }
 
     fn rotate_and_store(&self, index: usize, layer: &Layer) -> Result<(), EngineError> {
-        const WARPS: usize = 8;
+        const THREADS: usize = 128;
         let fixed = self.fixed;
         let config = &fixed.config;
         let (qkv, pool, angles) = (fixed.buffers.qkv.at, fixed.pool.layer(index), fixed.angles.at);
@@ -227,7 +227,9 @@ impl Step<'_> {
         let (heads, kv_heads, dim) = (config.heads as i32, config.kv_heads as i32, config.head_dim as i32);
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let all = config.heads + 2 * config.kv_heads;
-        let grid = Grid::new((all.div_ceil(WARPS), self.plan.rows, 1), 32 * WARPS as u32);
+        // A thread takes 16 numbers of a head.
+        let threads = all * config.head_dim / 16;
+        let grid = Grid::new((threads.div_ceil(THREADS), self.plan.rows, 1), THREADS as u32);
         fixed.kernels.rotate_and_store.launch_chained(
             self.stream,
             grid,

@@ -8,6 +8,7 @@ use std::ops::Range;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
+use super::fp8;
 use super::layout::{KvDtype, KvLayout};
 
 /// Elements converted at once, on the stack.
@@ -93,7 +94,6 @@ impl Conversion {
 /// Elements of one type as another one's; rounds to the nearest, as every store of bf16 KV does.
 fn convert(from: &[u8], from_dtype: KvDtype, to: &mut [u8], to_dtype: KvDtype) {
     match (from_dtype, to_dtype) {
-        (KvDtype::Bf16, KvDtype::Bf16) | (KvDtype::F32, KvDtype::F32) => to.copy_from_slice(from),
         (KvDtype::F32, KvDtype::Bf16) => {
             let (mut wide, mut narrow) = ([0_f32; PIECE], [bf16::ZERO; PIECE]);
             for (from, to) in from.chunks(PIECE * 4).zip(to.chunks_mut(PIECE * 2)) {
@@ -112,6 +112,32 @@ fn convert(from: &[u8], from_dtype: KvDtype, to: &mut [u8], to_dtype: KvDtype) {
                 *to = bf16::from_le_bytes(*from).to_f32().to_le_bytes();
             }
         }
+        (KvDtype::Bf16, KvDtype::Fp8) => {
+            let table = &**fp8::FROM_BF16;
+            for (from, to) in from.as_chunks().0.iter().zip(to) {
+                *to = table[u16::from_le_bytes(*from) as usize];
+            }
+        }
+        (KvDtype::F32, KvDtype::Fp8) => {
+            for (from, to) in from.as_chunks().0.iter().zip(to) {
+                *to = fp8::from_f32(f32::from_le_bytes(*from));
+            }
+        }
+        (KvDtype::Fp8, KvDtype::Bf16) => {
+            let table = &*fp8::TO_F32;
+            for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
+                *to = bf16::from_f32(table[*from as usize]).to_le_bytes();
+            }
+        }
+        (KvDtype::Fp8, KvDtype::F32) => {
+            let table = &*fp8::TO_F32;
+            for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
+                *to = table[*from as usize].to_le_bytes();
+            }
+        }
+        (KvDtype::Bf16, KvDtype::Bf16) | (KvDtype::F32, KvDtype::F32) | (KvDtype::Fp8, KvDtype::Fp8) => {
+            to.copy_from_slice(from)
+        }
     }
 }
 
@@ -124,9 +150,10 @@ mod tests {
         KvLayout { layers: 1, blocks: 64, kv_heads: 2, block_tokens, head_dim: 4, dtype }
     }
 
-    /// A number that names its place and is exact in bf16.
+    /// A number that names its place, nearly, and is exact in all types.
     fn number(side: usize, head: usize, token: usize, element: usize) -> f32 {
-        ((side * 2 + head) * 64 + (token * 4 + element) % 61) as f32 / 4.0
+        let bits = (side * 2 + head) * 57 + (token * 4 + element) % 53;
+        fp8::TO_F32[if bits < 0x7f { bits } else { bits + 1 }]
     }
 
     /// A sequence's blocks as this layout has them; 9 where no token is.
@@ -140,6 +167,7 @@ mod tests {
         let bytes = |number: f32| match layout.dtype {
             KvDtype::F32 => number.to_le_bytes().to_vec(),
             KvDtype::Bf16 => bf16::from_f32(number).to_le_bytes().to_vec(),
+            KvDtype::Fp8 => vec![fp8::from_f32(number)],
         };
         let block = |at: usize| {
             let numbers = (0..layout.block_bytes() / layout.dtype.bytes()).map(|index| {
@@ -153,7 +181,7 @@ mod tests {
     }
 
     fn dtype() -> impl Strategy<Value = KvDtype> {
-        prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F32)]
+        prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F32), Just(KvDtype::Fp8)]
     }
 
     proptest! {

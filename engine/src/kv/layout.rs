@@ -7,6 +7,8 @@ pub enum KvDtype {
     Bf16,
     /// 32-bit float.
     F32,
+    /// 8-bit float, e4m3: see [`super::fp8`].
+    Fp8,
 }
 
 impl KvDtype {
@@ -15,12 +17,13 @@ impl KvDtype {
         match self {
             KvDtype::Bf16 => 2,
             KvDtype::F32 => 4,
+            KvDtype::Fp8 => 1,
         }
     }
 
     /// The type of that name.
     pub fn named(name: &str) -> Option<Self> {
-        [KvDtype::Bf16, KvDtype::F32].into_iter().find(|dtype| dtype.name() == name)
+        [KvDtype::Bf16, KvDtype::F32, KvDtype::Fp8].into_iter().find(|dtype| dtype.name() == name)
     }
 
     /// The name used in configuration and compatibility hashes.
@@ -28,6 +31,7 @@ impl KvDtype {
         match self {
             KvDtype::Bf16 => "bf16",
             KvDtype::F32 => "f32",
+            KvDtype::Fp8 => "fp8",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod block;
 pub mod convert;
+pub mod fp8;
 pub mod hash;
 pub mod layout;
 pub mod pool;

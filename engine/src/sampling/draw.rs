@@ -1,7 +1,7 @@
-//! The random draw: temperature, top-k, top-p, min-p, then the token where the cumulative weight passes a
-//! uniform number.
+//! The random draw: temperature, top-k, top-p, min-p, then the token where the cumulative weight, in the order of ids, passes
+//! a uniform number.
 
-use super::{argmax, best_first, filter};
+use super::{argmax, filter};
 use crate::batch::SamplingParams;
 
 /// `unit` is uniform in `[0, 1)`.
@@ -19,12 +19,12 @@ pub(super) fn draw(logits: &[f32], params: &SamplingParams, unit: f64) -> u32 {
     let mut tokens = filter::candidates(logits, f32::MIN);
     if params.top_k > 0 {
         filter::keep_best(&mut tokens, params.top_k as usize);
-        tokens.sort_unstable_by(best_first);
     }
     if params.top_p < 1.0 {
         let total = tokens.iter().map(|t| weight(t.1)).sum();
         filter::nucleus(&mut tokens, total, f64::from(params.top_p), weight);
     }
+    tokens.sort_unstable_by_key(|token| token.0);
 
     let mut cumulative = 0.0;
     let weights: Vec<(u32, f64)> = tokens

@@ -5,11 +5,12 @@
 //! `(seed, output position, choice)`, so a sequence that moves to another worker goes on as if it had not.
 
 mod draw;
+mod edits;
 mod filter;
 mod params;
-mod penalty;
 mod philox;
 
+pub(crate) use edits::{Edit, edits};
 pub use params::MAX_LOGPROBS;
 
 use std::cmp::Ordering;
@@ -27,12 +28,11 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> Sampled {
     let raw = params.logprobs.map(|count| Logprobs::of(logits, count as usize));
     let kept = raw.is_some().then(|| logits.to_vec());
 
-    penalty::apply(logits, request);
+    edits::apply(logits, request);
     let token = if params.temperature < GREEDY_BELOW {
         argmax(logits)
     } else {
-        let unit = philox::unit(params.seed, request.output.len() as u64, request.choice);
-        draw::draw(logits, params, unit)
+        draw::draw(logits, params, unit(request))
     };
 
     let logprob = match (&raw, &kept) {
@@ -42,17 +42,26 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> Sampled {
     Sampled { token, logprob, top: raw.map(|raw| raw.top).unwrap_or_default() }
 }
 
-/// Whether [`sample`] returns [`argmax`] of the unchanged logits and nothing else: what a device can do by itself.
+/// The draw's random number, uniform in `[0, 1)`.
+pub(crate) fn unit(request: &SampleRequest<'_>) -> f64 {
+    philox::unit(request.params.seed, request.output.len() as u64, request.choice)
+}
+
+/// Whether [`sample`] returns [`argmax`] of the unchanged logits and nothing else.
 pub(crate) fn is_argmax(request: &SampleRequest<'_>) -> bool {
     let params = request.params;
-    params.temperature < GREEDY_BELOW
-        && params.logprobs.is_none()
-        && params.logit_bias.is_empty()
-        && params.repetition_penalty == 1.0
-        && params.presence_penalty == 0.0
-        && params.frequency_penalty == 0.0
-        && request.banned.is_empty()
-        && request.constraint.is_none()
+    let plain = params.logprobs.is_none() && request.constraint.is_none() && !is_edited(request);
+    plain && params.temperature < GREEDY_BELOW
+}
+
+/// Whether the request changes logits.
+pub(crate) fn is_edited(request: &SampleRequest<'_>) -> bool {
+    let params = request.params;
+    !params.logit_bias.is_empty()
+        || params.repetition_penalty != 1.0
+        || params.presence_penalty != 0.0
+        || params.frequency_penalty != 0.0
+        || !request.banned.is_empty()
 }
 
 /// The token with the largest logit, the lowest id among equals.

@@ -29,7 +29,7 @@ fn penalties_bias_and_bans() {
     let run = |params: SamplingParams, prompt: &[u32], output: &[u32], banned: &[u32]| {
         let request = SampleRequest { params: &params, prompt, output, banned, constraint: None, choice: 0 };
         let mut logits = vec![2.0, 1.8, -1.0, 1.7];
-        penalty::apply(&mut logits, &request);
+        edits::apply(&mut logits, &request);
         logits
     };
     let base = SamplingParams::default();

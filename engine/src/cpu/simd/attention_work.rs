@@ -6,6 +6,7 @@ use super::lanes::{LANES, Lanes};
 use super::rows::exp;
 use super::tile::{Product, tiles};
 use crate::KvDtype;
+use crate::kv::fp8;
 
 /// Of a task's buffers.
 #[derive(Clone, Copy)]
@@ -156,6 +157,10 @@ impl<'a, L: Lanes> Work<'a, L> {
     #[inline(always)]
     unsafe fn load_keys(&mut self, start: usize, count: usize) {
         let dim = self.sizes.dim;
+        if self.layer.layout.dtype == KvDtype::Fp8 {
+            // SAFETY: the caller's.
+            return unsafe { self.load_fp8_keys(start, count) };
+        }
         let bf16 = self.layer.layout.dtype == KvDtype::Bf16;
         let words = if bf16 { dim / 2 } else { dim };
         // SAFETY: rows of `words` words; buffers of `dim · TILE`.
@@ -188,6 +193,19 @@ impl<'a, L: Lanes> Work<'a, L> {
         }
     }
 
+    /// # Safety
+    /// As `load_keys`.
+    unsafe fn load_fp8_keys(&mut self, start: usize, count: usize) {
+        let (dim, numbers) = (self.sizes.dim, &*fp8::TO_F32);
+        for key in 0..count.next_multiple_of(LANES).min(TILE) {
+            // SAFETY: a row of `dim` bytes.
+            let row = unsafe { std::slice::from_raw_parts(self.kv_row(start + key.min(count - 1), 0), dim) };
+            for (i, &bits) in row.iter().enumerate() {
+                self.keys[i * TILE + key] = numbers[bits as usize];
+            }
+        }
+    }
+
     /// `values [TILE, padded]`.
     ///
     /// # Safety
@@ -210,6 +228,12 @@ impl<'a, L: Lanes> Work<'a, L> {
                         }
                         for i in whole..dim {
                             *to.add(i) = f32::from_bits(u32::from(*from.add(i)) << 16);
+                        }
+                    }
+                    KvDtype::Fp8 => {
+                        let numbers = &*fp8::TO_F32;
+                        for i in 0..dim {
+                            *to.add(i) = numbers[*from.add(i) as usize];
                         }
                     }
                 }

@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::lanes::{LANES, Lanes};
 use crate::KvDtype;
+use crate::kv::fp8;
 
 /// `out = x / rms(x) · weight`.
 pub(crate) struct NormRow<'a> {
@@ -96,6 +97,12 @@ pub(super) unsafe fn qkv<L: Lanes>(row: &QkvRow<'_>) {
                     let to = std::slice::from_raw_parts_mut(row.block.cast::<u16>().add(at), dim);
                     for (to, &x) in to.iter_mut().zip(from) {
                         *to = bf16_bits(x);
+                    }
+                }
+                KvDtype::Fp8 => {
+                    let to = std::slice::from_raw_parts_mut(row.block.add(at), dim);
+                    for (to, &x) in to.iter_mut().zip(from) {
+                        *to = fp8::from_f32(x);
                     }
                 }
             }

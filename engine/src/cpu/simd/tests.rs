@@ -8,6 +8,7 @@ use super::gemm::{Gemm, PANEL, Packed};
 use super::rows::{NormRow, QkvRow, SwigluRow};
 use super::*;
 use crate::cpu::arena::Arena;
+use crate::kv::fp8;
 use crate::{KvDtype, KvLayout};
 
 fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -23,6 +24,10 @@ fn noise(seed: u64, count: usize) -> Vec<f32> {
 
 fn brain(numbers: &[f32]) -> Vec<bf16> {
     numbers.iter().map(|&x| bf16::from_f32(x)).collect()
+}
+
+fn kv_dtype() -> impl Strategy<Value = KvDtype> {
+    prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F32), Just(KvDtype::Fp8)]
 }
 
 /// Every instruction set's result; asserts that they are the same bits.
@@ -114,17 +119,17 @@ proptest! {
     #[test]
     fn attention_is_softmax_of_dots(
         position in 0usize..150, count in 1usize..50, group in 1usize..4, half_dim in 1usize..25,
-        block_tokens in 1usize..20, window in proptest::option::of(1usize..100), brain_kv in any::<bool>(), seed in any::<u64>(),
+        block_tokens in 1usize..20, window in proptest::option::of(1usize..100), dtype in kv_dtype(), seed in any::<u64>(),
     ) {
         let dim = 2 * half_dim;
-        let dtype = if brain_kv { KvDtype::Bf16 } else { KvDtype::F32 };
         let length = position + count;
         let blocks = length.div_ceil(block_tokens);
         let layout = KvLayout { layers: 1, blocks, kv_heads: 2, block_tokens, head_dim: dim, dtype };
-        // Blocks in reverse order; numbers that bf16 holds exactly.
+        // Blocks in reverse order; numbers that all types hold exactly.
         let table: Vec<u32> = (0..blocks as u32).rev().collect();
-        let numbers: Vec<f32> = brain(&noise(seed, layout.total_bytes() / dtype.bytes())).iter().map(|x| x.to_f32()).collect();
+        let numbers: Vec<f32> = noise(seed, layout.total_bytes() / dtype.bytes()).iter().map(|&x| fp8::TO_F32[fp8::from_f32(x) as usize]).collect();
         let bytes: Vec<u32> = match dtype {
+            KvDtype::Fp8 => numbers.chunks(4).map(|four| four.iter().rev().fold(0, |word, &x| word << 8 | u32::from(fp8::from_f32(x)))).collect(),
             KvDtype::F32 => numbers.iter().map(|x| x.to_bits()).collect(),
             KvDtype::Bf16 => numbers.chunks(2).map(|p| p[0].to_bits() >> 16 | p.get(1).map_or(0, |x| x.to_bits() & 0xffff_0000)).collect(),
         };
@@ -163,10 +168,9 @@ proptest! {
     }
 
     #[test]
-    fn rotation_and_kv(half_dim in 1usize..40, slot in 0usize..4, seed in any::<u64>(), brain_kv in any::<bool>(), normed in any::<bool>()) {
+    fn rotation_and_kv(half_dim in 1usize..40, slot in 0usize..4, seed in any::<u64>(), dtype in kv_dtype(), normed in any::<bool>()) {
         let dim = 2 * half_dim;
         let (heads, kv_heads, block_tokens) = (4, 2, 4);
-        let dtype = if brain_kv { KvDtype::Bf16 } else { KvDtype::F32 };
         let qkv = noise(seed, (heads + 2 * kv_heads) * dim);
         let (weight, angles) = (noise(seed + 1, dim), noise(seed + 2, half_dim));
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
@@ -183,6 +187,7 @@ proptest! {
             let stored: Vec<f32> = match dtype {
                 KvDtype::F32 => bytemuck::cast_slice(&block).to_vec(),
                 KvDtype::Bf16 => bytemuck::cast_slice::<u32, bf16>(&block).iter().map(|x| x.to_f32()).collect(),
+                KvDtype::Fp8 => bytemuck::cast_slice::<u32, u8>(&block).iter().map(|&x| fp8::TO_F32[x as usize]).collect(),
             };
             work.extend((0..2 * kv_heads).flat_map(|part| stored[(part * block_tokens + slot) * dim..][..dim].to_vec()));
             work
@@ -201,7 +206,11 @@ proptest! {
         }
         // What is stored is what was computed, rounded to the pool's type.
         for (i, (&stored, &x)) in stored.iter().zip(&work[heads * dim..]).enumerate() {
-            let expected = if brain_kv { bf16::from_f32(x).to_f32() } else { x };
+            let expected = match dtype {
+                KvDtype::F32 => x,
+                KvDtype::Bf16 => bf16::from_f32(x).to_f32(),
+                KvDtype::Fp8 => fp8::TO_F32[fp8::from_f32(x) as usize],
+            };
             prop_assert_eq!(stored, expected, "at {}", i);
         }
     }

@@ -16,10 +16,21 @@ DEVICE u32 transposed8x8(u32 x) {
 DEVICE u32 lows(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 DEVICE u32 highs(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 
+// How 16 keys and values of bf16 meet the query.
 template <int DIM>
-struct Keys16 {
+struct Brain {
+    using Number = u16;
+    static constexpr float KEY_SCALE = 1.0f, VALUE_SCALE = 1.0f;
     uint4 k[DIM / 32][2];
     uint4 v[DIM / 64][4];
+
+    // Heads as the B operand: a lane holds head g, dimensions 8t.. of each 32.
+    struct Query {
+        uint4 at[DIM / 32];
+        __device__ __forceinline__ void load(const u16 *head, int t) {
+            for (int c = 0; c < DIM / 32; c++) at[c] = *(const uint4 *)(head + c * 32 + t * 8);
+        }
+    };
 
     // `k_at` is the start of 16 keys of [16 (or more), DIM]; `v_at` the same of the values.
     __device__ __forceinline__ void load(const u16 *k_at, const u16 *v_at, int g, int t) {
@@ -31,12 +42,108 @@ struct Keys16 {
             for (int i = 0; i < 4; i++)
                 v[c][i] = load_stream(v_at + (2 * t + (i & 1) + (i >> 1) * 8) * DIM + c * 64 + g * 8);
     }
+
+    __device__ __forceinline__ void score(float (&s)[4], const Query &query) const {
+        for (int c = 0; c < DIM / 32; c++) {
+            const uint4 &low = k[c][0], &high = k[c][1], &q = query.at[c];
+            mma_bf16(s, low.x, high.x, low.y, high.y, q.x, q.y);
+            mma_bf16(s, low.z, high.z, low.w, high.w, q.z, q.w);
+        }
+    }
+
+    static __device__ __forceinline__ u32 weights(float low, float high) { return bf16_pair(low, high); }
+
+    // The part of `o` that accumulator `i` is: dimensions dim(i) and the next, of lane group g.
+    static __device__ __forceinline__ int dim(int i, int g) { return i / 4 * 64 + g * 8 + i % 4 * 2; }
+
+    __device__ __forceinline__ void add(float (&acc)[4], int i, u32 p0, u32 p1) const {
+        u32 w[4];
+        for (int key = 0; key < 4; key++) {
+            const uint4 &at = v[i / 4][key];
+            w[key] = i % 4 == 0 ? at.x : i % 4 == 1 ? at.y : i % 4 == 2 ? at.z : at.w;
+        }
+        mma_bf16(acc, lows(w[0], w[1]), highs(w[0], w[1]), lows(w[2], w[3]), highs(w[2], w[3]), p0, p1);
+    }
+};
+
+// The same of e4m3, made f16 in registers: half the bytes. Lane (g, t) holds dimensions 16t.. of each 64 of keys g and g+8, and
+// dimensions (DIM / 8) g.. of values 2t, 2t+1, 2t+8, 2t+9.
+template <int DIM>
+struct Eight {
+    using Number = u8;
+    // half_pair_of_e4m3 leaves numbers 2^8 too small.
+    static constexpr float KEY_SCALE = 256.0f, VALUE_SCALE = 256.0f;
+    static constexpr int WORDS = DIM / 32;
+    uint4 k[DIM / 64][2];
+    u32 v[4][WORDS];
+
+    struct Query {
+        u32 at[DIM / 64][8];
+        __device__ __forceinline__ void load(const u16 *head, int t) {
+            for (int c = 0; c < DIM / 64; c++) {
+                const u32 *from = (const u32 *)(head + c * 64 + t * 16);
+                for (int i = 0; i < 8; i++) at[c][i] = half_pair(bf16_low(from[i]), bf16_high(from[i]));
+            }
+        }
+    };
+
+    __device__ __forceinline__ void load(const u8 *k_at, const u8 *v_at, int g, int t) {
+        for (int c = 0; c < DIM / 64; c++) {
+            k[c][0] = load_stream(k_at + g * DIM + c * 64 + t * 16);
+            k[c][1] = load_stream(k_at + (g + 8) * DIM + c * 64 + t * 16);
+        }
+        for (int i = 0; i < 4; i++) {
+            const u8 *from = v_at + (2 * t + (i & 1) + (i >> 1) * 8) * DIM + g * (DIM / 8);
+            if constexpr (WORDS == 4) {
+                uint4 x = load_stream(from);
+                v[i][0] = x.x, v[i][1] = x.y, v[i][2] = x.z, v[i][3] = x.w;
+            } else {
+                uint2 x = load_stream8(from);
+                v[i][0] = x.x, v[i][1] = x.y;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void score(float (&s)[4], const Query &query) const {
+        for (int c = 0; c < DIM / 64; c++) {
+            u32 low[4] = {k[c][0].x, k[c][0].y, k[c][0].z, k[c][0].w};
+            u32 high[4] = {k[c][1].x, k[c][1].y, k[c][1].z, k[c][1].w};
+            for (int w = 0; w < 4; w++)
+                mma_half(s, pair<0>(low[w]), pair<0>(high[w]), pair<2>(low[w]), pair<2>(high[w]), query.at[c][2 * w],
+                         query.at[c][2 * w + 1]);
+        }
+    }
+
+    // Bytes I and I + 1 of a word.
+    template <int I>
+    static __device__ __forceinline__ u32 pair(u32 x) {
+        return half_pair_of_e4m3(__byte_perm(x, 0, I == 0 ? 0x1404 : 0x3424));
+    }
+    // Byte I of two words.
+    template <int I>
+    static __device__ __forceinline__ u32 across(u32 x, u32 y) {
+        return half_pair_of_e4m3(__byte_perm(x, y, (4 + I) << 12 | I << 4));
+    }
+
+    static __device__ __forceinline__ u32 weights(float low, float high) { return half_pair(low, high); }
+
+    static __device__ __forceinline__ int dim(int i, int g) { return g * (DIM / 8) + i * 2; }
+
+    __device__ __forceinline__ void add(float (&acc)[4], int i, u32 p0, u32 p1) const {
+        int w = i / 2;
+        if (i % 2 == 0)
+            mma_half(acc, across<0>(v[0][w], v[1][w]), across<1>(v[0][w], v[1][w]), across<0>(v[2][w], v[3][w]),
+                     across<1>(v[2][w], v[3][w]), p0, p1);
+        else
+            mma_half(acc, across<2>(v[0][w], v[1][w]), across<3>(v[0][w], v[1][w]), across<2>(v[2][w], v[3][w]),
+                     across<3>(v[2][w], v[3][w]), p0, p1);
+    }
 };
 
 // Grid: (kv_heads * head groups, splits, sequences); 128 threads. A "head group" is up to 8 query heads of one kv head.
 // partial: [sequences, heads, splits, DIM] f32 and stats [.., 2] when there is more than one split; otherwise `out`.
-template <int DIM>
-DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 *q, const u16 *pool_layer,
+template <int DIM, typename Kv>
+DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 *q, const typename Kv::Number *pool_layer,
                              const int *tables, const int *table_of_row, const int *positions, const int *rows,
                              int q_stride, int heads, int kv_heads, int block_tokens, int window, float scale_log2) {
     constexpr int WARPS = 4;
@@ -56,10 +163,9 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
     int groups16 = (keys + 15) / 16 - first / 16, each = (groups16 + splits - 1) / splits;
     int from = first / 16 + split * each, to = min(from + each, first / 16 + groups16);
 
-    // Query heads as the B operand: lane holds head g, dimensions 8t.. of each 32.
-    uint4 query[DIM / 32];
-    const u16 *q_at = q + (size_t)row * q_stride + (size_t)(first_head + g) * DIM + t * 8;
-    for (int c = 0; c < DIM / 32; c++) query[c] = g < count ? *(const uint4 *)(q_at + c * 32) : make_uint4(0, 0, 0, 0);
+    // Heads beyond the group take the first one's query and are not written.
+    typename Kv::Query query;
+    query.load(q + (size_t)row * q_stride + (size_t)(first_head + (g < count ? g : 0)) * DIM, t);
 
     float o[DIM / 16][4];
     for (int i = 0; i < DIM / 16; i++)
@@ -67,25 +173,22 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
     float best[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
     size_t head_size = (size_t)block_tokens * DIM, v_offset = kv_heads * head_size;
-    Keys16<DIM> now, next;
-    auto fetch = [&](Keys16<DIM> &keys16, int group16) {
+    Kv now, next;
+    auto fetch = [&](Kv &keys16, int group16) {
         int key = group16 * 16, block = table[key / block_tokens];
-        const u16 *k_at = pool_layer + ((size_t)block * 2 * kv_heads + kv_head) * head_size + key % block_tokens * DIM;
+        const typename Kv::Number *k_at = pool_layer + ((size_t)block * 2 * kv_heads + kv_head) * head_size + key % block_tokens * DIM;
         keys16.load(k_at, k_at + v_offset, g, t);
     };
     if (from + warp < to) fetch(now, from + warp);
     for (int group16 = from + warp; group16 < to; group16 += WARPS) {
         if (group16 + WARPS < to) fetch(next, group16 + WARPS);
         float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int c = 0; c < DIM / 32; c++) {
-            mma_bf16(s, now.k[c][0].x, now.k[c][1].x, now.k[c][0].y, now.k[c][1].y, query[c].x, query[c].y);
-            mma_bf16(s, now.k[c][0].z, now.k[c][1].z, now.k[c][0].w, now.k[c][1].w, query[c].z, query[c].w);
-        }
+        now.score(s, query);
         // s[0], s[1]: key g, heads 2t, 2t+1; s[2], s[3]: key g + 8.
         int key = group16 * 16 + g;
         for (int i = 0; i < 4; i++) {
             int at = key + (i / 2) * 8;
-            s[i] = at >= first && at < keys ? s[i] * scale_log2 : -INFINITY;
+            s[i] = at >= first && at < keys ? s[i] * (Kv::KEY_SCALE * scale_log2) : -INFINITY;
         }
         float shrink[2];
         for (int h = 0; h < 2; h++) {
@@ -98,30 +201,24 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
             total[h] = total[h] * shrink[h] + s[h] + s[h + 2];
             best[h] = top;
         }
-        u32 p0 = transposed8x8(bf16_pair(s[0], s[1])), p1 = transposed8x8(bf16_pair(s[2], s[3]));
-        for (int c = 0; c < DIM / 64; c++) {
-            u32 w[4][4];
-            for (int i = 0; i < 4; i++) {
-                w[i][0] = now.v[c][i].x, w[i][1] = now.v[c][i].y, w[i][2] = now.v[c][i].z, w[i][3] = now.v[c][i].w;
-            }
-            for (int j = 0; j < 4; j++) {
-                float *acc = o[c * 4 + j];
-                acc[0] *= shrink[0], acc[1] *= shrink[1], acc[2] *= shrink[0], acc[3] *= shrink[1];
-                mma_bf16(acc, lows(w[0][j], w[1][j]), highs(w[0][j], w[1][j]), lows(w[2][j], w[3][j]),
-                         highs(w[2][j], w[3][j]), p0, p1);
-            }
+        u32 p0 = transposed8x8(Kv::weights(s[0], s[1])), p1 = transposed8x8(Kv::weights(s[2], s[3]));
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++) {
+            float(&acc)[4] = o[i];
+            acc[0] *= shrink[0], acc[1] *= shrink[1], acc[2] *= shrink[0], acc[3] *= shrink[1];
+            now.add(acc, i, p0, p1);
         }
         now = next;
     }
-    // o[c*4+j][..]: dimension 64c + 8g + 2j (+1 for [2], [3]); heads 2t, 2t+1.
+    // o[i][..]: dimension dim(i) (+1 for [2], [3]); heads 2t, 2t+1.
     for (int h = 0; h < 2; h++)
         for (int step = 4; step < 32; step <<= 1) total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
     for (int i = 0; i < DIM / 16; i++) {
-        int dim = i / 4 * 64 + g * 8 + i % 4 * 2;
-        merged[warp][2 * t][dim] = o[i][0];
-        merged[warp][2 * t + 1][dim] = o[i][1];
-        merged[warp][2 * t][dim + 1] = o[i][2];
-        merged[warp][2 * t + 1][dim + 1] = o[i][3];
+        int dim = Kv::dim(i, g);
+        merged[warp][2 * t][dim] = o[i][0] * Kv::VALUE_SCALE;
+        merged[warp][2 * t + 1][dim] = o[i][1] * Kv::VALUE_SCALE;
+        merged[warp][2 * t][dim + 1] = o[i][2] * Kv::VALUE_SCALE;
+        merged[warp][2 * t + 1][dim + 1] = o[i][3] * Kv::VALUE_SCALE;
     }
     if (g == 0) {
         merged_stats[warp][2 * t] = make_float2(best[0], total[0]);
@@ -149,16 +246,18 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
     }
 }
 
-#define DECODE(DIM)                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(128, 2) decode_attention_##DIM(                                      \
-        u16 *out, float *partial, float2 *stats, const u16 *q, const u16 *pool_layer, const int *tables,               \
+#define DECODE(NAME, DIM, KV, BLOCKS)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(                                                    \
+        u16 *out, float *partial, float2 *stats, const u16 *q, const KV<DIM>::Number *pool_layer, const int *tables,   \
         const int *table_of_row, const int *positions, const int *rows, int q_stride, int heads, int kv_heads,         \
         int block_tokens, int window, float scale_log2) {                                                              \
-        decode_attention<DIM>(out, partial, stats, q, pool_layer, tables, table_of_row, positions, rows, q_stride,     \
-                              heads, kv_heads, block_tokens, window, scale_log2);                                      \
+        decode_attention<DIM, KV<DIM>>(out, partial, stats, q, pool_layer, tables, table_of_row, positions, rows,      \
+                                       q_stride, heads, kv_heads, block_tokens, window, scale_log2);                   \
     }
-DECODE(64)
-DECODE(128)
+DECODE(decode_attention_64, 64, Brain, 2)
+DECODE(decode_attention_128, 128, Brain, 2)
+DECODE(decode_attention_fp8_64, 64, Eight, 3)
+DECODE(decode_attention_fp8_128, 128, Eight, 3)
 
 // Joins the splits. Grid: (heads, sequences); DIM threads.
 extern "C" __global__ void decode_join(u16 *out, const float *partial, const float2 *stats, const int *rows, int splits) {

@@ -9,6 +9,20 @@ extern "C" __global__ void copy_blocks_of_layer(uint4 *to, const uint4 *from, co
     }
 }
 
+// Blocks of a layer in e4m3 as bf16, at the same places of a layer of their own. `vectors`: eight numbers each. Grid: (parts, blocks).
+extern "C" __global__ void widen_blocks(uint4 *to, const uint2 *from, const int *blocks, int vectors) {
+    size_t start = (size_t)blocks[blockIdx.y] * vectors;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vectors; i += gridDim.x * blockDim.x) {
+        uint2 bytes = from[start + i];
+        u32 words[2] = {bytes.x, bytes.y}, pairs[4];
+        for (int j = 0; j < 4; j++) {
+            u32 pair = words[j / 2] >> j % 2 * 16;
+            pairs[j] = bf16_pair(e4m3_float((u8)pair), e4m3_float((u8)(pair >> 8)));
+        }
+        to[start + i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
+
 // Copies cells from another pool of the same layout: the one at `sources[i]` bytes of it becomes cell number `cells[i]` of ours.
 // Grid: (parts, cells).
 extern "C" __global__ void copy_cells(uint4 *to, const uint4 *from, const int *cells, const size_t *sources, int vectors) {

@@ -37,6 +37,12 @@ DEVICE uint4 load_stream(const void *at) {
     return v;
 }
 
+DEVICE uint2 load_stream8(const void *at) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+    return v;
+}
+
 // Kernels of a step may start while the one before them ends (programmatic dependent launch, Hopper and later). Every
 // thread must wait before it touches what earlier kernels wrote or read, or returns.
 DEVICE void wait_for_input() {
@@ -59,6 +65,24 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
+DEVICE float sum_of_squares(uint4 v) {
+    float sum = 0.0f;
+    u32 words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; i++) {
+        float low = bf16_low(words[i]), high = bf16_high(words[i]);
+        sum += low * low + high * high;
+    }
+    return sum;
+}
+
+DEVICE u32 normed_pair(u32 pair, u32 weight, float scale) {
+    return bf16_pair(bf16_low(pair) * scale * bf16_low(weight), bf16_high(pair) * scale * bf16_high(weight));
+}
+DEVICE uint4 normed(uint4 v, uint4 weight, float scale) {
+    return make_uint4(normed_pair(v.x, weight.x, scale), normed_pair(v.y, weight.y, scale),
+                      normed_pair(v.z, weight.z, scale), normed_pair(v.w, weight.w, scale));
+}
+
 // Sum over a block of up to 1024 threads; every thread gets it. `shared` holds 32 floats.
 DEVICE float block_sum(float x, float *shared) {
     x = warp_sum(x);
@@ -69,6 +93,39 @@ DEVICE float block_sum(float x, float *shared) {
     x = warp_sum(x);
     __syncthreads();
     return x;
+}
+
+// Numbers of e4m3 (the format is said in kv/fp8.rs).
+DEVICE float e4m3_float(u8 x) {
+    // Sign, exponent and mantissa where bf16 has them, with an exponent that is 120 too small.
+    return bf16_float((u16)((x & 0x80) << 8 | (x & 0x7f) << 4)) * 1.329227995784916e36f;
+}
+// Two of them, in the second and the fourth byte, as f16 but 2^8 too small: exact, since f16's subnormal numbers reach far enough.
+DEVICE u32 half_pair_of_e4m3(u32 x) { return (x & 0x80008000u) | (x >> 1 & 0x3f803f80u); }
+
+// Two floats, rounded to nearest even; what is beyond the largest number becomes it. `low` in the low byte.
+DEVICE u16 e4m3_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    __trap();  // The engine refuses such pools on devices without the instruction.
+    return 0;
+#endif
+}
+
+DEVICE u32 half_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// C[16x8] += A[16x16] B[16x8], f16 in, f32 out.
+DEVICE void mma_half(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // C[16x8] += A[16x16] B[16x8], bf16 in, f32 out.

@@ -16,20 +16,6 @@ extern "C" __global__ void pick_rows(uint4 *out, const uint4 *x, const int *from
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = row[i];
 }
 
-DEVICE float sum_of_squares(uint4 v) {
-    float sum = 0.0f;
-    u32 words[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; i++) {
-        float low = bf16_low(words[i]), high = bf16_high(words[i]);
-        sum += low * low + high * high;
-    }
-    return sum;
-}
-
-DEVICE u32 normed_pair(u32 pair, u32 weight, float scale) {
-    return bf16_pair(bf16_low(pair) * scale * bf16_low(weight), bf16_high(pair) * scale * bf16_high(weight));
-}
-
 // y = x / rms(x) * weight (Zhang and Sennrich 2019). Grid: rows. `width` in 8-element vectors.
 extern "C" __global__ void rms_norm(uint4 *y, const uint4 *x, const uint4 *weight, int width, float eps) {
     let_next_start();
@@ -37,15 +23,11 @@ extern "C" __global__ void rms_norm(uint4 *y, const uint4 *x, const uint4 *weigh
     __shared__ float shared[32];
     const uint4 *row = x + (size_t)blockIdx.x * width;
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) sum += sum_of_squares(row[i]);
+    uint4 first = threadIdx.x < width ? row[threadIdx.x] : make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < width; i += blockDim.x) sum += sum_of_squares(i < blockDim.x ? first : row[i]);
     float scale = rsqrtf(block_sum(sum, shared) / (8.0f * width) + eps);
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        uint4 v = row[i], w = weight[i];
-        v.x = normed_pair(v.x, w.x, scale);
-        v.y = normed_pair(v.y, w.y, scale);
-        v.z = normed_pair(v.z, w.z, scale);
-        v.w = normed_pair(v.w, w.w, scale);
-        y[(size_t)blockIdx.x * width + i] = v;
+        y[(size_t)blockIdx.x * width + i] = normed(i < blockDim.x ? first : row[i], weight[i], scale);
     }
 }
 
@@ -75,55 +57,84 @@ extern "C" __global__ void rotation_table(float2 *table, const float *frequencie
     }
 }
 
-// Rotates q in place, and writes rotated k and plain v into the token's slot of the pool. One warp per head of a
-// token. Grid: (ceil(heads of all kinds / warps), tokens).
+DEVICE void floats(uint4 v, float (&x)[8]) {
+    u32 words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; i++) x[2 * i] = bf16_low(words[i]), x[2 * i + 1] = bf16_high(words[i]);
+}
+
+// Eight numbers as bf16 or e4m3.
+DEVICE void put(uint4 *to, const float (&x)[8]) {
+    *to = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
+}
+DEVICE void put(uint2 *to, const float (&x)[8]) {
+    *to = make_uint2(e4m3_pair(x[0], x[1]) | (u32)e4m3_pair(x[2], x[3]) << 16,
+                     e4m3_pair(x[4], x[5]) | (u32)e4m3_pair(x[6], x[7]) << 16);
+}
+
+// Sum of squares of a head, of which each of `lanes` neighbouring lanes (a power of two) has 16 numbers. All lanes of the warp
+// must come here.
+DEVICE float head_sum(uint4 low, uint4 high, int lanes) {
+    float sum = sum_of_squares(low) + sum_of_squares(high);
+    for (int step = 1; step < lanes; step <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
+
+// Rotates q in place, and writes rotated k and plain v into the token's slot of the pool. A thread takes eight dimensions of a head
+// and the eight, half a head later, that they are rotated with. Grid: (threads for the heads of all kinds, tokens); dim is a multiple of 16.
 // qkv: [tokens, heads + 2 kv_heads, dim]; layer of the pool: [blocks, 2, kv_heads, block_tokens, dim].
-extern "C" __global__ void rotate_and_store(u16 *qkv, u16 *pool_layer, const float2 *table, const int *positions,
-                                            const int *slots, const u16 *q_norm, const u16 *k_norm, float eps,
-                                            int heads, int kv_heads, int dim, int block_tokens) {
+// A vector of eight numbers is a uint4 of bf16 or a uint2 of e4m3.
+template <typename Vector>
+DEVICE void rotate(uint4 *qkv, Vector *pool_layer, const float2 *table, const int *positions, const int *slots,
+                   const uint4 *q_norm, const uint4 *k_norm, float eps, int heads, int kv_heads, int dim, int block_tokens) {
     let_next_start();
     wait_for_input();
-    int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.y;
-    if (head >= heads + 2 * kv_heads) return;
-    u16 *in = qkv + ((size_t)token * (heads + 2 * kv_heads) + head) * dim;
-    int slot = slots[token], half = dim / 2;
+    int lanes = dim / 16, thread = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y, kinds = heads + 2 * kv_heads;
+    int head = thread / lanes, i = thread % lanes;
+    bool there = head < kinds;
+    uint4 *in = qkv + ((size_t)token * kinds + (there ? head : 0)) * 2 * lanes;
+    uint4 low = in[i], high = in[i + lanes];
     bool is_q = head < heads, is_v = head >= heads + kv_heads;
-    u16 *out = in;
-    if (!is_q) {
-        if (slot < 0) return;
-        int kv_head = is_v ? head - heads - kv_heads : head - heads;
-        size_t row = ((size_t)(slot / block_tokens) * 2 + is_v) * kv_heads + kv_head;
-        out = pool_layer + (row * block_tokens + slot % block_tokens) * dim;
-    }
+    const uint4 *norm = is_q ? q_norm : k_norm;
+    float scale = q_norm ? rsqrtf(head_sum(low, high, lanes) / dim + eps) : 1.0f;
+    int slot = slots[token];
+    if (!there || (!is_q && slot < 0)) return;
+    int kv_head = is_v ? head - heads - kv_heads : head - heads;
+    size_t row = ((size_t)(slot / block_tokens) * 2 + is_v) * kv_heads + kv_head;
+    Vector *out = pool_layer + (row * block_tokens + slot % block_tokens) * 2 * lanes;
+    float a[8], b[8];
+    floats(low, a), floats(high, b);
     if (is_v) {
-        for (int i = lane; i < half; i += 32) ((u32 *)out)[i] = ((u32 *)in)[i];
+        put(out + i, a), put(out + i + lanes, b);
         return;
     }
-    const u32 *norm = (const u32 *)(is_q ? q_norm : k_norm);
-    float scale = 1.0f;
     if (norm) {
-        float sum = 0.0f;
-        for (int i = lane; i < half; i += 32) {
-            u32 pair = ((u32 *)in)[i];
-            sum += bf16_low(pair) * bf16_low(pair) + bf16_high(pair) * bf16_high(pair);
-        }
-        scale = rsqrtf(warp_sum(sum) / dim + eps);
+        float of_a[8], of_b[8];
+        floats(norm[i], of_a), floats(norm[i + lanes], of_b);
+        for (int j = 0; j < 8; j++) a[j] *= scale * of_a[j], b[j] *= scale * of_b[j];
     }
-    // Pairs of neighbours, as the rotation pairs dimension i with i + half.
-    const float4 *angles = (const float4 *)(table + (size_t)positions[token] * half);
-    for (int i = lane; i < half / 2; i += 32) {
-        u32 low = ((u32 *)in)[i], high = ((u32 *)in)[i + half / 2];
-        float a0 = bf16_low(low), a1 = bf16_high(low), b0 = bf16_low(high), b1 = bf16_high(high);
-        if (norm) {
-            u32 norm_low = norm[i], norm_high = norm[i + half / 2];
-            a0 *= scale * bf16_low(norm_low), a1 *= scale * bf16_high(norm_low);
-            b0 *= scale * bf16_low(norm_high), b1 *= scale * bf16_high(norm_high);
-        }
-        float4 angle = angles[i];
-        ((u32 *)out)[i] = bf16_pair(a0 * angle.x - b0 * angle.y, a1 * angle.z - b1 * angle.w);
-        ((u32 *)out)[i + half / 2] = bf16_pair(b0 * angle.x + a0 * angle.y, b1 * angle.z + a1 * angle.w);
+    // cos and sin of two dimensions each.
+    const float4 *angles = (const float4 *)(table + (size_t)positions[token] * lanes * 8 + i * 8);
+    for (int j = 0; j < 4; j++) {
+        float4 angle = angles[j];
+        float a0 = a[2 * j], a1 = a[2 * j + 1], b0 = b[2 * j], b1 = b[2 * j + 1];
+        a[2 * j] = a0 * angle.x - b0 * angle.y, a[2 * j + 1] = a1 * angle.z - b1 * angle.w;
+        b[2 * j] = b0 * angle.x + a0 * angle.y, b[2 * j + 1] = b1 * angle.z + a1 * angle.w;
+    }
+    if (is_q) {
+        put(in + i, a), put(in + i + lanes, b);
+    } else {
+        put(out + i, a), put(out + i + lanes, b);
     }
 }
+
+#define ROTATE_AND_STORE(NAME, VECTOR)                                                                                 \
+    extern "C" __global__ void NAME(uint4 *qkv, VECTOR *pool_layer, const float2 *table, const int *positions,         \
+                                    const int *slots, const uint4 *q_norm, const uint4 *k_norm, float eps, int heads,  \
+                                    int kv_heads, int dim, int block_tokens) {                                         \
+        rotate(qkv, pool_layer, table, positions, slots, q_norm, k_norm, eps, heads, kv_heads, dim, block_tokens);     \
+    }
+ROTATE_AND_STORE(rotate_and_store, uint4)
+ROTATE_AND_STORE(rotate_and_store_fp8, uint2)
 
 // out[row] = the column of the largest number, the lowest among equals; NaN counts as minus infinity. Grid: rows.
 extern "C" __global__ void argmax(int *out, const float *logits, int columns) {
