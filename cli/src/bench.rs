@@ -60,6 +60,7 @@ fn engine(args: &BenchEngineArgs) -> anyhow::Result<()> {
         runs: args.runs,
         max_batch: args.max_batch,
         max_prompt: args.max_prompt,
+        prompts: args.prompts.clone(),
         context: args.context,
         device: match args.device {
             Device::Cpu => measurement::Device::Cpu { threads: args.threads.unwrap_or(0) },

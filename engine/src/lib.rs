@@ -14,6 +14,7 @@ pub mod kv;
 mod mapped;
 pub mod model;
 pub mod pace;
+pub mod profile;
 pub mod roofline;
 pub mod sampling;
 pub mod shared;

@@ -185,6 +185,7 @@ mod tests {
             runs: 1,
             max_batch: 1,
             max_prompt: 1,
+            prompts: Vec::new(),
             context: 1,
             device: Device::Cpu { threads: 1 },
             profile: false,

@@ -7,6 +7,7 @@ mod report;
 mod tables;
 
 pub use calibrate::calibrate;
+use profile::Floors;
 pub use profile::{PartRow, Profile, trace};
 pub use report::{Report, Row, Table};
 
@@ -14,9 +15,10 @@ use anyhow::{Result, bail};
 use engine::cpu::{CpuEngine, CpuOptions};
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::model::{ModelConfig, Quantisation};
+use engine::profile::Span;
 use engine::roofline::Dtype;
 pub use engine::roofline::{Ceilings, shapes};
-use engine::{Engine, EngineError, KvDtype};
+use engine::{Batch, Engine, EngineError, KvDtype};
 
 /// Tokens per block of the measured pool.
 pub(crate) const BLOCK_TOKENS: usize = 16;
@@ -57,6 +59,8 @@ pub struct Settings {
     pub max_batch: usize,
     /// Longest prompt.
     pub max_prompt: usize,
+    /// Lengths for the prefill table; empty for those that it has.
+    pub prompts: Vec<usize>,
     /// Tokens that a decoding sequence has behind it.
     pub context: usize,
     /// What computes.
@@ -122,6 +126,13 @@ impl Measured {
         }
     }
 
+    fn profile(&mut self, batch: &Batch<'_>) -> Result<Vec<Span>, EngineError> {
+        match self {
+            Self::Cpu(engine) => engine.profile(batch),
+            Self::Cuda(engine) => engine.profile(batch),
+        }
+    }
+
     fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
         match self {
             Self::Cpu(engine) => engine.ceilings(),
@@ -166,7 +177,12 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
         report.tables.push(tables::measure(kind, settings, &mut measured, &ceilings, progress)?);
     }
     if settings.profile {
-        report.profiles = profile::measure(settings, &mut measured, progress)?;
+        let floors = Floors {
+            ceilings: &ceilings,
+            attention: report.peaks.first().map(|peak| peak.1),
+            streamed: measured.streamed_bytes(),
+        };
+        report.profiles = profile::measure(settings, &mut measured, &floors, progress)?;
     }
     drop(measured);
     if settings.kinds.contains(&Kind::Int8) {

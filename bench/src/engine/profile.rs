@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::Result;
-use engine::cuda::{Part, Span};
+use engine::profile::{Part, Span};
+use engine::roofline::{self, Dtype, Numbers, Work};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::measure::{Chunk, Drawing, decodes, fill, prompts, with_batch};
-use super::{BLOCK_TOKENS, Measured, Settings};
+use super::{BLOCK_TOKENS, Ceilings, Measured, Settings};
 
 /// One step's parts.
 #[derive(Debug, Serialize)]
@@ -29,21 +30,36 @@ pub struct PartRow {
     pub part: &'static str,
     /// Milliseconds on the device, gaps between kernels included.
     pub ms: f64,
-    /// Tera-operations a second, for products.
+    /// Tera-operations a second, for products and attention.
     pub tera_flops: Option<f64>,
-    /// Terabytes of weights a second, for products of bf16 weights.
+    /// Terabytes of weights and KV a second.
     pub tera_bytes: Option<f64>,
+    /// What the ceilings allow, and which of them binds.
+    pub floor_ms: Option<f64>,
+    /// `compute` or `memory`.
+    pub bound: Option<&'static str>,
 }
 
-/// Profiles a prompt of 2048 tokens and decode steps. CUDA only.
+/// What floors are made of.
+pub(super) struct Floors<'a> {
+    pub(super) ceilings: &'a Ceilings,
+    /// Operations a second of attention, where its instruction is not that of the products.
+    pub(super) attention: Option<f64>,
+    /// Bytes of weights that a decode step reads.
+    pub(super) streamed: usize,
+}
+
+/// Profiles a prompt of 2048 tokens (on a CPU also of 512) and decode steps.
 pub(super) fn measure(
     settings: &Settings,
     measured: &mut Measured,
+    floors: &Floors<'_>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Profile>> {
     let (vocab, context) = (settings.config.vocab, settings.context);
     let mut steps = Vec::new();
-    for length in [2048, 8192].into_iter().filter(|&length| length <= settings.max_prompt) {
+    let lengths = if matches!(measured, Measured::Cpu(_)) { [512, 2048] } else { [2048, 8192] };
+    for length in lengths.into_iter().filter(|&length| length <= settings.max_prompt) {
         let mut prompt = prompts(1, length, vocab, BLOCK_TOKENS, super::STEP_TOKENS);
         steps.push((format!("prefill of {length} tokens"), prompt.swap_remove(0)));
     }
@@ -51,47 +67,76 @@ pub(super) fn measure(
         steps.push((format!("decode, batch {batch}"), decodes(batch, context, vocab, BLOCK_TOKENS)));
     }
     fill(measured.engine(), settings.max_batch, context, vocab, BLOCK_TOKENS)?;
-    let Measured::Cuda(engine) = measured else { return Ok(Vec::new()) };
     let mut profiles = Vec::new();
     for (step, chunks) in steps {
         progress(&format!("profile: {step}"));
         // The first run warms up.
-        with_batch(&chunks, &Drawing::default(), |batch| engine.profile(batch))?;
-        let spans = with_batch(&chunks, &Drawing::default(), |batch| engine.profile(batch))?;
-        profiles.push(Profile { step, parts: parts(settings, &chunks, &spans), spans });
+        with_batch(&chunks, &Drawing::default(), |batch| measured.profile(batch))?;
+        let runs = settings.runs.max(1);
+        let all: Result<Vec<_>, _> = (0..runs)
+            .map(|_| with_batch(&chunks, &Drawing::default(), |batch| measured.profile(batch)))
+            .collect();
+        let spans = median(all?);
+        profiles.push(Profile { step, parts: parts(settings, &chunks, &spans, floors), spans });
     }
     Ok(profiles)
 }
 
-fn parts(settings: &Settings, chunks: &[Chunk], spans: &[Span]) -> Vec<PartRow> {
+/// The run whose length is the middle one.
+fn median(mut runs: Vec<Vec<Span>>) -> Vec<Span> {
+    runs.sort_by(|a, b| length(a).total_cmp(&length(b)));
+    let middle = runs.len() / 2;
+    runs.swap_remove(middle)
+}
+
+fn length(spans: &[Span]) -> f64 {
+    spans.iter().map(|span| span.ms).sum()
+}
+
+fn parts(settings: &Settings, chunks: &[Chunk], spans: &[Span], floors: &Floors<'_>) -> Vec<PartRow> {
     let mut sums: BTreeMap<Part, f64> = BTreeMap::new();
     for span in spans {
         *sums.entry(span.part).or_default() += span.ms;
     }
-    let tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+    let numbers = settings.quantise.map_or(Numbers::BF16, |_| Numbers::weights(Dtype::Int8));
+    let chunks: Vec<_> = chunks.iter().map(super::tables::chunk_of).collect();
+    let of = |part| Work::of_part(&settings.config, numbers, part, &chunks);
+    let layers: f64 = roofline::Part::ALL[..5].iter().map(|&part| of(part).weight_bytes).sum();
     let row = |(part, ms): (Part, f64)| {
-        let weights = weights(settings, part);
-        let rows = if part == Part::Head { chunks.len() } else { tokens };
-        let rate = |amount: f64| weights.map(|weights| weights * amount / ms / 1e9);
-        let bytes = if settings.quantise.is_some() && part != Part::Head { 1.0 } else { 2.0 };
-        PartRow { part: part.name(), ms, tera_flops: rate(2.0 * rows as f64), tera_bytes: rate(bytes) }
+        let work = counted(part).map(|counted| match counted {
+            // What the engine says it reads: it knows whether its head is rounded.
+            roofline::Part::Head => Work { weight_bytes: floors.streamed as f64 - layers, ..of(counted) },
+            _ => of(counted),
+        });
+        let flops_per_second = match (part, floors.attention) {
+            (Part::Attention, Some(flops)) => flops,
+            _ => floors.ceilings.flops_per_second,
+        };
+        let ceilings = Ceilings { flops_per_second, ..*floors.ceilings };
+        let floor = work.and_then(|work| work.floor_ms(&ceilings));
+        PartRow {
+            part: part.name(),
+            ms,
+            tera_flops: work.map(|work| work.flops() / ms / 1e9),
+            tera_bytes: work.map(|work| work.bytes() / ms / 1e9),
+            floor_ms: floor.map(|floor| floor.0),
+            bound: floor.map(|floor| floor.1.name()),
+        }
     };
     sums.into_iter().map(row).collect()
 }
 
-/// Numbers in a product's matrix, over all layers.
-fn weights(settings: &Settings, part: Part) -> Option<f64> {
-    let config = &settings.config;
-    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let of_layer = match part {
-        Part::Qkv => config.hidden * (q + 2 * kv),
-        Part::Output => config.hidden * q,
-        Part::GateUp => 2 * config.hidden * config.ffn,
-        Part::Down => config.hidden * config.ffn,
-        Part::Head => return Some((config.hidden * config.vocab) as f64),
+/// The part as the roofline counts it.
+fn counted(part: Part) -> Option<roofline::Part> {
+    Some(match part {
+        Part::Qkv => roofline::Part::Qkv,
+        Part::Attention => roofline::Part::Attention,
+        Part::Output => roofline::Part::Output,
+        Part::GateUp => roofline::Part::GateUp,
+        Part::Down => roofline::Part::Down,
+        Part::Head => roofline::Part::Head,
         _ => return None,
-    };
-    Some((of_layer * config.layers) as f64)
+    })
 }
 
 /// All profiles as a trace for chrome://tracing and Perfetto, one row of the view each.
@@ -112,15 +157,28 @@ pub fn trace(profiles: &[Profile]) -> Value {
 impl fmt::Display for Profile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let total: f64 = self.parts.iter().map(|part| part.ms).sum();
-        writeln!(f, "| {} | ms, all layers | share | TFLOP/s | TB/s of weights |", self.step)?;
-        writeln!(f, "|---|---|---|---|---|")?;
+        writeln!(
+            f,
+            "| {} | ms, all layers | share | TFLOP/s | TB/s of weights and KV | reached |",
+            self.step
+        )?;
+        writeln!(f, "|---|---|---|---|---|---|")?;
         for part in &self.parts {
             write!(f, "| {} | {:.3} | {:.0} % ", part.part, part.ms, part.ms / total * 100.0)?;
             match (part.tera_flops, part.tera_bytes) {
-                (Some(flops), Some(bytes)) => writeln!(f, "| {flops:.0} | {bytes:.2} |")?,
-                _ => writeln!(f, "| | |")?,
+                (Some(flops), Some(bytes)) => write!(f, "| {} | {bytes:.4} ", significant(flops))?,
+                _ => write!(f, "| | ")?,
+            }
+            match (part.floor_ms, part.bound) {
+                (Some(floor), Some(bound)) => writeln!(f, "| {:.0} % ({bound}) |", floor / part.ms * 100.0)?,
+                _ => writeln!(f, "| |")?,
             }
         }
-        writeln!(f, "| sum | {total:.3} | | | |")
+        writeln!(f, "| sum | {total:.3} | | | | |")
     }
+}
+
+/// GPUs make hundreds of them, CPU cores tenths.
+fn significant(tera: f64) -> String {
+    if tera < 10.0 { format!("{tera:.3}") } else { format!("{tera:.0}") }
 }

@@ -10,6 +10,9 @@ use super::{BLOCK_TOKENS, Ceilings, Kind, Measured, STEP_TOKENS, Settings};
 
 /// Batches of the decode table.
 const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+/// Prompts of the prefill table: how many, how long.
+const PROMPTS: [(usize, usize); 8] =
+    [(1, 128), (1, 512), (1, 1040), (1, 1500), (1, 2048), (1, 8192), (16, 2048), (8, 8192)];
 /// Sequences that decode beside a prompt.
 const BESIDE: usize = 128;
 
@@ -33,7 +36,7 @@ pub(super) fn measure(
     Ok(Table { title: title.into(), rows })
 }
 
-fn chunk_of(chunk: &Chunk) -> roofline::Chunk {
+pub(super) fn chunk_of(chunk: &Chunk) -> roofline::Chunk {
     roofline::Chunk { position: chunk.position, tokens: chunk.tokens.len(), draws: chunk.draws }
 }
 
@@ -89,9 +92,11 @@ impl Bench<'_> {
 
     fn prefill(&mut self) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
-        for (count, length) in
-            [(1, 128), (1, 512), (1, 1040), (1, 1500), (1, 2048), (1, 8192), (16, 2048), (8, 8192)]
-        {
+        let wanted: Vec<_> = match self.settings.prompts.as_slice() {
+            [] => PROMPTS.to_vec(),
+            lengths => lengths.iter().map(|&length| (1, length)).collect(),
+        };
+        for (count, length) in wanted {
             let pool = self.measured.engine().kv().layout().blocks;
             if length > self.settings.max_prompt || count * length.div_ceil(BLOCK_TOKENS) > pool {
                 continue;

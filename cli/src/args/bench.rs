@@ -182,6 +182,9 @@ pub struct BenchEngineArgs {
     /// Longest prompt, tokens
     #[arg(long, default_value_t = 8192)]
     pub max_prompt: usize,
+    /// Lengths of the prompts of the prefill table instead of its own, none longer than --max-prompt
+    #[arg(long, value_delimiter = ',')]
+    pub prompts: Vec<usize>,
     /// Tokens that a decoding sequence has behind it
     #[arg(long, default_value_t = 1200)]
     pub context: usize,
@@ -191,7 +194,7 @@ pub struct BenchEngineArgs {
     /// Element type of the KV pool
     #[arg(long, value_enum, default_value_t = KvType::Bf16)]
     pub kv_dtype: KvType,
-    /// Write where the time of some steps goes, for chrome://tracing or Perfetto; GPU only
+    /// Write where the time of some steps goes, for chrome://tracing or Perfetto
     #[arg(long)]
     pub trace: Option<PathBuf>,
     /// Measure what the simulator needs, and write it as a profile for `tandem sim --profile` and --sim-profile; no tables then

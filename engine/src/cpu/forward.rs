@@ -1,6 +1,7 @@
 //! One step through the network: the layers' calls in order, each spread over the team.
 
 use super::buffers::{Buffer, Buffer8, Buffers, MLP_ROWS, Side};
+use super::marks::Marks;
 use super::network::{Layer, Linear, Multiplied, Network};
 use super::plan::Plan;
 use super::region::KvRegion;
@@ -12,6 +13,7 @@ use super::simd::rows::{NormRow, QkvRow, SwigluRow};
 use super::team::Team;
 use crate::KvMemory;
 use crate::model::ModelConfig;
+use crate::profile::Part;
 
 /// Rows of a task of row work.
 const ROWS_PER_TASK: usize = 8;
@@ -25,17 +27,21 @@ pub(super) struct Step<'a> {
     pub(super) kernels8: &'static Kernels8,
     pub(super) team: &'a mut Team,
     pub(super) buffers: &'a mut Buffers,
+    pub(super) marks: Option<&'a mut Marks>,
 }
 
 impl Step<'_> {
     /// Runs the plan; the logits of the wanted rows, `[wanted, vocab]`.
     pub(super) fn run(&mut self, plan: &Plan<'_>, on_layer: &mut dyn FnMut(usize)) -> Vec<Vec<f32>> {
         let network = self.network;
+        self.mark(Part::Embed);
         self.embed(plan);
         for (index, layer) in network.layers.iter().enumerate() {
             let rows = plan.rows.len();
             self.norm(&layer.attention_norm, rows, &layer.qkv.weights);
+            self.mark(Part::Qkv);
             self.linear(&layer.qkv, Side::Normed, Side::Qkv, rows);
+            self.mark(Part::Rotate);
             self.write_kv(plan, index, layer);
             on_layer(index);
             if index + 1 < network.layers.len() {
@@ -47,7 +53,15 @@ impl Step<'_> {
                 self.mlp(layer, plan.wanted.len());
             }
         }
-        self.logits(plan.wanted.len())
+        let logits = self.logits(plan.wanted.len());
+        self.mark(Part::End);
+        logits
+    }
+
+    fn mark(&mut self, part: Part) {
+        if let Some(marks) = &mut self.marks {
+            marks.mark(part);
+        }
     }
 
     /// Embeddings into `x`, angles into `cos` and `sin`.
@@ -70,6 +84,7 @@ impl Step<'_> {
 
     /// `normed = norm(x)`, in INT8 too if the product that follows takes it.
     fn norm(&mut self, weight: &[f32], rows: usize, product: &Multiplied) {
+        self.mark(Part::Norm);
         let (kernels, eps) = (self.kernels, self.config.rms_eps);
         let Buffers { x, normed, .. } = &*self.buffers;
         let rounding = Rounding::of(self.buffers, self.kernels8, Side::Normed, weight.len(), product);
@@ -115,6 +130,7 @@ impl Step<'_> {
 
     /// `x += o(attention(q, kv))`.
     fn attend(&mut self, tasks: &[AttentionTask<'_>], index: usize, o: &Linear, rows: usize) {
+        self.mark(Part::Attention);
         let (kernels, kv) = (self.kernels, self.kv);
         let Buffers { qkv, attended, .. } = &*self.buffers;
         let layer = AttentionLayer {
@@ -134,6 +150,7 @@ impl Step<'_> {
             // SAFETY: each row is visited once.
             by_rows(self.team, rows, &|row| unsafe { rounding.row(row) });
         }
+        self.mark(Part::Output);
         self.linear(o, Side::Attended, Side::Residual, rows);
     }
 
@@ -142,7 +159,9 @@ impl Step<'_> {
         self.norm(&layer.mlp_norm, rows, &layer.gate_up.weights);
         for first in (0..rows).step_by(MLP_ROWS) {
             let count = MLP_ROWS.min(rows - first);
+            self.mark(Part::GateUp);
             self.linear_from(&layer.gate_up, Side::Normed, Side::GateUp, count, first);
+            self.mark(Part::Swiglu);
             let (kernels, ffn) = (self.kernels, self.config.ffn);
             let up = layer.gate_up.weights.n() / 2;
             let Buffers { gate_up, gated, .. } = &*self.buffers;
@@ -157,6 +176,7 @@ impl Step<'_> {
                     }
                 }
             });
+            self.mark(Part::Down);
             self.linear_from(&layer.down, Side::Gated, Side::Residual, count, first);
         }
     }
@@ -176,6 +196,7 @@ impl Step<'_> {
     fn logits(&mut self, rows: usize) -> Vec<Vec<f32>> {
         let head = &self.network.head;
         self.norm(&self.network.norm, rows, head);
+        self.mark(Part::Head);
         let mut logits: Vec<Vec<f32>> = Vec::new();
         // One row block at a time, so that the scratch is bounded.
         for first in (0..rows).step_by(ROW_BLOCK) {

@@ -4,6 +4,7 @@ mod arena;
 mod buffers;
 mod ceilings;
 mod forward;
+mod marks;
 mod network;
 mod plan;
 mod region;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use self::buffers::Buffers;
 pub use self::ceilings::Peak;
 use self::forward::Step;
+use self::marks::Marks;
 use self::network::Network;
 use self::plan::Plan;
 use self::region::KvRegion;
@@ -24,6 +26,7 @@ use self::simd::int8::{GROUP, Kernels8, MOST_INPUTS};
 use self::team::Team;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, Quantisation, RandomWeights, WeightSource, Weights};
+use crate::profile::Span;
 use crate::roofline::Ceilings;
 use crate::sampling::sample;
 use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Sampled};
@@ -164,11 +167,19 @@ impl CpuEngine {
         })
     }
 
+    /// Runs a batch up to its logits and says where the time went.
+    pub fn profile(&mut self, batch: &Batch<'_>) -> Result<Vec<Span>, EngineError> {
+        let mut marks = Marks::default();
+        self.run(batch, false, Some(&mut marks), &mut |_| {})?;
+        Ok(marks.spans())
+    }
+
     /// Logits of the wanted segments, with the segments' indices.
     fn run(
         &mut self,
         batch: &Batch<'_>,
         all_logits: bool,
+        marks: Option<&mut Marks>,
         on_layer: &mut dyn FnMut(usize),
     ) -> Result<Vec<(usize, Vec<f32>)>, EngineError> {
         batch.validate(self.kv.layout(), &self.info)?;
@@ -186,6 +197,7 @@ impl CpuEngine {
             kernels8: self.kernels8,
             team: &mut self.team,
             buffers: &mut self.buffers,
+            marks,
         };
         let logits = step.run(&plan, on_layer);
         Ok(plan.wanted.iter().map(|wanted| wanted.1).zip(logits).collect())
@@ -207,7 +219,7 @@ impl Engine for CpuEngine {
         on_layer: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<Sampled>>, EngineError> {
         let mut sampled = vec![Vec::new(); batch.segments.len()];
-        for (index, mut logits) in self.run(batch, false, on_layer)? {
+        for (index, mut logits) in self.run(batch, false, None, on_layer)? {
             sampled[index] = match batch.segments[index].samples {
                 [only] => vec![sample(&mut logits, only)],
                 several => several.iter().map(|request| sample(&mut logits.clone(), request)).collect(),
@@ -217,7 +229,7 @@ impl Engine for CpuEngine {
     }
 
     fn forward_logits(&mut self, batch: &Batch<'_>) -> Result<Vec<Vec<f32>>, EngineError> {
-        let logits = self.run(batch, true, &mut |_| {})?;
+        let logits = self.run(batch, true, None, &mut |_| {})?;
         Ok(logits.into_iter().map(|(_, logits)| logits).collect())
     }
 

@@ -45,10 +45,10 @@ use self::options::{capacity, check, check_memory};
 use self::plan::{List, Plan};
 use self::pool::DevicePool;
 use self::profile::Profile;
-pub use self::profile::{Part, Span};
 use self::step::Step;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
+use crate::profile::Span;
 use crate::sampling::sample;
 use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Loading, Sampled};
 

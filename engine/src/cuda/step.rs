@@ -5,7 +5,8 @@ use super::fixed::Fixed;
 use super::gemm::{Gemms, Shape};
 use super::network::{Layer, Linear};
 use super::plan::{List, Plan};
-use super::profile::{Part, Profile};
+use super::profile::Profile;
+use crate::profile::Part;
 use crate::{EngineError, KvMemory};
 
 /// Queues a step whose inputs are on the device.
