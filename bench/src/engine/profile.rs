@@ -98,7 +98,8 @@ fn parts(settings: &Settings, chunks: &[Chunk], spans: &[Span], floors: &Floors<
     for span in spans {
         *sums.entry(span.part).or_default() += span.ms;
     }
-    let numbers = settings.quantise.map_or(Numbers::BF16, |_| Numbers::weights(Dtype::Int8));
+    let weights = settings.quantise.map_or(Dtype::Bf16, |_| Dtype::Int8);
+    let numbers = Numbers { weights, kv: settings.kv_type() };
     let chunks: Vec<_> = chunks.iter().map(super::tables::chunk_of).collect();
     let of = |part| Work::of_part(&settings.config, numbers, part, &chunks);
     let layers: f64 = roofline::Part::ALL[..5].iter().map(|&part| of(part).weight_bytes).sum();
