@@ -197,6 +197,13 @@ impl Sender {
     /// Puts every queue pair with a transfer under way into the error state, as a failing link does: for drills.
     #[doc(hidden)]
     pub fn break_queue_pairs(&self) {
+        self.break_rails(u64::MAX);
+    }
+
+    /// The same for the rails whose bits are set.
+    #[doc(hidden)]
+    pub fn break_rails(&self, rails: u64) {
+        self.shared.counters.broken_rails.store(rails, Ordering::Relaxed);
         self.shared.counters.breaks.add(1);
     }
 

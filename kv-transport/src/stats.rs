@@ -122,6 +122,8 @@ pub(crate) struct SenderCounters {
     pub(crate) queue_pairs: Counter,
     /// Times that queue pairs were to be broken on purpose.
     pub(crate) breaks: Counter,
+    /// On which rails, by bits.
+    pub(crate) broken_rails: AtomicU64,
     pub(crate) fallbacks: [Counter; Fallback::ALL.len()],
 }
 

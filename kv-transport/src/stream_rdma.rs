@@ -14,6 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -152,7 +153,9 @@ impl Lane {
     pub(crate) fn tend(&mut self, out: &mut Outbox) -> usize {
         let now = Instant::now();
         let breaks = self.link.counters.breaks.get();
+        let rails = self.link.counters.broken_rails.load(Ordering::Relaxed);
         if mem::replace(&mut self.breaks_seen, breaks) != breaks
+            && rails >> (self.config.rail % 64) & 1 == 1
             && let State::Up(up) = &mut self.state
         {
             up.pair.fail();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use kv_transport::verbs::{GidKind, PortInfo, ports};
 use kv_transport::{Fallback, LandingError, PushError, Refusal, Sender, SenderConfig};
 use pair::{Pair, Setup, fabric, identity, soon, until};
 
@@ -206,6 +207,89 @@ async fn rdma_that_is_required_is_never_replaced() {
     assert_eq!(error, PushError::Refused(Refusal::Downgrade));
     assert_eq!(pair.receiver.stats().bytes_total, 0);
     assert!(Pair::cell(&pair.target, &pair.grid, 0, 1).iter().all(|b| *b == 0));
+}
+
+/// A second soft-RoCE device, on an interface and in a network of its own.
+async fn second_device() {
+    for command in [
+        "ip link add d1 type dummy",
+        "ip link set d1 mtu 4200 up",
+        "ip addr add 10.78.0.1/24 dev d1",
+        "rdma link add rxe2 type rxe netdev d1",
+    ] {
+        let mut words = command.split(' ');
+        let status = std::process::Command::new(words.next().unwrap()).args(words).status().unwrap();
+        assert!(status.success(), "{command}");
+    }
+    let usable = |port: &PortInfo| {
+        port.device == "rxe2" && port.active && port.gids.iter().any(|gid| gid.kind == GidKind::RoceV2Ipv4)
+    };
+    until("the device has its address", || ports().unwrap().iter().any(usable)).await;
+}
+
+/// Packets that a soft-RoCE device has sent.
+fn packets(device: &str) -> u64 {
+    let file = format!("/sys/class/infiniband/{device}/ports/1/hw_counters/sent_pkts");
+    std::fs::read_to_string(file).unwrap().trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs an RDMA device: make test-rdma"]
+async fn cells_are_spread_over_two_rails_and_one_that_breaks_leaves_them_to_the_other() {
+    second_device().await;
+    let mut setup = rdma(8, 64, 64 << 10);
+    setup.sender.rdma_retry = Duration::from_millis(300);
+    let pair = setup.start().await;
+    let slots: Vec<u32> = (0..64).collect();
+    let whole = async || {
+        let mut landing = pair.reserve(&slots);
+        let push = pair.push_all(landing.ticket().clone(), &slots);
+        let (report, landed) = soon(async { tokio::join!(push, landing.committed()) }).await;
+        pair.assert_landed(&slots, &slots);
+        pair.target.copy_in(0, &vec![0; pair.target.len()]).unwrap();
+        (report.unwrap().transport, landed.unwrap().transport)
+    };
+    assert_eq!(whole().await, ("rdma", "rdma"));
+    until("both rails are up", || pair.sender.stats().queue_pairs_total == 2).await;
+    let before = [packets("rxe0"), packets("rxe2")];
+    assert_eq!(whole().await, ("rdma", "rdma"));
+    // 32 MiB in packets of 4 KiB: each rail took a good part of them.
+    for (device, before) in ["rxe0", "rxe2"].into_iter().zip(before) {
+        assert!(packets(device) - before > 1000, "{device} sent {} packets", packets(device) - before);
+    }
+
+    // Each in turn breaks in the middle of a transfer, which goes on by RDMA.
+    for rail in 0..2 {
+        let lost = pair.sender.stats().fallbacks_total.iter().map(|(_, n)| n).sum::<u64>();
+        let mut landing = pair.reserve(&slots);
+        let push = soon(pair.sender.open(landing.ticket().clone(), Arc::new(()))).await.unwrap();
+        for plane in 0..8 {
+            if plane == 4 {
+                pair.sender.break_rails(1 << rail);
+            }
+            soon(push.cells(plane, &pair.cells(plane, &slots))).await.unwrap();
+        }
+        let report = soon(push.commit(Bytes::new())).await.unwrap();
+        assert_eq!((report.transport, soon(landing.committed()).await.unwrap().transport), ("rdma", "rdma"));
+        pair.assert_landed(&slots, &slots);
+        pair.target.copy_in(0, &vec![0; pair.target.len()]).unwrap();
+        let now = || pair.sender.stats().fallbacks_total.iter().map(|(_, n)| n).sum::<u64>();
+        until("the rail is lost", || now() > lost).await;
+        until("and back", || pair.sender.stats().queue_pairs_total == 3 + rail).await;
+    }
+
+    // Both at once: TCP.
+    let mut landing = pair.reserve(&slots);
+    let push = soon(pair.sender.open(landing.ticket().clone(), Arc::new(()))).await.unwrap();
+    soon(push.cells(0, &pair.cells(0, &slots))).await.unwrap();
+    pair.sender.break_queue_pairs();
+    for plane in 1..8 {
+        soon(push.cells(plane, &pair.cells(plane, &slots))).await.unwrap();
+    }
+    soon(push.commit(Bytes::new())).await.unwrap();
+    soon(landing.committed()).await.unwrap();
+    pair.assert_landed(&slots, &slots);
+    pair.assert_quiet().await;
 }
 
 /// This test binary again, as another process that plays one side.
