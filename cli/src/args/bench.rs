@@ -222,6 +222,6 @@ pub enum BenchTable {
     Int8,
     /// Decode steps that draw greedily, with a temperature, filters, penalties, log-probabilities
     Draw,
-    /// Where the time of a prefill and of decode steps goes, per kernel; GPU only
+    /// Where the time of a prefill and of decode steps goes, by part of the network
     Profile,
 }

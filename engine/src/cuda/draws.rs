@@ -76,7 +76,8 @@ impl Raw {
         let mut top: Vec<_> =
             self.tokens.iter().copied().zip(self.logits.iter().copied()).take(count).collect();
         top.sort_unstable_by(sampling::best_first);
-        top.iter_mut().for_each(|(_, logit)| *logit = (f64::from(*logit) - self.log_sum()) as f32);
+        let log_sum = self.log_sum();
+        top.iter_mut().for_each(|(_, logit)| *logit = (f64::from(*logit) - log_sum) as f32);
         top
     }
 }

@@ -20,7 +20,7 @@ DEVICE u32 highs(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 template <int DIM>
 struct Brain {
     using Number = u16;
-    static constexpr float KEY_SCALE = 1.0f, VALUE_SCALE = 1.0f;
+    static constexpr float SCALE = 1.0f;
     uint4 k[DIM / 32][2];
     uint4 v[DIM / 64][4];
 
@@ -72,7 +72,7 @@ template <int DIM>
 struct Eight {
     using Number = u8;
     // half_pair_of_e4m3 leaves numbers 2^8 too small.
-    static constexpr float KEY_SCALE = 256.0f, VALUE_SCALE = 256.0f;
+    static constexpr float SCALE = 256.0f;
     static constexpr int WORDS = DIM / 32;
     uint4 k[DIM / 64][2];
     u32 v[4][WORDS];
@@ -188,7 +188,7 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
         int key = group16 * 16 + g;
         for (int i = 0; i < 4; i++) {
             int at = key + (i / 2) * 8;
-            s[i] = at >= first && at < keys ? s[i] * (Kv::KEY_SCALE * scale_log2) : -INFINITY;
+            s[i] = at >= first && at < keys ? s[i] * (Kv::SCALE * scale_log2) : -INFINITY;
         }
         float shrink[2];
         for (int h = 0; h < 2; h++) {
@@ -215,10 +215,10 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
         for (int step = 4; step < 32; step <<= 1) total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
     for (int i = 0; i < DIM / 16; i++) {
         int dim = Kv::dim(i, g);
-        merged[warp][2 * t][dim] = o[i][0] * Kv::VALUE_SCALE;
-        merged[warp][2 * t + 1][dim] = o[i][1] * Kv::VALUE_SCALE;
-        merged[warp][2 * t][dim + 1] = o[i][2] * Kv::VALUE_SCALE;
-        merged[warp][2 * t + 1][dim + 1] = o[i][3] * Kv::VALUE_SCALE;
+        merged[warp][2 * t][dim] = o[i][0] * Kv::SCALE;
+        merged[warp][2 * t + 1][dim] = o[i][1] * Kv::SCALE;
+        merged[warp][2 * t][dim + 1] = o[i][2] * Kv::SCALE;
+        merged[warp][2 * t + 1][dim + 1] = o[i][3] * Kv::SCALE;
     }
     if (g == 0) {
         merged_stats[warp][2 * t] = make_float2(best[0], total[0]);

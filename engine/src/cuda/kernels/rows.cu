@@ -16,6 +16,24 @@ extern "C" __global__ void pick_rows(uint4 *out, const uint4 *x, const int *from
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = row[i];
 }
 
+DEVICE float sum_of_squares(uint4 v) {
+    float sum = 0.0f;
+    u32 words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; i++) {
+        float low = bf16_low(words[i]), high = bf16_high(words[i]);
+        sum += low * low + high * high;
+    }
+    return sum;
+}
+
+DEVICE u32 normed_pair(u32 pair, u32 weight, float scale) {
+    return bf16_pair(bf16_low(pair) * scale * bf16_low(weight), bf16_high(pair) * scale * bf16_high(weight));
+}
+DEVICE uint4 normed(uint4 v, uint4 weight, float scale) {
+    return make_uint4(normed_pair(v.x, weight.x, scale), normed_pair(v.y, weight.y, scale),
+                      normed_pair(v.z, weight.z, scale), normed_pair(v.w, weight.w, scale));
+}
+
 // y = x / rms(x) * weight (Zhang and Sennrich 2019). Grid: rows. `width` in 8-element vectors.
 extern "C" __global__ void rms_norm(uint4 *y, const uint4 *x, const uint4 *weight, int width, float eps) {
     let_next_start();
