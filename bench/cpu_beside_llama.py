@@ -38,6 +38,8 @@ def llama(args, kind):
         name = f"prefill {row['n_prompt']}" if row["n_prompt"] else "decode, batch 1"
         found[name] = row["avg_ts"]
     many = [n for n in args.batches if n > 1]
+    if not many:
+        return found
     # The prompt is shared: computing it for each sequence would take longer than what is measured.
     tool = [f"{args.llama}/llama-batched-bench", "-m", model, "-t", str(args.threads), "-npp", "48", "-ntg", "16", "-c", "4096", "-pps",
             "-npl", ",".join(map(str, many)), "--output-format", "jsonl"]

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::region::Region;
+use super::simd::level::Level;
 use super::team::Team;
 use crate::EngineError;
 
@@ -31,10 +32,10 @@ struct Dots {
     run: unsafe fn(usize),
 }
 
-/// Rates of the instructions that products could be made of, as far as this CPU has them.
-pub(super) fn peaks(team: &mut Team) -> Vec<Peak> {
+/// Rates of the instructions of a level that products could be made of, as far as this CPU has them.
+pub(super) fn peaks(team: &mut Team, level: Level) -> Vec<Peak> {
     let threads = team.threads();
-    let measured = known().into_iter().map(|dots| {
+    let measured = known(level).into_iter().map(|dots| {
         let seconds = fastest(|| {
             // SAFETY: the CPU has the instructions: `known` asked.
             team.run(threads * 4, &|_| unsafe { (dots.run)(ROUNDS / 4) });
@@ -75,14 +76,14 @@ fn fastest(mut work: impl FnMut()) -> f64 {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn known() -> Vec<Dots> {
+fn known(_: Level) -> Vec<Dots> {
     Vec::new()
 }
 
 #[cfg(target_arch = "x86_64")]
-fn known() -> Vec<Dots> {
+fn known(level: Level) -> Vec<Dots> {
     let mut all = Vec::new();
-    if is_x86_feature_detected!("avx512f") {
+    if level >= Level::Avx512 {
         all.push(Dots { name: "f32 multiply-add, 512 bits", ops: 32, run: x86::fma512 });
         if is_x86_feature_detected!("avx512bf16") {
             all.push(Dots { name: "bf16 dot, 512 bits", ops: 64, run: x86::bf16 });
@@ -90,7 +91,7 @@ fn known() -> Vec<Dots> {
         if is_x86_feature_detected!("avx512vnni") {
             all.push(Dots { name: "int8 dot, 512 bits", ops: 128, run: x86::vnni });
         }
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+    } else if level >= Level::Avx2 {
         all.push(Dots { name: "f32 multiply-add, 256 bits", ops: 16, run: x86::fma256 });
         all.push(Dots { name: "int8 dot, 256 bits", ops: 64, run: x86::maddubs });
     }

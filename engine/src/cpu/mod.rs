@@ -23,6 +23,7 @@ use self::plan::Plan;
 use self::region::KvRegion;
 use self::simd::Kernels;
 use self::simd::int8::{GROUP, Kernels8, MOST_INPUTS};
+use self::simd::level::Level;
 use self::team::Team;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, Quantisation, RandomWeights, WeightSource, Weights};
@@ -73,6 +74,7 @@ pub struct CpuEngine {
     config: ModelConfig,
     network: Network,
     kv: Arc<KvRegion>,
+    level: Level,
     kernels: &'static Kernels,
     kernels8: &'static Kernels8,
     team: Team,
@@ -116,7 +118,8 @@ impl CpuEngine {
             return Err(EngineError::Unsupported("max_batch_tokens is 0".into()));
         }
         let kv = Arc::new(KvRegion::new(layout)?);
-        let (kernels, kernels8) = (Kernels::best(), Kernels8::best());
+        let level = Level::chosen()?;
+        let (kernels, kernels8) = (Kernels::best(level), Kernels8::best(level));
         let threads = match options.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads.min(256),
@@ -139,7 +142,7 @@ impl CpuEngine {
         let network = Network::load(&config, source, kind, turn)?;
         tracing::debug!(device = info.device, parameters = config.parameters(), "engine ready");
         let max_batch_tokens = options.max_batch_tokens;
-        Ok(Self { config, network, kv, kernels, kernels8, team, buffers, info, max_batch_tokens })
+        Ok(Self { config, network, kv, level, kernels, kernels8, team, buffers, info, max_batch_tokens })
     }
 
     /// What the model is.
@@ -154,7 +157,7 @@ impl CpuEngine {
 
     /// What the cores reach: instructions that products could be made of, the first that of bf16 networks here.
     pub fn peaks(&mut self) -> Vec<Peak> {
-        ceilings::peaks(&mut self.team)
+        ceilings::peaks(&mut self.team, self.level)
     }
 
     /// The rates that bound this network here: of the instructions that its products are made of, and of reading.

@@ -3,6 +3,12 @@
 //! A task is one key/value head and up to some tens of queries of one segment; the group's heads share each
 //! tile. Every query walks the same tiles in the same order with the same arithmetic, alone (decode) or among
 //! others (prefill): a tile that a query cannot see leaves its sums as they are.
+//!
+//! A tile of bf16 KV is 256 bytes per element of a head (16 KiB at 64). For each of the task's rows it takes 128 multiply-adds per
+//! element (8 instructions of 16 lanes), and 64 exponentials of some 25 instructions per vector; for all of them together, K is
+//! transposed: 12 shuffles per element. So a prompt's rows are bound by multiply-adds, and one sequence's decode by memory up to about
+//! four heads in the group, by multiply-adds above. Memory comes late to a tile that computes on nothing else: V is fetched while K is
+//! multiplied, the next tile's K while V is.
 
 use std::cell::RefCell;
 

@@ -1,20 +1,24 @@
-//! One attention task: gather, then tile by tile score, weigh, add; see `attention`.
+//! One attention task: gather, then tile by tile load, score, weigh, add; see `attention`.
 
 use super::Kernels;
 use super::attention::{AttentionLayer, AttentionTask, TILE};
 use super::lanes::{LANES, Lanes};
+use super::product::{Ahead, LINE, Matrix, Product};
 use super::rows::exp;
-use super::tile::{Product, tiles};
+use super::tile::tiles;
 use crate::KvDtype;
-use crate::kv::fp8;
+
+/// Rows up to which V is read as bf16 by the product itself: few tiles of rows read it, so that making f32 of it in a buffer first costs
+/// more than it saves.
+const ROWS_IN_PLACE: usize = 8;
 
 /// Of a task's buffers.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
     rows: usize,
-    dim: usize,
+    pub(super) dim: usize,
     /// `dim` up to whole vectors.
-    padded: usize,
+    pub(super) padded: usize,
 }
 
 impl Sizes {
@@ -24,17 +28,17 @@ impl Sizes {
     }
 
     pub(super) fn total(self) -> usize {
-        // q and sums, scores, totals and maxima, then keys, their pairs, values.
-        self.rows * (2 * self.padded + TILE + LANES + 1) + TILE * (2 * self.padded + self.dim)
+        // q and sums, scores, totals and maxima, then keys and values.
+        self.rows * (2 * self.padded + TILE + LANES + 1) + TILE * (self.padded + self.dim)
     }
 }
 
 /// A task being computed; all slices lie in the thread's scratch.
 pub(super) struct Work<'a, L> {
     kernels: &'a Kernels,
-    layer: &'a AttentionLayer<'a>,
-    task: &'a AttentionTask<'a>,
-    sizes: Sizes,
+    pub(super) layer: &'a AttentionLayer<'a>,
+    pub(super) task: &'a AttentionTask<'a>,
+    pub(super) sizes: Sizes,
     /// `[rows, dim]`
     q: &'a mut [f32],
     /// `[rows, padded]`: the weighted values so far.
@@ -46,11 +50,12 @@ pub(super) struct Work<'a, L> {
     /// `[rows, LANES]`: sum of weights so far, by lane.
     totals: &'a mut [f32],
     /// `[dim, TILE]`
-    keys: &'a mut [f32],
-    /// `[dim / 2, TILE]` words of two bf16.
-    pairs: &'a mut [f32],
+    pub(super) keys: &'a mut [f32],
     /// `[TILE, padded]`
-    values: &'a mut [f32],
+    pub(super) values: &'a mut [f32],
+    /// Where the K rows of a tile and of the next are.
+    pub(super) rows: [*const u8; TILE],
+    pub(super) next: [*const u8; TILE],
     lanes: std::marker::PhantomData<L>,
 }
 
@@ -69,13 +74,14 @@ impl<'a, L: Lanes> Work<'a, L> {
         let (scores, rest) = rest.split_at_mut(rows * TILE);
         let (totals, rest) = rest.split_at_mut(rows * LANES);
         let (keys, rest) = rest.split_at_mut(dim * TILE);
-        let (pairs, rest) = rest.split_at_mut(padded * TILE);
         let (values, rest) = rest.split_at_mut(TILE * padded);
         let maxima = &mut rest[..rows];
         sums.fill(0.0);
         maxima.fill(f32::NEG_INFINITY);
         totals.fill(0.0);
-        values.fill(0.0);
+        if dim < padded {
+            values.fill(0.0);
+        }
         Self {
             kernels,
             layer,
@@ -87,8 +93,9 @@ impl<'a, L: Lanes> Work<'a, L> {
             maxima,
             totals,
             keys,
-            pairs,
             values,
+            rows: [std::ptr::null(); TILE],
+            next: [std::ptr::null(); TILE],
             lanes: std::marker::PhantomData,
         }
     }
@@ -102,14 +109,21 @@ impl<'a, L: Lanes> Work<'a, L> {
         // SAFETY: the caller's.
         unsafe {
             self.gather_queries();
+            self.find_rows(first, TILE.min(end - first));
             for start in (first..end).step_by(TILE) {
                 let count = TILE.min(end - start);
-                self.load_keys(start, count);
-                self.load_values(start, count);
+                self.rows = self.next;
+                if start + TILE < end {
+                    self.find_rows(start + TILE, TILE.min(end - start - TILE));
+                }
                 // Rows of queries before this tile have no part in it.
                 let skipped = start.saturating_sub(self.task.position) * self.layer.group;
+                self.load_keys(count);
                 self.score(skipped, count);
-                self.weigh(skipped, start);
+                self.weigh(skipped, start, count);
+                if !self.in_place() {
+                    self.load_values(count);
+                }
                 self.add_values(skipped, count);
             }
             self.write();
@@ -135,110 +149,16 @@ impl<'a, L: Lanes> Work<'a, L> {
         }
     }
 
-    /// Start of a position's K (part 0) or V (part 1) row.
-    ///
-    /// # Safety
-    /// The position is in the table.
+    /// Whether weights are multiplied by V where it lies.
     #[inline(always)]
-    unsafe fn kv_row(&self, position: usize, part: usize) -> *const u8 {
-        let layout = self.layer.layout;
-        let block = self.task.blocks[position / layout.block_tokens] as usize;
-        let row = (part * layout.kv_heads + self.task.kv_head) * layout.block_tokens
-            + position % layout.block_tokens;
-        let offset = block * layout.block_bytes() + row * layout.head_dim * layout.dtype.bytes();
-        // SAFETY: inside the layer's blocks.
-        unsafe { self.layer.kv.add(offset) }
+    fn in_place(&self) -> bool {
+        let Sizes { rows, dim, padded } = self.sizes;
+        rows <= ROWS_IN_PLACE && dim == padded && self.layer.layout.dtype == KvDtype::Bf16
     }
 
-    /// `keys [dim, TILE]`: K transposed; columns past `count` repeat the last key.
-    ///
-    /// # Safety
-    /// As `run`.
-    #[inline(always)]
-    unsafe fn load_keys(&mut self, start: usize, count: usize) {
-        let dim = self.sizes.dim;
-        if self.layer.layout.dtype == KvDtype::Fp8 {
-            // SAFETY: the caller's.
-            return unsafe { self.load_fp8_keys(start, count) };
-        }
-        let bf16 = self.layer.layout.dtype == KvDtype::Bf16;
-        let words = if bf16 { dim / 2 } else { dim };
-        // SAFETY: rows of `words` words; buffers of `dim · TILE`.
-        unsafe {
-            for key in (0..count).step_by(8) {
-                let rows: [*const u32; 8] =
-                    std::array::from_fn(|i| self.kv_row(start + (key + i).min(count - 1), 0).cast());
-                let to: *mut u32 = if bf16 { self.pairs.as_mut_ptr() } else { self.keys.as_mut_ptr() }.cast();
-                let to = to.add(key);
-                let whole = words / 8 * 8;
-                for word in (0..whole).step_by(8) {
-                    L::transpose8(&rows.map(|row| row.add(word)), to.add(word * TILE), TILE);
-                }
-                for word in whole..words {
-                    for (i, row) in rows.iter().enumerate() {
-                        *to.add(word * TILE + i) = row.add(word).read_unaligned();
-                    }
-                }
-            }
-            if bf16 {
-                for word in 0..words {
-                    for column in (0..count).step_by(LANES) {
-                        let from: *const u32 = self.pairs.as_ptr().add(word * TILE + column).cast();
-                        let (even, odd) = L::load_pairs(from);
-                        even.store(self.keys.as_mut_ptr().add(2 * word * TILE + column));
-                        odd.store(self.keys.as_mut_ptr().add((2 * word + 1) * TILE + column));
-                    }
-                }
-            }
-        }
-    }
-
-    /// # Safety
-    /// As `load_keys`.
-    unsafe fn load_fp8_keys(&mut self, start: usize, count: usize) {
-        let (dim, numbers) = (self.sizes.dim, &*fp8::TO_F32);
-        for key in 0..count.next_multiple_of(LANES).min(TILE) {
-            // SAFETY: a row of `dim` bytes.
-            let row = unsafe { std::slice::from_raw_parts(self.kv_row(start + key.min(count - 1), 0), dim) };
-            for (i, &bits) in row.iter().enumerate() {
-                self.keys[i * TILE + key] = numbers[bits as usize];
-            }
-        }
-    }
-
-    /// `values [TILE, padded]`.
-    ///
-    /// # Safety
-    /// As `run`.
-    #[inline(always)]
-    unsafe fn load_values(&mut self, start: usize, count: usize) {
-        let Sizes { dim, padded, .. } = self.sizes;
-        for key in 0..count {
-            // SAFETY: rows of `dim` numbers on both sides.
-            unsafe {
-                let from = self.kv_row(start + key, 1);
-                let to = self.values.as_mut_ptr().add(key * padded);
-                match self.layer.layout.dtype {
-                    KvDtype::F32 => std::ptr::copy_nonoverlapping(from.cast(), to, dim),
-                    KvDtype::Bf16 => {
-                        let from = from.cast::<u16>();
-                        let whole = dim / LANES * LANES;
-                        for i in (0..whole).step_by(LANES) {
-                            L::load_bf16(from.add(i)).store(to.add(i));
-                        }
-                        for i in whole..dim {
-                            *to.add(i) = f32::from_bits(u32::from(*from.add(i)) << 16);
-                        }
-                    }
-                    KvDtype::Fp8 => {
-                        let numbers = &*fp8::TO_F32;
-                        for i in 0..dim {
-                            *to.add(i) = numbers[*from.add(i) as usize];
-                        }
-                    }
-                }
-            }
-        }
+    /// Bytes from a K row to the V row of the same position.
+    pub(super) fn to_values(&self) -> usize {
+        self.layer.layout.block_bytes() / 2
     }
 
     /// `scores = q · keys` for rows from `skipped`.
@@ -253,14 +173,14 @@ impl<'a, L: Lanes> Work<'a, L> {
             k: dim,
             a: self.q[skipped * dim..].as_ptr(),
             lda: dim,
-            b: self.keys.as_ptr(),
-            ldb: TILE,
+            b: Matrix::Numbers { at: self.keys.as_ptr(), stride: TILE },
             c: self.scores[skipped * TILE..].as_mut_ptr(),
             ldc: TILE,
             vectors: count.div_ceil(LANES),
+            ahead: self.ahead(&self.rows, self.to_values()),
         };
         // SAFETY: the buffers have these sizes.
-        unsafe { self.accumulate(&product, rows - skipped) };
+        unsafe { self.accumulate(product, rows - skipped) };
     }
 
     /// Scores become weights; sums and totals are scaled to the new maximum.
@@ -268,20 +188,20 @@ impl<'a, L: Lanes> Work<'a, L> {
     /// # Safety
     /// As `run`.
     #[inline(always)]
-    unsafe fn weigh(&mut self, skipped: usize, start: usize) {
-        let padded = self.sizes.padded;
+    unsafe fn weigh(&mut self, skipped: usize, start: usize, count: usize) {
+        let (padded, width) = (self.sizes.padded, count.next_multiple_of(LANES));
         for row in skipped..self.sizes.rows {
             let position = self.task.position + row / self.layer.group;
-            let seen = (position + 1 - start).min(TILE);
-            let hidden = self.first_visible(position).saturating_sub(start).min(TILE);
-            let scores = &mut self.scores[row * TILE..][..TILE];
+            let seen = (position + 1 - start).min(width);
+            let hidden = self.first_visible(position).saturating_sub(start).min(width);
+            let scores = &mut self.scores[row * TILE..][..width];
             scores[..hidden].fill(f32::NEG_INFINITY);
             scores[seen..].fill(f32::NEG_INFINITY);
-            // SAFETY: rows of TILE, LANES and `padded` numbers.
+            // SAFETY: rows of `width`, LANES and `padded` numbers.
             unsafe {
                 let at = scores.as_mut_ptr();
                 let mut largest = L::load(at);
-                for i in (LANES..TILE).step_by(LANES) {
+                for i in (LANES..width).step_by(LANES) {
                     largest = largest.max(L::load(at.add(i)));
                 }
                 let before = self.maxima[row];
@@ -303,7 +223,7 @@ impl<'a, L: Lanes> Work<'a, L> {
                     }
                 }
                 let shift = L::splat(now);
-                for i in (0..TILE).step_by(LANES) {
+                for i in (0..width).step_by(LANES) {
                     let weight = exp::<L>(L::load(at.add(i)).sub(shift));
                     weight.store(at.add(i));
                     sum = sum.add(weight);
@@ -320,31 +240,48 @@ impl<'a, L: Lanes> Work<'a, L> {
     #[inline(always)]
     unsafe fn add_values(&mut self, skipped: usize, count: usize) {
         let Sizes { rows, padded, .. } = self.sizes;
+        let b = if self.in_place() {
+            Matrix::Brain { rows: self.rows.as_ptr(), offset: self.to_values() }
+        } else {
+            Matrix::Numbers { at: self.values.as_ptr(), stride: padded }
+        };
         let product = Product {
             k: count,
             a: self.scores[skipped * TILE..].as_ptr(),
             lda: TILE,
-            b: self.values.as_ptr(),
-            ldb: padded,
+            b,
             c: self.sums[skipped * padded..].as_mut_ptr(),
             ldc: padded,
             vectors: padded / LANES,
+            ahead: self.ahead(&self.next, 0),
         };
         // SAFETY: the buffers have these sizes.
-        unsafe { self.accumulate(&product, rows - skipped) };
+        unsafe { self.accumulate(product, rows - skipped) };
+    }
+
+    /// Rows of KV that are wanted after a product.
+    #[inline(always)]
+    fn ahead(&self, rows: &[*const u8; TILE], offset: usize) -> Ahead {
+        let bytes = self.sizes.dim * self.layer.layout.dtype.bytes();
+        let line_bits = bytes.div_ceil(LINE).next_power_of_two().trailing_zeros();
+        Ahead { rows: rows.as_ptr(), offset, line_bits, at: 0, step: 0 }
     }
 
     /// # Safety
     /// The product's pointers valid for `rows`.
-    unsafe fn accumulate(&self, product: &Product, rows: usize) {
-        for (start, count) in tiles(rows, self.kernels.accumulate.len()) {
+    #[inline(always)]
+    unsafe fn accumulate(&self, mut product: Product, rows: usize) {
+        let most = self.kernels.accumulate.len();
+        let steps = product.steps::<L>() * rows.div_ceil(most);
+        product.ahead.spread(TILE, steps);
+        let (a, c, step) = (product.a, product.c, product.ahead.step * product.steps::<L>());
+        for (index, (start, count)) in tiles(rows, most).enumerate() {
             // SAFETY: the caller's; `count` is between 1 and the number of functions.
             unsafe {
-                self.kernels.accumulate[count - 1](&Product {
-                    a: product.a.add(start * product.lda),
-                    c: product.c.add(start * product.ldc),
-                    ..*product
-                });
+                product.a = a.add(start * product.lda);
+                product.c = c.add(start * product.ldc);
+                product.ahead.at = index * step;
+                self.kernels.accumulate[count - 1](&product);
             }
         }
     }

@@ -124,9 +124,14 @@ impl Lanes for Avx2 {
         unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(line.cast()) };
     }
     #[inline(always)]
-    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
+    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
         // SAFETY: see the trait.
         unsafe { transpose8(rows, to, stride) }
+    }
+    #[inline(always)]
+    unsafe fn transpose8_pairs(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
+        // SAFETY: see the trait.
+        unsafe { transpose8_pairs(rows, to, stride) }
     }
 }
 
@@ -150,8 +155,39 @@ pub(super) unsafe fn tree_sum(eight: x86::__m256) -> f32 {
 /// # Safety
 /// The CPU must have AVX; pointers as in the trait.
 #[inline(always)]
-pub(super) unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
-    // SAFETY: AVX is there, eight words are readable at each row and writable at each of eight strides.
+pub(super) unsafe fn transpose8(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        for (i, column) in columns(rows).into_iter().enumerate() {
+            x86::_mm256_storeu_ps(to.add(i * stride), column);
+        }
+    }
+}
+
+/// See [`Lanes::transpose8_pairs`].
+///
+/// # Safety
+/// The CPU must have AVX2; pointers as in the trait.
+#[inline(always)]
+pub(super) unsafe fn transpose8_pairs(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let high = x86::_mm256_castsi256_ps(x86::_mm256_set1_epi32(0xffff_0000_u32 as i32));
+        for (i, column) in columns(rows).into_iter().enumerate() {
+            let first = x86::_mm256_slli_epi32::<16>(x86::_mm256_castps_si256(column));
+            x86::_mm256_storeu_ps(to.add(2 * i * stride), x86::_mm256_castsi256_ps(first));
+            x86::_mm256_storeu_ps(to.add((2 * i + 1) * stride), x86::_mm256_and_ps(column, high));
+        }
+    }
+}
+
+/// The columns of eight rows of eight words.
+///
+/// # Safety
+/// The CPU must have AVX; eight words are readable at each row.
+#[inline(always)]
+unsafe fn columns(rows: &[*const u32; 8]) -> [x86::__m256; 8] {
+    // SAFETY: the caller's.
     unsafe {
         let mut r = [x86::_mm256_setzero_ps(); 8];
         for (r, row) in r.iter_mut().zip(rows) {
@@ -168,12 +204,13 @@ pub(super) unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: us
             (x86::_mm256_shuffle_ps::<0x44>(a1, a3), x86::_mm256_shuffle_ps::<0x44>(a5, a7)),
             (x86::_mm256_shuffle_ps::<0xee>(a1, a3), x86::_mm256_shuffle_ps::<0xee>(a5, a7)),
         ];
-        for (i, (low, high)) in b.into_iter().enumerate() {
-            x86::_mm256_storeu_ps(to.add(i * stride).cast(), x86::_mm256_permute2f128_ps::<0x20>(low, high));
-            x86::_mm256_storeu_ps(
-                to.add((i + 4) * stride).cast(),
-                x86::_mm256_permute2f128_ps::<0x31>(low, high),
-            );
-        }
+        std::array::from_fn(|i| {
+            let (low, high) = b[i % 4];
+            if i < 4 {
+                x86::_mm256_permute2f128_ps::<0x20>(low, high)
+            } else {
+                x86::_mm256_permute2f128_ps::<0x31>(low, high)
+            }
+        })
     }
 }

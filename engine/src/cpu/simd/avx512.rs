@@ -2,7 +2,7 @@
 
 use std::arch::x86_64 as x86;
 
-use super::avx2::{transpose8, tree_sum};
+use super::avx2::{transpose8, transpose8_pairs, tree_sum};
 use super::lanes::Lanes;
 
 /// One register of sixteen.
@@ -111,8 +111,13 @@ impl Lanes for Avx512 {
         unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(line.cast()) };
     }
     #[inline(always)]
-    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
+    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
         // SAFETY: see the trait.
         unsafe { transpose8(rows, to, stride) }
+    }
+    #[inline(always)]
+    unsafe fn transpose8_pairs(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
+        // SAFETY: see the trait.
+        unsafe { transpose8_pairs(rows, to, stride) }
     }
 }

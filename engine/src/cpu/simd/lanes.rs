@@ -37,8 +37,10 @@ pub(crate) trait Lanes: Copy {
     unsafe fn largest(self) -> f32;
     /// Brings a cache line nearer; any address is allowed.
     unsafe fn prefetch(_line: *const u32) {}
-    /// Columns of eight rows of eight 32-bit words become rows, `stride` words apart.
-    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize);
+    /// Columns of eight rows of eight f32 become rows, `stride` numbers apart.
+    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut f32, stride: usize);
+    /// The same of eight rows of sixteen bf16: sixteen rows of f32.
+    unsafe fn transpose8_pairs(rows: &[*const u32; 8], to: *mut f32, stride: usize);
 }
 
 /// No instructions assumed. Slow: `mul_add` is a library call where the target has none.
@@ -112,11 +114,23 @@ impl Lanes for Scalar {
     unsafe fn largest(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
-    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut u32, stride: usize) {
+    unsafe fn transpose8(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
         for (i, &row) in rows.iter().enumerate() {
             for column in 0..8 {
                 // SAFETY: see the trait.
-                unsafe { to.add(column * stride + i).write(row.add(column).read_unaligned()) };
+                unsafe { *to.add(column * stride + i) = f32::from_bits(row.add(column).read_unaligned()) };
+            }
+        }
+    }
+    unsafe fn transpose8_pairs(rows: &[*const u32; 8], to: *mut f32, stride: usize) {
+        for (i, &row) in rows.iter().enumerate() {
+            for column in 0..8 {
+                // SAFETY: see the trait.
+                unsafe {
+                    let pair = row.add(column).read_unaligned();
+                    *to.add(2 * column * stride + i) = f32::from_bits(pair << 16);
+                    *to.add((2 * column + 1) * stride + i) = f32::from_bits(pair & 0xffff_0000);
+                }
             }
         }
     }

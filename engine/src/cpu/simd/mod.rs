@@ -5,6 +5,7 @@
 //! prompt was cut, on the number of threads, or on the instruction set.
 
 pub(crate) mod attention;
+mod attention_load;
 mod attention_work;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -13,16 +14,20 @@ mod avx512;
 pub(crate) mod gemm;
 pub(crate) mod int8;
 mod lanes;
+pub(crate) mod level;
+mod product;
 pub(crate) mod rows;
 mod tile;
 
 use attention::{AttentionLayer, AttentionTask};
+use level::Level;
+use product::Product;
 use rows::{NormRow, QkvRow, SwigluRow};
-use tile::{PanelTile, Product};
+use tile::PanelTile;
 
 /// One instruction set's kernels.
 ///
-/// All are unsafe to call: the CPU must have the instructions (true for what [`Kernels::supported`] returns)
+/// All are unsafe to call: the CPU must have the instructions (true for [`Kernels::up_to`] its level)
 /// and the pointers in the job must be valid as its fields say.
 pub(crate) struct Kernels {
     pub(crate) name: &'static str,
@@ -56,7 +61,7 @@ macro_rules! kernels {
                 #[inline(never)]
                 unsafe fn $accumulate(job: &Product) {
                     // SAFETY: passed on to the caller.
-                    unsafe { tile::accumulate::<$lanes, $rows>(job) }
+                    unsafe { product::accumulate::<$lanes, $rows>(job) }
                 }
             )*
             #[cfg_attr(target_arch = "x86_64", target_feature(enable = $features))]
@@ -111,30 +116,21 @@ kernels!(with_avx2, "avx2", avx2::Avx2, "avx2,fma", [
 kernels!(with_nothing, "scalar", lanes::Scalar, "sse2", [panel1 1 x 1, panel2 2 x 1], [accumulate1 1, accumulate2 2]);
 
 impl Kernels {
-    /// What this CPU can run, best first.
-    pub(crate) fn supported() -> Vec<&'static Kernels> {
-        let mut found = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            if avx2 && avx512 {
-                found.push(&with_avx512::KERNELS);
-            }
-            if avx2 {
-                found.push(&with_avx2::KERNELS);
-            }
-        }
-        found.push(&with_nothing::KERNELS);
-        found
+    /// Those of a level or below, best first.
+    pub(crate) fn up_to(level: Level) -> impl Iterator<Item = &'static Kernels> {
+        let all = [
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx512, &with_avx512::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx2, &with_avx2::KERNELS),
+            (Level::Scalar, &with_nothing::KERNELS),
+        ];
+        all.into_iter().filter(move |(needed, _)| *needed <= level).map(|(_, kernels)| kernels)
     }
 
     /// The best of them.
-    pub(crate) fn best() -> &'static Kernels {
-        Self::supported()[0]
+    pub(crate) fn best(level: Level) -> &'static Kernels {
+        Self::up_to(level).next().expect("plain code runs everywhere")
     }
 }
 

@@ -1,4 +1,4 @@
-//! The inner tiles: a few rows of A times one or two vectors of columns of B, held in registers over all of K.
+//! The inner tile of products with weights: a few rows of A times one or two vectors of columns, held in registers over all of K.
 //!
 //! Every instance is a function of its own (see `kernels!`): inlined into their callers they spill.
 
@@ -76,86 +76,9 @@ pub(super) unsafe fn panel<L: Lanes, const MR: usize, const NV: usize>(tile: &Pa
 /// Keeps the compiler from loading all rows' numbers before the first is used, which would spill the sums. No
 /// instruction.
 #[inline(always)]
-fn keep_order(row: usize) {
+pub(super) fn keep_order(row: usize) {
     if row % 4 == 3 {
         compiler_fence(Ordering::SeqCst);
-    }
-}
-
-/// A small f32 product: `C += A · B`.
-#[derive(Clone, Copy)]
-pub(crate) struct Product {
-    /// Inner size.
-    pub(super) k: usize,
-    /// `[rows, k]`, rows `lda` apart.
-    pub(super) a: *const f32,
-    pub(super) lda: usize,
-    /// `[k, vectors · LANES]`, rows `ldb` apart.
-    pub(super) b: *const f32,
-    pub(super) ldb: usize,
-    /// `[rows, vectors · LANES]`, rows `ldc` apart.
-    pub(super) c: *mut f32,
-    pub(super) ldc: usize,
-    /// Vectors of columns.
-    pub(super) vectors: usize,
-}
-
-/// Computes a product of MR rows.
-///
-/// # Safety
-/// The pointers valid for those sizes; the instructions of `L`.
-#[inline(always)]
-pub(super) unsafe fn accumulate<L: Lanes, const MR: usize>(product: &Product) {
-    let mut vector = 0;
-    while vector < product.vectors {
-        // SAFETY: the caller's.
-        unsafe {
-            if L::WIDE && vector + 2 <= product.vectors {
-                accumulate_columns::<L, MR, 2>(product, vector * LANES);
-                vector += 2;
-            } else {
-                accumulate_columns::<L, MR, 1>(product, vector * LANES);
-                vector += 1;
-            }
-        }
-    }
-}
-
-/// # Safety
-/// As `accumulate`, for NV vectors from `column`.
-#[expect(clippy::needless_range_loop, reason = "indices name registers")]
-#[inline(always)]
-unsafe fn accumulate_columns<L: Lanes, const MR: usize, const NV: usize>(product: &Product, column: usize) {
-    // SAFETY: the caller's.
-    unsafe {
-        let (a, lda, ldc) = (product.a, product.lda, product.ldc);
-        let c = product.c.add(column);
-        let mut sums = [[L::splat(0.0); NV]; MR];
-        for m in 0..MR {
-            for v in 0..NV {
-                sums[m][v] = L::load(c.add(m * ldc + v * LANES));
-            }
-        }
-        let mut row = product.b.add(column);
-        for k in 0..product.k {
-            let mut b = [L::splat(0.0); NV];
-            for v in 0..NV {
-                b[v] = L::load(row.add(v * LANES));
-            }
-            row = row.add(product.ldb);
-            for m in 0..MR {
-                let x = L::splat(*a.add(m * lda + k));
-                for v in 0..NV {
-                    sums[m][v] = x.fma(b[v], sums[m][v]);
-                }
-                keep_order(m);
-            }
-        }
-        for m in 0..MR {
-            for v in 0..NV {
-                sums[m][v].store(c.add(m * ldc + v * LANES));
-            }
-        }
     }
 }
 

@@ -14,6 +14,7 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tile_x86;
 
+use super::level::Level;
 pub(crate) use gemm::{Gemm8, MOST_INPUTS, Packed8};
 pub(crate) use rows::{EightRow, Finish};
 pub(crate) use tile::Group;
@@ -69,20 +70,15 @@ static VNNI: Kernels8 = Kernels8 {
 };
 
 impl Kernels8 {
-    /// What this CPU can run, best first.
-    pub(crate) fn supported() -> Vec<&'static Self> {
+    /// Those of a level or below that this CPU can run, best first.
+    pub(crate) fn up_to(level: Level) -> Vec<&'static Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            if avx2 && avx512 && is_x86_feature_detected!("avx512vnni") {
+            if level >= Level::Avx512 && is_x86_feature_detected!("avx512vnni") {
                 found.push(&VNNI);
             }
-            if avx2 {
+            if level >= Level::Avx2 {
                 found.push(&AVX2);
             }
         }
@@ -91,7 +87,7 @@ impl Kernels8 {
     }
 
     /// The best of them.
-    pub(crate) fn best() -> &'static Self {
-        Self::supported()[0]
+    pub(crate) fn best(level: Level) -> &'static Self {
+        Self::up_to(level)[0]
     }
 }

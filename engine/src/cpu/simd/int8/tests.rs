@@ -96,7 +96,7 @@ proptest! {
             scale: group_scale(row, i), sum: numbers.iter().map(|&x| i32::from(x)).sum(),
         })).collect();
         let case = Case { lda, rows, group, groups, weights, bias, add, a: a.clone() };
-        for kernels in Kernels8::supported() {
+        for kernels in Kernels8::up_to(Level::of_cpu()) {
             prop_assert_eq!(&case.product(kernels, 0..rows), &expected, "{}", kernels.name);
             // Rows alone give the same bits as rows together.
             for row in [0, rows / 2, rows - 1] {
@@ -110,7 +110,7 @@ proptest! {
         let mut x = x;
         if let Some(at) = bad { let at = at % x.len(); x[at] = f32::INFINITY; }
         let group = 4 * quads;
-        let mut all = Kernels8::supported().into_iter().map(|kernels| {
+        let mut all = Kernels8::up_to(Level::of_cpu()).into_iter().map(|kernels| {
             let mut out = vec![9i8; x.len().next_multiple_of(4)];
             let mut groups = vec![Group { scale: 0.0, sum: 0 }; x.len().div_ceil(group)];
             let mut x = x.clone();
