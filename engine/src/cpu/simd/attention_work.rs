@@ -264,7 +264,7 @@ impl<'a, L: Lanes> Work<'a, L> {
     fn ahead(&self, rows: &[*const u8; TILE], offset: usize) -> Ahead {
         let bytes = self.sizes.dim * self.layer.layout.dtype.bytes();
         let line_bits = bytes.div_ceil(LINE).next_power_of_two().trailing_zeros();
-        Ahead { rows: rows.as_ptr(), offset, line_bits, at: 0, step: 0 }
+        Ahead { rows: rows.as_ptr(), offset, line_bits, at: 0, step: 0, every: 1 }
     }
 
     /// # Safety

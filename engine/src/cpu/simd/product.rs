@@ -7,8 +7,8 @@ use super::tile::keep_order;
 /// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
 
-/// Steps between fetches.
-const STEPS: usize = 16;
+/// Lines of a fetch: few, so that they do not wait for each other; and more than one, since a loop that stops for each is slow.
+const LINES: usize = 8;
 
 /// Rows that are wanted after a product: brought nearer, line by line, evenly over its steps.
 #[derive(Clone, Copy)]
@@ -21,12 +21,16 @@ pub(crate) struct Ahead {
     /// The next line, and lines per step, in 65536ths.
     pub(super) at: usize,
     pub(super) step: usize,
+    /// Steps between fetches.
+    pub(super) every: usize,
 }
 
 impl Ahead {
     /// `rows` rows over `steps` steps.
     pub(super) fn spread(&mut self, rows: usize, steps: usize) {
-        self.step = (rows << (self.line_bits + 16)) / steps.max(1);
+        let lines = rows << self.line_bits;
+        self.step = (lines << 16) / steps.max(1);
+        self.every = (LINES * steps / lines).max(1);
     }
 
     /// Those of the next `steps` steps.
@@ -164,8 +168,8 @@ unsafe fn accumulate_columns<L: Lanes, B: Rows, const MR: usize, const NV: usize
                 sums[m][v] = L::load(c.add(m * ldc + v * LANES));
             }
         }
-        for first in (0..product.k).step_by(STEPS) {
-            let end = product.k.min(first + STEPS);
+        for first in (0..product.k).step_by(product.ahead.every) {
+            let end = product.k.min(first + product.ahead.every);
             ahead.fetch::<L>(end - first);
             for k in first..end {
                 let mut b = [L::splat(0.0); NV];
