@@ -33,7 +33,11 @@ pub(super) unsafe fn panel<L: Lanes, const MR: usize, const NV: usize>(tile: &Pa
     // SAFETY: the caller's.
     unsafe {
         let (a, lda) = (tile.a, tile.lda);
-        for offset in (0..PANEL).step_by(NV * LANES) {
+        // Each pass over the panel fetches its part of what is next, so that memory works during all of them.
+        let passes = PANEL / (NV * LANES);
+        let step = tile.step.div_ceil(passes);
+        for pass in 0..passes {
+            let (offset, next) = (pass * NV * LANES, tile.next.wrapping_add(pass * tile.pairs * step));
             let zero = L::splat(0.0);
             let mut sums = [[zero; NV]; MR];
             for m in 0..MR {
@@ -46,7 +50,7 @@ pub(super) unsafe fn panel<L: Lanes, const MR: usize, const NV: usize>(tile: &Pa
                 let (mut first, mut second) = ([zero; NV], [zero; NV]);
                 for v in 0..NV {
                     (first[v], second[v]) = L::load_pairs(b.add(v * LANES));
-                    L::prefetch(tile.next.wrapping_add(pair * tile.step + offset + v * LANES));
+                    L::prefetch(next.wrapping_add(pair * step + v * LANES));
                 }
                 b = b.add(PANEL);
                 for m in 0..MR {

@@ -86,6 +86,9 @@ pub(super) unsafe fn avx2_row(tile: &Tile8) {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2_columns<const MR: usize, const NV: usize>(tile: &Tile8, offset: usize) {
+    // Each pass over the panel fetches its part of what is next, so that memory works during all of them.
+    let passes = PANEL / (NV * HALF);
+    let (step, fetched) = (tile.step.div_ceil(passes), offset / (NV * HALF) * tile.quads);
     let (flip, ones) = (x86::_mm256_set1_epi8(-128), x86::_mm256_set1_epi16(1));
     for (index, quads) in tile.ranges().enumerate() {
         // SAFETY: the caller's; prefetches may name any address.
@@ -93,7 +96,7 @@ unsafe fn avx2_columns<const MR: usize, const NV: usize>(tile: &Tile8, offset: u
             let mut sums = [[x86::_mm256_setzero_si256(); NV]; MR];
             for quad in quads {
                 let mut w = [x86::_mm256_setzero_si256(); NV];
-                let next = tile.next.wrapping_add(quad * tile.step + offset);
+                let next = tile.next.wrapping_add((fetched + quad) * step);
                 for v in 0..NV {
                     let packed = tile.panel.add(quad * PANEL + offset + v * HALF);
                     w[v] = x86::_mm256_xor_si256(x86::_mm256_loadu_si256(packed.cast()), flip);
