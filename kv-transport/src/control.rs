@@ -109,7 +109,8 @@ impl Connection {
         } else if let Some(refusal) = self.refusal(header.transfer) {
             self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64);
         } else {
-            // Keys must be taken back first.
+            // Cells are on their way still, or keys must be taken back first.
+            self.commits.retain(|(transfer, _)| *transfer != header.transfer);
             self.commits.push((header.transfer, header.seq));
         }
         Ok(())

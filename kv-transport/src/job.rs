@@ -49,7 +49,12 @@ pub struct FrameBounds {
 /// What a connection needs to send a frame.
 pub(crate) enum Job {
     Attach,
-    Write { seq: u32, cells: Vec<QueuedCell> },
+    /// Cells, and the commit when they are the last.
+    Write {
+        seq: u32,
+        cells: Vec<QueuedCell>,
+        commit: Option<Bytes>,
+    },
     Commit(Bytes),
     Abort(String),
 }

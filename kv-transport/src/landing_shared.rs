@@ -22,7 +22,7 @@ use crate::transport::{Transport, Used};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Notice {
     pub(crate) transfer: u128,
-    /// Why it is over; nothing when it only waits for keys to be taken back.
+    /// Why it is over; nothing when keys are to be taken back, or a commit can be answered.
     pub(crate) refusal: Option<Refusal>,
 }
 
@@ -162,6 +162,10 @@ impl LandingShared {
         let told = if over.is_some() { std::mem::take(&mut inner.connections) } else { Vec::new() };
         let hold = if after == LandingPhase::Void { inner.hold.take() } else { None };
         let end = inner.state.end();
+        if after == LandingPhase::Committed && inner.connections.len() > 1 {
+            // The commit may wait on another connection than the one that brought the last cell.
+            self.wake(&inner);
+        }
         drop(inner);
         for connection in told {
             if let Some(end) = over {
@@ -285,14 +289,23 @@ impl LandingShared {
                 inner.payload.get_or_insert(payload);
             }
             inner.state.commit_arrives();
-            if inner.state.awaits_grants() {
-                for connection in &inner.connections {
-                    // Full or closed: the connection looks at its keys now and then anyway.
-                    let _ = connection.try_send(Notice { transfer: self.transfer, refusal: None });
-                }
-            }
+            self.wake_for_keys(inner);
             inner.state.phase() == LandingPhase::Committed
         })
+    }
+
+    /// All is there, and the connections that gave keys out shall take them back.
+    fn wake_for_keys(&self, inner: &Inner) {
+        if inner.state.awaits_grants() {
+            self.wake(inner);
+        }
+    }
+
+    fn wake(&self, inner: &Inner) {
+        for connection in &inner.connections {
+            // Full or closed: the connection looks at its keys and commits now and then anyway.
+            let _ = connection.try_send(Notice { transfer: self.transfer, refusal: None });
+        }
     }
 
     /// A peer is about to get a key; nothing when the landing is over.
@@ -360,6 +373,7 @@ impl Write<'_> {
                 bad |= u64::from(matches!(outcome, Settled::Refetch | Settled::GaveUp)) << at;
             }
             inner.state.write_ends();
+            landing.wake_for_keys(inner);
             bad
         })
     }

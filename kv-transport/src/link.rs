@@ -3,7 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{PushError, Refusal};
 use crate::job::Job;
-use crate::push::PushShared;
+use crate::push::{PushShared, ROUNDS};
 use crate::stats::SenderCounters;
 use crate::transport::Transport;
 
@@ -32,6 +32,8 @@ pub(crate) struct Link {
     pub(crate) lent: Option<Transport>,
     /// Whether a push to it was packed.
     pub(crate) packs: AtomicBool,
+    /// Pushes so far.
+    rounds: AtomicU32,
     inner: Mutex<Inner>,
 }
 
@@ -52,8 +54,14 @@ impl Link {
             why_tcp: Mutex::default(),
             lent,
             packs: AtomicBool::new(false),
+            rounds: AtomicU32::new(0),
             inner: Mutex::default(),
         }
+    }
+
+    /// What tells the frames of a push from those of an earlier one; never 0.
+    pub(crate) fn next_round(&self) -> u32 {
+        self.rounds.fetch_add(1, Ordering::Relaxed) % ROUNDS + 1
     }
 
     /// Whether cells go by RDMA, or soon will.
@@ -142,13 +150,13 @@ impl Link {
         self.work.notify_one();
     }
 
-    /// The next frame of the next push in turn.
-    pub(crate) fn take(&self) -> Option<(Arc<PushShared>, Job)> {
+    /// The next frame of the next push in turn, with its commit if `along` and there is nothing between.
+    pub(crate) fn take(&self, along: bool) -> Option<(Arc<PushShared>, Job)> {
         loop {
             let push = self.inner.lock().ready.pop_front()?;
             // Cleared before the look inside, so that whoever adds something meanwhile lists it again.
             push.listed.store(false, Ordering::Release);
-            let (job, more) = push.next();
+            let (job, more) = push.next(along);
             if more {
                 self.list(&push);
             }
@@ -169,6 +177,14 @@ impl Link {
             self.stop.cancel();
         }
         dead
+    }
+
+    /// No push goes on, but the link does.
+    pub(crate) fn fail_pushes(&self, why: &PushError) {
+        let pushes: Vec<_> = self.inner.lock().pushes.values().cloned().collect();
+        for push in pushes {
+            push.fail(why.clone());
+        }
     }
 
     /// A connection is lost: the link and everything on it is over.

@@ -1,4 +1,4 @@
-//! A frame on its way out: an owned head, then cells read straight from the source.
+//! A frame on its way out: an owned head, then cells read straight from the source, then perhaps the commit.
 
 use std::io;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::job::{Job, QueuedCell};
 use crate::packed;
 use crate::packing::Packing;
-use crate::push::PushShared;
+use crate::push::{PushShared, SEQ_ATTACH, SEQ_COMMIT};
 use crate::socket::Socket;
 use crate::transport::Transport;
 use crate::wire::{ATTACH_BYTES, CellDescriptor, Header, Kind, LENT_CELL_BYTES, LentCell};
@@ -17,15 +17,13 @@ use bytes::BufMut;
 const WRITE_BYTES: usize = 1 << 20;
 /// What is sent instead of source bytes once their push is over: the rest of a frame must still be something.
 static FILLER: [u8; 64 << 10] = [0; 64 << 10];
-/// Sequence numbers of the frames that are not writes; all of them are answered.
-const SEQ_ATTACH: u32 = u32::MAX;
-const SEQ_COMMIT: u32 = u32::MAX - 1;
-
 /// A frame being sent.
 pub(crate) struct Outgoing {
     push: Arc<PushShared>,
     head: Vec<u8>,
     places: Vec<Range<usize>>,
+    /// A commit behind the cells.
+    tail: Vec<u8>,
     sent: usize,
     total: usize,
     /// Bytes of its cells, as they go.
@@ -45,23 +43,29 @@ impl Outgoing {
         lent: Option<Transport>,
     ) -> Option<Self> {
         let transfer = push.ticket.transfer;
-        let (mut head, mut places, mut answers, mut bytes) = (Vec::new(), Vec::new(), 0, 0);
+        let (mut head, mut places, mut tail) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut answers, mut bytes) = (0, 0);
+        let commit = |payload: &[u8], out: &mut Vec<u8>| {
+            Header::bare(Kind::Commit, transfer, push.number(SEQ_COMMIT), 0).put_with_body(payload, out);
+        };
         if attach {
             let mut body = Vec::with_capacity(ATTACH_BYTES);
             body.put_slice(&push.ticket.secret.0);
             body.put_u64_le(push.ticket.generation);
             body.put_u32_le(push.ticket.attempt);
             let packing = push.packing.map_or(0, Packing::code);
-            Header::bare(Kind::Attach, transfer, SEQ_ATTACH, packing).put_with_body(&body, &mut head);
+            Header::bare(Kind::Attach, transfer, push.number(SEQ_ATTACH), packing)
+                .put_with_body(&body, &mut head);
             answers += 1;
         }
         match job {
             Job::Attach => {}
-            Job::Write { seq, cells } if lent.is_none() && push.packing.is_some() => {
-                bytes = packed::put(&push, seq, &cells, &mut head)?;
-                answers += 1;
+            Job::Write { seq, cells, commit: last } if lent.is_none() && push.packing.is_some() => {
+                bytes = packed::put(&push, push.number(seq), &cells, &mut head)?;
+                answers += 1 + usize::from(last.is_some());
+                last.iter().for_each(|payload| commit(payload, &mut tail));
             }
-            Job::Write { seq, cells } => {
+            Job::Write { seq, cells, commit: last } => {
                 let mut body = Vec::with_capacity(cells.len() * LENT_CELL_BYTES);
                 for queued in &cells {
                     let place = push.place(queued.plane, queued.src_slot)?;
@@ -76,23 +80,28 @@ impl Outgoing {
                     }
                 }
                 let kind = if lent.is_some() { Kind::Lent } else { Kind::Write };
-                let mut header = Header::bare(kind, transfer, seq, 0);
+                let mut header = Header::bare(kind, transfer, push.number(seq), 0);
                 header.count = u16::try_from(cells.len()).ok()?;
                 header.payload_bytes = u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
                 header.put_with_body(&body, &mut head);
-                answers += 1;
+                answers += 1 + usize::from(last.is_some());
+                last.iter().for_each(|payload| commit(payload, &mut tail));
             }
             Job::Commit(payload) => {
-                Header::bare(Kind::Commit, transfer, SEQ_COMMIT, 0).put_with_body(&payload, &mut head);
+                commit(&payload, &mut head);
                 answers += 1;
             }
             Job::Abort(reason) => {
                 Header::bare(Kind::Abort, transfer, 0, 0).put_with_body(reason.as_bytes(), &mut head);
             }
         }
-        let total = head.len() + places.iter().map(Range::len).sum::<usize>();
+        if places.is_empty() {
+            // Nothing between: one system call for both.
+            head.append(&mut tail);
+        }
+        let total = head.len() + places.iter().map(Range::len).sum::<usize>() + tail.len();
         let way = lent.unwrap_or(Transport::Tcp);
-        Some(Self { push, head, places, sent: 0, total, bytes, way, answers })
+        Some(Self { push, head, places, tail, sent: 0, total, bytes, way, answers })
     }
 
     /// Whether all of it is with the kernel.
@@ -105,10 +114,21 @@ impl Outgoing {
     pub(crate) fn send(&mut self, socket: &mut Socket) -> io::Result<Option<usize>> {
         let head = self.head.get(self.sent.min(self.head.len())..).unwrap_or_default();
         let region = &self.push.region;
+        let cells_end = self.total - self.tail.len();
+        if let Some(tail) = self
+            .sent
+            .checked_sub(cells_end)
+            .and_then(|at| self.tail.get(at..))
+            .filter(|tail| !tail.is_empty())
+        {
+            let sent = socket.write(region, tail, std::iter::empty())?;
+            self.sent += sent.unwrap_or(0);
+            return Ok(sent);
+        }
         let sent = match self.push.reading(|| socket.write(region, head, self.rest())) {
             Some(sent) => sent?,
             None => {
-                let filler = FILLER.get(..(self.total - self.sent).min(FILLER.len())).unwrap_or_default();
+                let filler = FILLER.get(..(cells_end - self.sent).min(FILLER.len())).unwrap_or_default();
                 let bytes = if head.is_empty() { filler } else { head };
                 socket.write(region, bytes, std::iter::empty())?
             }

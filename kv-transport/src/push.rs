@@ -15,11 +15,19 @@ use crate::error::PushError;
 use crate::job::Job;
 use crate::link::Link;
 use crate::packing::Packing;
-use crate::push_state::{Next, PushPhase, PushState, QueuedCell};
+use crate::push_state::{LAST_SEQ, Next, PushPhase, PushState, QueuedCell};
 use crate::ticket::Ticket;
 use crate::transport::Used;
 use crate::wire::{MAX_COMMIT_BYTES, MAX_REASON_BYTES};
 use crate::{Grid, Region};
+
+/// Bits of a frame's number within its push.
+const SEQ_BITS: u32 = 20;
+/// Rounds of numbers before they are used again.
+pub(crate) const ROUNDS: u32 = 0xFFE;
+/// Numbers of the frames that carry no cells.
+pub(crate) const SEQ_ATTACH: u32 = 0;
+pub(crate) const SEQ_COMMIT: u32 = LAST_SEQ + 1;
 
 /// A cell to push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +97,11 @@ impl Push {
         self.shared.ticket.attempt
     }
 
+    /// Waits until the receiver has accepted the ticket, or refused it.
+    pub async fn accepted(&self) -> Result<(), PushError> {
+        self.shared.wait(|state| (state.phase() != PushPhase::Opening).then_some(())).await
+    }
+
     /// Waits until the push may queue further cells under its window, and queues them. Their bytes must be
     /// final; they are read from now until the push is over.
     pub async fn cells(&self, plane: u32, cells: &[Cell]) -> Result<(), PushError> {
@@ -120,8 +133,8 @@ impl Push {
         }
     }
 
-    /// Waits until all cells are acknowledged, commits with the caller's words, and waits until the landing is
-    /// committed. Every cell must have been queued before.
+    /// Commits with the caller's words behind the last cells, and waits until the landing is committed, which says that every cell was
+    /// verified. Every cell must have been queued before.
     pub async fn commit(self, payload: Bytes) -> Result<PushReport, PushError> {
         let shared = &self.shared;
         if payload.len() > MAX_COMMIT_BYTES {
@@ -165,6 +178,8 @@ pub(crate) struct PushShared {
     /// How cells are packed that go over TCP.
     pub(crate) packing: Option<Packing>,
     pub(crate) packed_bytes: AtomicU64,
+    /// Which of the link's pushes it is; see [`PushShared::number`].
+    pub(crate) round: u32,
     deadline: tokio::time::Instant,
     inner: Mutex<Inner>,
     changed: Notify,
@@ -197,7 +212,32 @@ impl PushShared {
         let inner = Inner { state, hold: Some(hold), payload: Bytes::new(), reason, commit_ack: None };
         let (inner, changed) = (Mutex::new(inner), Notify::new());
         let (listed, used, packed_bytes) = (AtomicBool::new(false), Used::default(), AtomicU64::new(0));
-        Self { ticket, grid, region, link, listed, used, packing, packed_bytes, deadline, inner, changed }
+        let round = link.next_round();
+        Self {
+            ticket,
+            grid,
+            region,
+            link,
+            listed,
+            used,
+            packing,
+            packed_bytes,
+            round,
+            deadline,
+            inner,
+            changed,
+        }
+    }
+
+    /// The number of a frame on the wire. A ticket that was refused may be shown again while answers to the first try are still on
+    /// their way; they bear another push's numbers.
+    pub(crate) fn number(&self, seq: u32) -> u32 {
+        self.round << SEQ_BITS | seq
+    }
+
+    /// The frame of this push that a reply is about; nothing when it is another push's. 0 is about no frame.
+    pub(crate) fn seq_of(&self, number: u32) -> Option<u32> {
+        (number == 0 || number >> SEQ_BITS == self.round).then_some(number & ((1 << SEQ_BITS) - 1))
     }
 
     /// Applies an event to the state and does what follows from it, outside the lock.
@@ -270,13 +310,18 @@ impl PushShared {
         }
     }
 
-    /// The next thing to send; true when there is more after it.
-    pub(crate) fn next(&self) -> (Option<Job>, bool) {
+    /// The next thing to send; true when there is more after it. A commit that comes next goes along with the last cells where that is
+    /// asked for: no other connection need be woken for it.
+    pub(crate) fn next(&self, along: bool) -> (Option<Job>, bool) {
         let mut inner = self.inner.lock();
         let job = match inner.state.next() {
             Next::Nothing => None,
             Next::Attach => Some(Job::Attach),
-            Next::Write { seq, cells } => Some(Job::Write { seq, cells }),
+            Next::Write { seq, cells } => {
+                let commits = along && inner.state.commits_next() && inner.state.next() == Next::Commit;
+                let commit = commits.then(|| inner.payload.clone());
+                Some(Job::Write { seq, cells, commit })
+            }
             Next::Commit => Some(Job::Commit(inner.payload.clone())),
             Next::Abort => Some(Job::Abort(inner.reason.clone())),
         };

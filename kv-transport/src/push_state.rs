@@ -7,6 +7,9 @@
 //!                                                       └──no read in flight any more──► Closed (source released)
 //! ```
 //!
+//! Nothing waits for an answer that need not: cells may go out behind the ticket, and the commit behind the last cells. A receiver
+//! that refuses the ticket throws them away; one that misses a cell commits when that has come.
+//!
 //! Plain synchronous code: no clock, no sockets, no locks.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -16,10 +19,13 @@ use crate::error::{PushError, Refusal};
 pub use crate::job::{FrameBounds, Next, QueuedCell};
 use crate::landing_state::MAX_REFETCHES;
 
+/// Frames of cells are numbered from 1 to this, round and round.
+pub const LAST_SEQ: u32 = (1 << 20) - 2;
+
 /// Where a push is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PushPhase {
-    /// The ticket was not accepted yet.
+    /// The ticket was not accepted yet. Cells may be queued all the same.
     Opening,
     /// Cells may be queued.
     Pushing,
@@ -51,6 +57,7 @@ pub struct PushState {
     reads: usize,
     retries: BTreeMap<usize, u8>,
     refetched: u64,
+    accepted: bool,
     attach_due: bool,
     commit_due: bool,
     abort_due: bool,
@@ -76,6 +83,7 @@ impl PushState {
             reads: 0,
             retries: BTreeMap::new(),
             refetched: 0,
+            accepted: false,
             attach_due: true,
             commit_due: false,
             abort_due: false,
@@ -145,6 +153,7 @@ impl PushState {
 
     /// The receiver accepted the ticket. Comes once per connection.
     pub fn attached(&mut self) {
+        self.accepted = true;
         if self.phase == PushPhase::Opening {
             self.phase = PushPhase::Pushing;
         }
@@ -153,12 +162,12 @@ impl PushState {
     /// The caller wants to commit.
     pub fn commit(&mut self) -> Result<(), PushError> {
         match self.phase {
-            PushPhase::Pushing if self.queued_count == self.total => {
+            PushPhase::Opening | PushPhase::Pushing if self.queued_count == self.total => {
                 self.phase = PushPhase::Committing;
                 self.commit_due = true;
                 Ok(())
             }
-            PushPhase::Pushing => {
+            PushPhase::Opening | PushPhase::Pushing => {
                 Err(PushError::Incomplete { missing: (self.total - self.queued_count) as u64 })
             }
             _ => Err(self.end.clone().unwrap_or(PushError::Closed)),
@@ -168,8 +177,9 @@ impl PushState {
     /// Whether [`PushState::next`] has something to send.
     pub fn has_next(&self) -> bool {
         match self.phase {
-            PushPhase::Opening => self.attach_due,
-            PushPhase::Pushing | PushPhase::Committing => self.may_write() || self.may_commit(),
+            PushPhase::Opening | PushPhase::Pushing | PushPhase::Committing => {
+                self.attach_due || self.may_write() || self.may_commit()
+            }
             PushPhase::Committed => false,
             PushPhase::Closing | PushPhase::Closed => self.abort_due,
         }
@@ -182,7 +192,12 @@ impl PushState {
     }
 
     fn may_commit(&self) -> bool {
-        self.commit_due && self.pending.is_empty() && self.sent.is_empty()
+        self.commit_due && self.pending.is_empty()
+    }
+
+    /// Whether the commit is what comes next: the frame before it was the last one of cells.
+    pub fn commits_next(&self) -> bool {
+        self.is_open() && self.may_commit()
     }
 
     /// Takes what a connection shall send now.
@@ -191,20 +206,20 @@ impl PushState {
         if !self.has_next() {
             return Next::Nothing;
         }
-        match self.phase {
-            PushPhase::Opening => {
-                self.attach_due = false;
-                Next::Attach
-            }
-            PushPhase::Closing | PushPhase::Closed => {
-                self.abort_due = false;
-                Next::Abort
-            }
-            _ if self.may_commit() => {
-                self.commit_due = false;
-                Next::Commit
-            }
-            _ => self.next_write(),
+        if !self.is_open() {
+            self.abort_due = false;
+            return Next::Abort;
+        }
+        // Every frame shows the ticket on a connection that has not seen it: an attach is for having nothing else to say.
+        let attach_due = std::mem::take(&mut self.attach_due);
+        if self.may_write() {
+            self.next_write()
+        } else if self.may_commit() {
+            self.commit_due = false;
+            Next::Commit
+        } else {
+            debug_assert!(attach_due);
+            Next::Attach
         }
     }
 
@@ -214,7 +229,7 @@ impl PushState {
         let count = by_bytes.clamp(1, self.bounds.cells.max(1)).min(self.pending.len());
         let cells: Vec<_> = self.pending.drain(..count).collect();
         let seq = self.next_seq;
-        self.next_seq = self.next_seq.wrapping_add(1);
+        self.next_seq = self.next_seq % LAST_SEQ + 1;
         self.sent_cells += cells.len();
         self.sent.insert(seq, cells.clone());
         Next::Write { seq, cells }
@@ -267,10 +282,31 @@ impl PushState {
         }
     }
 
-    /// The receiver committed. Ignored unless everything was acknowledged and the commit was sent.
+    /// The receiver committed, so it has verified every cell. Ignored unless the commit was sent. Where it did not take this push's
+    /// ticket, it speaks of an earlier one that used it.
     pub fn commit_acked(&mut self) {
-        if self.phase == PushPhase::Committing && !self.commit_due {
+        if !self.commit_is_out() {
+            return;
+        }
+        if self.accepted {
             self.phase = PushPhase::Committed;
+        } else {
+            self.close(PushError::Refused(Refusal::Stale));
+        }
+    }
+
+    fn commit_is_out(&self) -> bool {
+        self.phase == PushPhase::Committing && !self.commit_due
+    }
+
+    /// The receiver refused a frame. That a ticket is stale says nothing once the commit is out, but in answer to it: shown on one connection,
+    /// the ticket may come after another one's commit has used it.
+    pub fn refused(&mut self, refusal: Refusal, of_commit: bool) {
+        if of_commit || !self.commit_is_out() || refusal != Refusal::Stale {
+            self.close(match refusal {
+                Refusal::Corrupt => PushError::Corrupt,
+                refusal => PushError::Refused(refusal),
+            });
         }
     }
 
@@ -280,7 +316,9 @@ impl PushState {
             return;
         }
         if self.phase != PushPhase::Committed {
-            self.abort_due = !matches!(why, PushError::Refused(refusal) if refusal != Refusal::Busy);
+            // A connection that is too busy says nothing about the others, unless nothing was shown but there.
+            let alone = self.phase == PushPhase::Opening && self.next_seq == 1;
+            self.abort_due = !matches!(why, PushError::Refused(refusal) if alone || refusal != Refusal::Busy);
             self.end = Some(why);
         }
         self.phase = PushPhase::Closing;

@@ -46,6 +46,36 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
+/// The ticket was shown on one connection; cells and commit went by another, and were answered first.
+#[test]
+fn a_ticket_that_comes_after_its_own_commit_ends_nothing() {
+    let mut state = push();
+    assert_eq!(state.next(), Next::Attach);
+    state.queue(&(0..TOTAL as u32).map(cell).collect::<Vec<_>>()).unwrap();
+    state.refused(Refusal::Stale, false);
+    assert!(!state.is_open(), "before the commit a stale ticket is the end");
+
+    let mut state = PushState::new(1, 1, 100, BOUNDS);
+    assert_eq!(state.next(), Next::Attach);
+    state.queue(&[cell(0)]).unwrap();
+    state.commit().unwrap();
+    assert!(matches!(state.next(), Next::Write { .. }));
+    assert_eq!(state.next(), Next::Commit);
+    let (mut committed, mut earlier) = (state.clone(), state.clone());
+    let (mut refused, mut busy) = (state.clone(), state);
+    committed.refused(Refusal::Stale, false);
+    committed.attached();
+    committed.commit_acked();
+    assert_eq!(committed.phase(), PushPhase::Committed);
+    earlier.refused(Refusal::Stale, false);
+    earlier.commit_acked();
+    assert_eq!(earlier.end(), Some(&PushError::Refused(Refusal::Stale)), "another push used the ticket");
+    refused.refused(Refusal::Stale, true);
+    assert_eq!(refused.end(), Some(&PushError::Refused(Refusal::Stale)));
+    busy.refused(Refusal::Busy, false);
+    assert_eq!(busy.end(), Some(&PushError::Refused(Refusal::Busy)), "its cells may be lost");
+}
+
 proptest! {
     #[test]
     fn invariants_hold_under_any_sequence(events in prop::collection::vec(event(), 0..300)) {
@@ -64,11 +94,11 @@ proptest! {
                     match state.next() {
                         Next::Write { cells, .. } => {
                             prop_assert!(!cells.is_empty() && cells.len() <= BOUNDS.cells);
-                            prop_assert!(matches!(state.phase(), PushPhase::Pushing | PushPhase::Committing));
+                            prop_assert!(state.is_open());
                         }
                         Next::Commit => {
                             commits += 1;
-                            prop_assert_eq!(state.outstanding_bytes(), 0);
+                            prop_assert!(state.pending.is_empty(), "the commit goes out behind the cells");
                             prop_assert_eq!(queued.len(), TOTAL);
                         }
                         Next::Abort => aborts += 1,
@@ -115,12 +145,13 @@ proptest! {
         state.attached();
         state.queue(&(0..TOTAL as u32).map(cell).collect::<Vec<_>>()).unwrap();
         state.commit().unwrap();
-        let (mut open, mut arrived) = (Vec::new(), HashSet::new());
+        let (mut open, mut arrived, mut commits) = (Vec::new(), HashSet::new(), 0);
         let mut seeds = seeds.into_iter();
         loop {
             match state.next() {
                 Next::Write { seq, cells } => open.push((seq, cells)),
-                Next::Commit => break,
+                Next::Commit => commits += 1,
+                Next::Nothing if open.is_empty() => break,
                 Next::Nothing => {
                     let seed = usize::from(seeds.next().unwrap_or(0));
                     let (seq, cells) = open.swap_remove(seed % open.len());
@@ -134,7 +165,7 @@ proptest! {
             }
             prop_assert!(open.iter().map(|(_, cells)| cells.len() * 100).sum::<usize>() <= BOUNDS.window_bytes);
         }
-        prop_assert!(open.is_empty());
+        prop_assert_eq!(commits, 1);
         prop_assert_eq!(arrived.len(), TOTAL);
         state.commit_acked();
         prop_assert_eq!(state.phase(), PushPhase::Committed);

@@ -16,7 +16,7 @@ use crate::lend::Lender;
 use crate::link::Link;
 use crate::packing::Packing;
 use crate::push::{Push, PushShared};
-use crate::push_state::{FrameBounds, PushPhase, PushState};
+use crate::push_state::{FrameBounds, PushState};
 use crate::socket::{Secure, Socket};
 use crate::stats::{Fallback, SenderCounters, SenderStats};
 use crate::stream::{Limits, Stream};
@@ -140,14 +140,17 @@ impl Sender {
         }
     }
 
-    /// Opens a ticket: reaches its receiver, on warm connections if there are any, and shows it the ticket.
+    /// Opens a ticket: reaches its receiver, on warm connections if there are any, and shows it the ticket, which must be accepted.
     /// `hold` keeps the source memory until nothing reads it.
     pub async fn open(&self, ticket: Bytes, hold: Arc<dyn Any + Send + Sync>) -> Result<Push, PushError> {
-        self.open_packed(ticket, hold, None).await
+        let push = self.open_ahead(ticket, hold, None).await?;
+        push.accepted().await?;
+        Ok(push)
     }
 
-    /// The same; what goes over TCP goes packed. Only for a receiver that is known to unpack it: another one refuses the ticket.
-    pub async fn open_packed(
+    /// The same without waiting for the receiver's answer: cells and commit may follow at once, and a refusal ends the push. With a
+    /// packing what goes over TCP goes packed; only for a receiver that is known to unpack it: another one refuses the ticket.
+    pub async fn open_ahead(
         &self,
         ticket: Bytes,
         hold: Arc<dyn Any + Send + Sync>,
@@ -187,7 +190,6 @@ impl Sender {
         }
         let push_handle = Push::new(push.clone());
         link.list(&push);
-        push.wait(|state| (state.phase() != PushPhase::Opening).then_some(())).await?;
         if shared.config.require_rdma && !link.has_lanes() {
             return Err(PushError::Downgrade { reason: link.why_tcp() });
         }

@@ -1,6 +1,6 @@
 //! The sender's side of one connection: one task that sends frames and hears replies.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::error::{PushError, Refusal};
 use crate::job::{Job, QueuedCell};
 use crate::link::Link;
 use crate::outgoing::Outgoing;
-use crate::push::PushShared;
+use crate::push::{PushShared, SEQ_COMMIT};
 use crate::socket::{Fairness, INBOX_BYTES, Inbox, Outbox, Socket};
 use crate::stream_rdma::{Lane, Sent};
 use crate::wire::{HEADER_BYTES, Header, Kind};
@@ -35,7 +35,8 @@ pub(crate) struct Stream {
     socket: Socket,
     limits: Limits,
     inbox: Inbox,
-    attached: HashSet<u128>,
+    /// Tickets that were shown here, and by which push: one that was refused is shown anew by the next.
+    attached: HashMap<u128, u32>,
     current: Option<Outgoing>,
     /// Frames sent whose answer is due.
     unanswered: usize,
@@ -57,7 +58,7 @@ impl Stream {
             socket,
             limits,
             inbox: Inbox::new(),
-            attached: HashSet::new(),
+            attached: HashMap::new(),
             current: None,
             unanswered: 0,
             progress: Instant::now(),
@@ -105,22 +106,25 @@ impl Stream {
             if !self.outbox.is_empty() || !self.may_take() {
                 return Ok(0);
             }
-            let Some((push, job)) = self.link.take() else {
+            // A queue pair's cells and the commit go different ways.
+            let Some((push, job)) = self.link.take(self.lane.is_none()) else {
                 return Ok(0);
             };
             let (push, job) = match (&self.lane, job) {
-                (Some(lane), Job::Write { seq, cells }) if lane.is_up() => match self.write(push, seq, cells)
-                {
-                    Ok(moved) => return Ok(moved),
-                    Err(push) => (push, Job::Attach),
-                },
+                (Some(lane), Job::Write { seq, cells, .. }) if lane.is_up() => {
+                    match self.write(push, seq, cells) {
+                        Ok(moved) => return Ok(moved),
+                        Err(push) => (push, Job::Attach),
+                    }
+                }
                 (_, job) => (push, job),
             };
             if self.attached.len() >= MAX_ATTACHED {
-                self.attached.retain(|transfer| self.link.knows(*transfer));
+                self.attached.retain(|transfer, _| self.link.knows(*transfer));
             }
             // An attach that was asked for is always said: its answer tells whether the ticket still stands.
-            let attach = self.attached.insert(push.ticket.transfer) || matches!(job, Job::Attach);
+            let shown = self.attached.insert(push.ticket.transfer, push.round) == Some(push.round);
+            let attach = !shown || matches!(job, Job::Attach);
             let frame = Outgoing::new(push, job, attach, self.link.lent);
             self.unanswered += frame.as_ref().map_or(0, |frame| frame.answers);
             self.current = frame;
@@ -251,22 +255,21 @@ impl Stream {
         if header.transfer == 0 && header.kind == Kind::Refused {
             return Err(Lost::Refused(Refusal::from_code(header.arg)));
         }
-        // Unknown here: the push is over already.
-        let Some(push) = self.link.push(header.transfer) else {
-            return Ok(());
-        };
+        // Unknown here: the push is over already, and whoever shows the same ticket now has not been answered yet.
+        let Some(push) = self.link.push(header.transfer) else { return Ok(()) };
+        let Some(seq) = push.seq_of(header.seq) else { return Ok(()) };
         match header.kind {
             Kind::Attached => push.update(|inner| inner.state.attached()),
             Kind::Ack => push.update(|inner| {
                 let before = inner.state.refetched();
-                inner.state.acked(header.seq, header.arg);
+                inner.state.acked(seq, header.arg);
                 self.link.counters.refetched_cells.add(inner.state.refetched() - before);
             }),
             Kind::CommitAck => push.update(|inner| inner.state.commit_acked()),
-            Kind::Refused => push.fail(match Refusal::from_code(header.arg) {
-                Refusal::Corrupt => PushError::Corrupt,
-                refusal => PushError::Refused(refusal),
-            }),
+            Kind::Refused => {
+                let refusal = Refusal::from_code(header.arg);
+                push.update(|inner| inner.state.refused(refusal, seq == SEQ_COMMIT));
+            }
             _ => return Err(Lost::Refused(Refusal::Protocol)),
         }
         Ok(())

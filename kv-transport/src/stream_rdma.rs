@@ -126,10 +126,13 @@ impl Lane {
         }
     }
 
-    /// Whether the link's frames wait for this lane rather than go over TCP.
+    /// Whether the link's frames wait for this lane rather than go over TCP. Where that is not allowed, no push survives the last one.
     fn count(&mut self, counted: bool) {
         if mem::replace(&mut self.counted, counted) != counted {
             self.link.count_lane(counted);
+            if self.config.required && !self.link.has_lanes() {
+                self.link.fail_pushes(&PushError::Downgrade { reason: self.link.why_tcp() });
+            }
         }
     }
 
@@ -260,7 +263,7 @@ impl Lane {
         cells: Vec<QueuedCell>,
     ) -> Result<Sent, PairBroken> {
         let transfer = push.ticket.transfer;
-        self.unanswered.insert((transfer, seq), push.clone());
+        self.unanswered.insert((transfer, push.number(seq)), push.clone());
         let key = match self.grants.get(&transfer) {
             Some(grant) => grant.key,
             None => {
@@ -278,14 +281,14 @@ impl Lane {
         };
         if !push.begin_read() {
             // Over meanwhile: nothing of it is sent, and nobody waits for the answer.
-            self.unanswered.remove(&(transfer, seq));
+            self.unanswered.remove(&(transfer, push.number(seq)));
             return Ok(Sent::Parked);
         }
         let Some(buffer) = up.free.pop() else {
             push.end_read();
             return Err(PairBroken("no announcement buffer is free".into()));
         };
-        let announcement = announce(transfer, seq, &cells);
+        let announcement = announce(transfer, push.number(seq), &cells);
         let bytes = writes.iter().flat_map(|w| &w.pieces).map(Range::len).sum();
         push.used.add(Transport::Rdma);
         up.reading.insert(buffer, push);
@@ -405,10 +408,8 @@ impl Lane {
         self.parked.clear();
         let frames = mem::take(&mut self.unanswered);
         self.count(false);
-        for ((_, seq), push) in frames {
-            if self.config.required {
-                push.fail(PushError::Downgrade { reason: self.link.why_tcp() });
-            } else {
+        for ((_, number), push) in frames {
+            if let Some(seq) = push.seq_of(number) {
                 push.update(|inner| inner.state.unsend(seq));
             }
         }
@@ -448,7 +449,7 @@ impl Lane {
             self.parked.retain(|parked| {
                 let keep = parked.push.ticket.transfer != transfer;
                 if !keep {
-                    self.unanswered.remove(&(transfer, parked.seq));
+                    self.unanswered.remove(&(transfer, parked.push.number(parked.seq)));
                 }
                 keep
             });
@@ -462,7 +463,9 @@ impl Lane {
 impl Drop for Lane {
     fn drop(&mut self) {
         self.let_go(State::Falling);
-        self.count(false);
+        if self.counted {
+            self.link.count_lane(false);
+        }
     }
 }
 

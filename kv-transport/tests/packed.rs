@@ -27,7 +27,7 @@ fn setup(planes: u32, slots: u64, rows: u32) -> Setup {
 }
 
 async fn push_packed(pair: &Pair, ticket: Bytes, src: &[u32]) -> Result<PushReport, PushError> {
-    let push = pair.sender.open_packed(ticket, Arc::new(pair.holds.take()), Some(packing())).await?;
+    let push = pair.sender.open_ahead(ticket, Arc::new(pair.holds.take()), Some(packing())).await?;
     for plane in 0..pair.grid.planes {
         push.cells(plane, &pair.cells(plane, src)).await?;
     }
@@ -89,7 +89,7 @@ async fn what_landed_is_pushed_on_without_further_loss() {
     let onward = Sender::new(identity("decode", 1), pair.target.clone(), pair.grid, SenderConfig::default());
     let mut landing = pair.reserve(&[7]);
     let push =
-        soon(onward.open_packed(landing.ticket().clone(), Arc::new(()), Some(packing()))).await.unwrap();
+        soon(onward.open_ahead(landing.ticket().clone(), Arc::new(()), Some(packing()))).await.unwrap();
     for (plane, checksum) in first.checksums.iter().enumerate() {
         push.cells(plane as u32, &[kv_transport::Cell { index: 0, src_slot: 4, checksum: *checksum }])
             .await
@@ -134,7 +134,7 @@ async fn lent_memory_is_copied_as_it_is() {
 async fn a_source_that_is_not_what_was_computed_never_lands() {
     let pair = setup(1, 4, 64).start().await;
     let mut landing = pair.reserve(&[2]);
-    let push = pair.sender.open_packed(landing.ticket().clone(), Arc::new(()), Some(packing()));
+    let push = pair.sender.open_ahead(landing.ticket().clone(), Arc::new(()), Some(packing()));
     let push = soon(push).await.unwrap();
     let cells = pair.cells(0, &[1]);
     let place = pair.grid.cell(0, 1).unwrap();

@@ -82,6 +82,43 @@ async fn a_used_ticket_is_stale() {
     assert_eq!(&landed.payload[..], b"first token");
 }
 
+/// Also when cells and commit were sent behind the ticket, so that answers about them are still on their way.
+#[tokio::test]
+async fn a_ticket_that_was_refused_for_want_of_room_may_be_shown_again() {
+    let mut setup = Setup::new(1, 4, 512);
+    (setup.sender.streams, setup.receiver.max_attached) = (1, 1);
+    let pair = setup.start().await;
+    let (mut first, mut second) = (pair.reserve(&[0]), pair.reserve(&[1]));
+    let push = soon(pair.sender.open(first.ticket().clone(), Arc::new(()))).await.unwrap();
+    for _ in 0..3 {
+        refused(soon(pair.sender.open(second.ticket().clone(), Arc::new(()))).await.err(), Refusal::Busy);
+    }
+    push.cells(0, &pair.cells(0, &[2])).await.unwrap();
+    soon(push.commit(Bytes::new())).await.unwrap();
+    soon(first.committed()).await.unwrap();
+    drop(first);
+    soon(pair.push_all(second.ticket().clone(), &[3])).await.unwrap();
+    soon(second.committed()).await.unwrap();
+    pair.assert_landed(&[2, 3], &[0, 1]);
+}
+
+#[tokio::test]
+async fn what_was_sent_behind_a_refused_ticket_is_thrown_away_and_the_reason_stays() {
+    let pair = Setup::new(2, 4, 512).start().await;
+    let mut landing = pair.reserve(&[0]);
+    soon(pair.push_all(landing.ticket().clone(), &[1])).await.unwrap();
+    soon(landing.committed()).await.unwrap();
+    for round in 1..=5 {
+        let push = soon(pair.sender.open_ahead(landing.ticket().clone(), Arc::new(()), None)).await.unwrap();
+        for plane in 0..2 {
+            push.queue().send(plane, pair.cells(plane, &[2])).unwrap();
+        }
+        refused(soon(push.commit(Bytes::new())).await.err(), Refusal::Stale);
+        assert_eq!(pair.receiver.stats().bytes_total, 1024, "round {round}");
+    }
+    pair.assert_landed(&[1], &[0]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_reservation_nobody_uses_expires() {
     let pair = Setup::new(1, 4, 512).start().await;

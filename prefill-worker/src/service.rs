@@ -72,7 +72,7 @@ impl PrefillService {
             let stage = self.stages.wanted(&ticket, &self.sender)?;
             let sender = stage.as_ref().map_or(&self.sender, |stage| &stage.sender);
             let packing = self.stages.packing(&ticket, stage.as_deref());
-            let push = sender.open_packed(ticket, Arc::clone(&source) as _, packing);
+            let push = sender.open_ahead(ticket, Arc::clone(&source) as _, packing);
             let push = push.await.map_err(error::push)?;
             let is_converted = stage.is_some();
             let computed = self.compute(&request, &push, source, stage).await?;

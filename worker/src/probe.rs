@@ -51,7 +51,7 @@ pub async fn push(
     let sums: Vec<Vec<u32>> =
         (0..layers).map(|layer| ids.iter().map(|id| kv.checksum(layer, *id)).collect()).collect();
     let began = Instant::now();
-    let push = sender.open(ticket, Arc::new(Mutex::new(blocks))).await.map_err(status)?;
+    let push = sender.open_ahead(ticket, Arc::new(Mutex::new(blocks)), None).await.map_err(status)?;
     for (layer, sums) in sums.iter().enumerate() {
         let cell = |index: usize| {
             let at = index % ids.len();

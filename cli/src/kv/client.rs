@@ -144,7 +144,7 @@ async fn measure(bench: &KvBench, block: u32, packs: bool, line: &mut Line) -> a
     let sender = Sender::new(identity, region, grid, config);
     let push = async |ticket: Bytes, cells: &[Cell]| {
         let started = Instant::now();
-        let push = sender.open_packed(ticket, Arc::new(()), packing).await?;
+        let push = sender.open_ahead(ticket, Arc::new(()), packing).await?;
         push.cells(0, cells).await?;
         let report = push.commit(Bytes::new()).await?;
         anyhow::Ok((started.elapsed().as_secs_f64(), report))

@@ -31,8 +31,17 @@ pub enum Step {
     // Network.
     Deliver(Message),
     Duplicate(Message),
-    Lose(Message),
     Flip(Message),
+}
+
+impl Step {
+    /// Whether one side takes it by itself: no message need come for it, and nothing go wrong.
+    pub fn is_local(&self) -> bool {
+        !matches!(
+            self,
+            Self::Deliver(_) | Self::Duplicate(_) | Self::Flip(_) | Self::CrashDecode | Self::CrashPrefill
+        )
+    }
 }
 
 impl World {
@@ -59,10 +68,7 @@ impl World {
             }
         }
         steps.extend((0..self.reads.len()).map(Step::ReadEnds));
-        for message in &self.network {
-            steps.push(Step::Deliver(*message));
-            steps.push(Step::Lose(*message));
-        }
+        steps.extend(self.network.iter().map(|message| Step::Deliver(*message)));
         if self.faults > 0 {
             steps.extend([Step::CrashDecode, Step::CrashPrefill]);
             for message in &self.network {
@@ -109,9 +115,6 @@ impl World {
             Step::Speak(fence) => self.speak(*fence),
             Step::ReadEnds(at) => self.read_ends(*at),
             Step::Close(fence) => self.close(*fence, PushError::Stalled),
-            Step::Lose(message) => {
-                self.network.remove(message);
-            }
             Step::Deliver(message) => {
                 self.network.remove(message);
                 self.deliver(*message);
@@ -185,17 +188,21 @@ impl World {
         let Some(reservation) = self.landings.get_mut(&landing) else { return };
         let settled = reservation.state.settle(cell, content == Content::Of(ticket.attempt));
         reservation.state.write_ends();
+        if reservation.state.phase() == LandingPhase::Committed {
+            // The commit came before this cell.
+            self.network.insert(Message::Committed(ticket, life));
+        }
         self.network.insert(match settled {
             Settled::Verified => Message::Acked { fence: ticket, life, seq, bad: false },
             Settled::Refetch => Message::Acked { fence: ticket, life, seq, bad: true },
-            Settled::GaveUp | Settled::Ignored => Message::Refused(ticket, life),
+            Settled::GaveUp | Settled::Ignored => Message::Refused { fence: ticket, life, of_commit: false },
         });
     }
 
     fn compute(&mut self, fence: Fence) {
         let Some(push) = self.pushes.get_mut(&fence) else { return };
         if self.computed == self.memory.len() {
-            // Refused until the receiver attached: nothing changes then.
+            // Refused once the push is over: nothing changes then.
             let _ = push.commit();
             return;
         }
@@ -242,7 +249,7 @@ impl World {
             | Message::Write { fence, life, .. } => self.decode_hears(fence, life, message),
             Message::Attached(fence, life)
             | Message::Committed(fence, life)
-            | Message::Refused(fence, life)
+            | Message::Refused { fence, life, .. }
             | Message::Acked { fence, life, .. }
                 if life == self.life =>
             {
@@ -265,26 +272,28 @@ impl World {
 
     fn prefill_hears(&mut self, fence: Fence, message: Message) {
         let Some(push) = self.pushes.get_mut(&fence) else { return };
+        if !matches!(message, Message::Refused { .. }) {
+            // Every frame goes behind the ticket, and so does its answer behind the ticket's.
+            push.attached();
+        }
         match message {
-            Message::Attached(..) => push.attached(),
             Message::Acked { seq, bad, .. } => push.acked(seq, u64::from(bad)),
             Message::Committed(..) => push.commit_acked(),
-            _ => push.close(PushError::Refused(Refusal::Stale)),
+            Message::Refused { of_commit, .. } => push.refused(Refusal::Stale, of_commit),
+            _ => {}
         }
     }
 
     fn decode_hears(&mut self, ticket: Fence, life: u8, message: Message) {
+        let refused =
+            Message::Refused { fence: ticket, life, of_commit: matches!(message, Message::Commit(..)) };
         let Some((landing, reservation)) = self.landings.iter_mut().find(|(f, _)| f.admits(&ticket)) else {
             let committed = matches!(message, Message::Commit(..)) && self.ended.get(&ticket) == Some(&true);
-            self.network.insert(if committed {
-                Message::Committed(ticket, life)
-            } else {
-                Message::Refused(ticket, life)
-            });
+            self.network.insert(if committed { Message::Committed(ticket, life) } else { refused });
             return;
         };
         if *reservation.sender.get_or_insert(life) != life {
-            self.network.insert(Message::Refused(ticket, life));
+            self.network.insert(refused);
             return;
         }
         let state = &mut reservation.state;
@@ -305,9 +314,9 @@ impl World {
                 }
                 Claim::Duplicate => Some(Message::Acked { fence: ticket, life, seq, bad: false }),
                 Claim::Busy => Some(Message::Acked { fence: ticket, life, seq, bad: true }),
-                _ => Some(Message::Refused(ticket, life)),
+                _ => Some(refused),
             },
-            _ => Some(Message::Refused(ticket, life)),
+            _ => Some(refused),
         };
         self.network.extend(reply);
     }
@@ -333,5 +342,24 @@ impl World {
             push.close(PushError::Closed);
         }
         self.pushes.retain(|_, push| push.phase() != PushPhase::Closed || push.has_next());
+        self.forget_dead_letters();
+    }
+
+    /// Answers to a push that is over, and its own messages once no landing listens or will: they can do nothing any more, and would
+    /// only multiply the states by every order in which they come. That a later landing turns them away is not taken for granted.
+    fn forget_dead_letters(&mut self) {
+        let (pushes, now) = (&self.pushes, self.life);
+        let listens = !self.landings.is_empty() || self.outcome.is_none() && self.attempts < ATTEMPTS;
+        self.network.retain(|message| match *message {
+            Message::Prefill(_) => true,
+            Message::Attach(fence, life)
+            | Message::Commit(fence, life)
+            | Message::Abort(fence, life)
+            | Message::Write { fence, life, .. } => listens || life == now && pushes.contains_key(&fence),
+            Message::Attached(fence, life)
+            | Message::Committed(fence, life)
+            | Message::Refused { fence, life, .. }
+            | Message::Acked { fence, life, .. } => life == now && pushes.contains_key(&fence),
+        });
     }
 }

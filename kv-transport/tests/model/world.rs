@@ -15,7 +15,7 @@ pub enum Content {
     Garbage,
 }
 
-/// A message on its way. The set of them may be delivered in any order, twice, or never.
+/// A message on its way. The set of them may be delivered in any order, twice, or never: one that is lost is one that stays in the set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Message {
     /// Router to prefill worker.
@@ -40,7 +40,11 @@ pub enum Message {
         bad: bool,
     },
     Committed(Fence, u8),
-    Refused(Fence, u8),
+    Refused {
+        fence: Fence,
+        life: u8,
+        of_commit: bool,
+    },
 }
 
 /// How the request ended.
@@ -149,7 +153,7 @@ impl World {
         self.pushes.len() <= 1 && self.reads.iter().all(|read| self.pushes.contains_key(&read.fence))
     }
 
-    /// Everything is over and everything is back.
+    /// Everything is over and everything is back, whatever messages may still come.
     pub fn at_rest(&self) -> bool {
         self.outcome.is_some()
             && self.current.is_none()
@@ -159,6 +163,5 @@ impl World {
             && self.running.is_none()
             && self.pushes.is_empty()
             && self.reads.is_empty()
-            && self.network.is_empty()
     }
 }
