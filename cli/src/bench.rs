@@ -7,9 +7,7 @@ use anyhow::{Context, bail};
 use engine::model::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::{
-    BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device, KvWireKind, Quantize,
-};
+use crate::args::{BenchArgs, BenchCommand, BenchEngineArgs, BenchKvArgs, BenchTable, Device, Quantize};
 use crate::{bench_serve, kv};
 
 /// Runs what was asked for.
@@ -24,7 +22,7 @@ pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
             }
             None => {
                 let json = args.json;
-                kv::run(&measured(args), json).await
+                kv::run(measured(args), json).await
             }
         },
     }
@@ -39,7 +37,7 @@ fn measured(args: BenchKvArgs) -> kv::KvBench {
         runs: args.runs.into(),
         rdma: args.rdma,
         shm: args.shm,
-        packs: args.kv_wire == KvWireKind::Int8,
+        packing: kv::packing(args.kv_wire.name()),
         tls: args.cluster_tls.files(),
         devices: args.rdma_device,
     }

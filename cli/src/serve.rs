@@ -311,6 +311,7 @@ fn transport(args: &TransportArgs, tls: bool) -> anyhow::Result<TransportConfig>
     let wire = match args.kv_wire {
         KvWireKind::Plain => KvWire::Plain,
         KvWireKind::Int8 => KvWire::Int8,
+        KvWireKind::Fp8 => KvWire::Fp8,
     };
     if args.require_rdma && wire != KvWire::Plain {
         anyhow::bail!(

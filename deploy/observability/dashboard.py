@@ -127,7 +127,7 @@ SECTIONS = [
           ("sum (increase(tandem_kv_queue_pairs_lost_total{" + SCOPE + "}[1h]))", "queue pairs lost")]),
         ("KV on the wire", "Bps", "Sent by the pushing side, received and discarded by the other.",
          [(rate("tandem_kv_sent_bytes_total"), "sent"), (rate("tandem_kv_received_bytes_total"), "received"),
-          (rate("tandem_kv_packed_sent_bytes_total"), "of it as int8, sent"), (rate("tandem_kv_packed_received_bytes_total"), "of it as int8, received"),
+          (rate("tandem_kv_packed_sent_bytes_total"), "of it packed, sent"), (rate("tandem_kv_packed_received_bytes_total"), "of it packed, received"),
           (rate("tandem_kv_discarded_bytes_total"), "discarded"), (rate("tandem_kv_verified_bytes_total"), "verified before the first step")]),
         ("Pushes and landings", "ops", "How they ended.",
          [(rate("tandem_kv_converted_blocks_total"), "blocks converted"), (rate("tandem_kv_pushes_total", by="outcome"), "push {{outcome}}"), (rate("tandem_kv_landings_total", by="outcome"), "landing {{outcome}}")]),

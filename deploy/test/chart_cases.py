@@ -93,9 +93,11 @@ def int8(o):
         assert "--quantize=int8" in container(o, role)["args"], role
 
 
-def kv_wire(o):
-    for role in ("prefill", "decode"):
-        assert "--kv-wire=int8" in container(o, role)["args"], role
+def kv_wire(kind):
+    def assertion(o):
+        for role in ("prefill", "decode"):
+            assert f"--kv-wire={kind}" in container(o, role)["args"], role
+    return assertion
 
 
 def gpu(o):
@@ -275,7 +277,8 @@ FEATURES = [
     ("gpu, fp8", sets("prefill.device=cuda", "decode.device=cuda", "engine.quantize=fp8",
                       "prefill.resources.limits.memory=64Gi", "decode.resources.limits.memory=64Gi"), gpu),
     ("int8 on CPUs", sets("engine.quantize=int8"), int8),
-    ("KV as int8 on its way", sets("engine.kvWire=int8"), kv_wire),
+    ("KV as int8 on its way", sets("engine.kvWire=int8"), kv_wire("int8")),
+    ("KV as fp8 on its way", sets("engine.kvWire=fp8"), kv_wire("fp8")),
     ("rdma, hugepages", sets("prefill.rdma.enabled=true", "prefill.rdma.devices={mlx5_0,mlx5_1:1:3}", "prefill.rdma.require=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
                              "prefill.resources.limits.hugepages-2Mi=2Gi", "prefill.resources.limits.memory=8Gi"), rdma),
     ("model on a claim", sets("model.source=pvc", "model.pvc.claimName=models", "model.pvc.subPath=m"),

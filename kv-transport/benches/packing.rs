@@ -27,11 +27,13 @@ fn packing(c: &mut Criterion) {
     group.throughput(Throughput::Bytes(CELL_BYTES as u64));
     group.bench_function("copy", |b| b.iter(|| other.copy_from_slice(&plain)));
     group.bench_function("checksum", |b| b.iter(|| crc32c::crc32c(&plain)));
-    for row in [64, 128] {
-        let Some(packing) = Packing::int8(row) else { continue };
+    for (name, row) in [(Packing::INT8, 64), (Packing::INT8, 128), (Packing::FP8, 64), (Packing::FP8, 128)] {
+        let Some(packing) = Packing::named(name, row) else { continue };
         let mut packed = vec![0; packing.packed_bytes(CELL_BYTES).unwrap_or_default()];
-        group.bench_function(BenchmarkId::new("pack", row), |b| b.iter(|| packing.pack(&plain, &mut packed)));
-        group.bench_function(BenchmarkId::new("unpack", row), |b| {
+        group.bench_function(BenchmarkId::new(format!("pack {name}"), row), |b| {
+            b.iter(|| packing.pack(&plain, &mut packed));
+        });
+        group.bench_function(BenchmarkId::new(format!("unpack {name}"), row), |b| {
             b.iter(|| packing.unpack(&packed, &mut other));
         });
     }

@@ -25,8 +25,10 @@ fn unpacked(packing: Packing, packed: &[u8], numbers_wanted: usize) -> Vec<u16> 
     numbers(&cell)
 }
 
-fn journey(row: u16, from: &[u16]) -> Vec<u16> {
-    let packing = Packing::int8(row).unwrap();
+const KINDS: [&str; 2] = [Packing::INT8, Packing::FP8];
+
+fn journey(kind: &str, row: u16, from: &[u16]) -> Vec<u16> {
+    let packing = Packing::named(kind, row).unwrap();
     unpacked(packing, &packed(packing, from), from.len())
 }
 
@@ -35,9 +37,11 @@ fn bf16(number: f32) -> u16 {
 }
 
 /// Half a step, and half of what lies between two bf16 of that size: 2⁻⁸ of it, or of the smallest ones there are.
-fn bound(largest: u16) -> f64 {
-    let largest = f64::from(wide(largest));
-    largest / 254.0 * 1.000_01 + largest * 2_f64.powi(-8) + 2_f64.powi(-134)
+fn bound(kind: &str, number: f32, largest: u16) -> f64 {
+    let (number, largest) = (f64::from(number.abs()), f64::from(wide(largest)));
+    let step =
+        if kind == Packing::INT8 { largest / 254.0 } else { (number / 16.0).max(largest / 448.0 / 1024.0) };
+    step * 1.000_01 + (number + step) * 2_f64.powi(-8) + 2_f64.powi(-134)
 }
 
 /// Numbers of like size as KV has them, or any bits at all: zeros, denormals, infinities, NaN.
@@ -54,9 +58,10 @@ proptest! {
 
     #[test]
     fn numbers_come_back_within_the_bound_and_never_lose_more(
+        kind in prop::sample::select(&KINDS[..]),
         (row, from) in (MIN_ROW..=130).prop_flat_map(|row| (Just(row), row_numbers(row)))
     ) {
-        let once = journey(row, &from);
+        let once = journey(kind, row, &from);
         for (from, once) in from.chunks(row.into()).zip(once.chunks(row.into())) {
             let magnitudes = from.iter().map(|n| n & MAGNITUDE).filter(|m| *m < INFINITE);
             let largest = magnitudes.max().unwrap_or(0);
@@ -64,7 +69,7 @@ proptest! {
                 let (was, is) = (wide(*was), wide(*is));
                 if was.is_finite() {
                     let off = (f64::from(was) - f64::from(is)).abs();
-                    prop_assert!(off <= bound(largest), "{was} became {is}, beside at most {}", wide(largest));
+                    prop_assert!(off <= bound(kind, was, largest), "{was} became {is}, beside at most {}", wide(largest));
                     prop_assert!(was != 0.0 || is == 0.0);
                     prop_assert!(bf16(was.abs()) != largest || was == is, "the largest, {was}, became {is}");
                 } else {
@@ -72,13 +77,17 @@ proptest! {
                 }
             }
         }
-        let again = journey(row, &once);
+        let again = journey(kind, row, &once);
         prop_assert!(again == once, "a second journey changed {once:?} to {again:?}");
     }
 
     #[test]
-    fn any_bytes_unpack_to_some_numbers(row in MIN_ROW..=130, seed in prop::collection::vec(any::<u8>(), 132 * 2)) {
-        let packing = Packing::int8(row).unwrap();
+    fn any_bytes_unpack_to_some_numbers(
+        kind in prop::sample::select(&KINDS[..]),
+        row in MIN_ROW..=130,
+        seed in prop::collection::vec(any::<u8>(), 132 * 2),
+    ) {
+        let packing = Packing::named(kind, row).unwrap();
         let bytes = &seed[..2 * (usize::from(row) + NUMBER)];
         prop_assert_eq!(unpacked(packing, bytes, 2 * usize::from(row)).len(), 2 * usize::from(row));
     }
@@ -87,7 +96,7 @@ proptest! {
 #[test]
 fn a_row_by_hand() {
     let from = [0.0, -0.0, 127.0, -127.0, 1.0, -2.0, 0.4, 100.6].map(bf16);
-    let packing = Packing::int8(8).unwrap();
+    let packing = Packing::named(Packing::INT8, 8).unwrap();
     let bytes = packed(packing, &from);
     assert_eq!(bytes[..2], bf16(127.0).to_le_bytes());
     assert_eq!(
@@ -101,12 +110,14 @@ fn a_row_by_hand() {
 #[test]
 fn what_is_not_finite_stays_so_and_its_neighbours_stay_fine() {
     let from = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1.0, -0.5, 0.25, 0.0, 0.125].map(bf16);
-    let back: Vec<f32> = journey(8, &from).into_iter().map(wide).collect();
-    assert!(back[..3].iter().all(|n| n.is_nan()), "{back:?}");
-    for (was, is) in [1.0_f32, -0.5, 0.25, 0.0, 0.125].iter().zip(&back[3..]) {
-        assert!((was - is).abs() <= 1.0 / 254.0 + 0.004, "{was} became {is}");
+    for kind in KINDS {
+        let back: Vec<f32> = journey(kind, 8, &from).into_iter().map(wide).collect();
+        assert!(back[..3].iter().all(|n| n.is_nan()), "{back:?}");
+        for (was, is) in [1.0_f32, -0.5, 0.25, 0.0, 0.125].iter().zip(&back[3..]) {
+            assert!((was - is).abs() <= 1.0 / 254.0 + 0.004, "{was} became {is}");
+        }
+        assert!(journey(kind, 8, &[INFINITE; 8]).iter().all(|n| wide(*n).is_nan()));
     }
-    assert!(journey(8, &[INFINITE; 8]).iter().all(|n| wide(*n).is_nan()));
 }
 
 #[test]
@@ -114,15 +125,20 @@ fn the_largest_and_the_smallest_numbers_there_are() {
     for number in [0x7f7f, 0xff7f, 0x0001, 0x8001, 0x007f, 0x0080, TINY - 1, TINY] {
         let mut from = [0; 8];
         from[3] = number;
-        assert_eq!(journey(8, &from), from, "{}", wide(number));
+        for kind in KINDS {
+            assert_eq!(journey(kind, 8, &from), from, "{kind}: {}", wide(number));
+        }
     }
 }
 
 #[test]
 fn cells_must_be_whole_rows() {
-    assert_eq!(Packing::int8(MIN_ROW - 1), None);
-    let packing = Packing::int8(64).unwrap();
+    assert_eq!(Packing::named(Packing::INT8, MIN_ROW - 1), None);
+    let packing = Packing::named(Packing::INT8, 64).unwrap();
     assert_eq!(packing.packed_bytes(12 << 10), Some(96 * 66));
     assert_eq!((packing.packed_bytes(0), packing.packed_bytes(129)), (None, None));
-    assert_ne!(packing.code(), Packing::int8(128).unwrap().code());
+    assert_eq!(Packing::named("int4", 64), None);
+    for (kind, row) in [(Packing::INT8, 128), (Packing::FP8, 64)] {
+        assert_ne!(packing.code(), Packing::named(kind, row).unwrap().code());
+    }
 }

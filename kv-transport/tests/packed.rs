@@ -16,7 +16,7 @@ const ROW: u16 = 16;
 const ROW_BYTES: u32 = 32;
 
 fn packing() -> Packing {
-    Packing::int8(ROW).unwrap()
+    Packing::named(Packing::INT8, ROW).unwrap()
 }
 
 /// A pair whose receiver unpacks; cells of so many rows of random bits.
@@ -168,7 +168,12 @@ async fn hostile_frames_end_their_connection_only() {
     let good = packed(&[5; 128]);
     let one = |bytes: &[u8]| [cell(0, 0, bytes)];
     let cases: [(&str, (u16, u64), _, Vec<u8>); 7] = [
-        ("another row", (1, Packing::int8(ROW * 2).unwrap().code()), one(&good), good.clone()),
+        (
+            "another row",
+            (1, Packing::named(Packing::INT8, ROW * 2).unwrap().code()),
+            one(&good),
+            good.clone(),
+        ),
         ("another kind", (1, packing().code() + 1), one(&good), good.clone()),
         ("no packing", (1, 0), one(&good), good.clone()),
         ("as long as a plain cell", (1, packing().code()), one(&[5; 128]), vec![5; 128]),

@@ -74,7 +74,7 @@ impl Stages {
         let packing = self.transport.packing(stage.map_or(&self.layout, |stage| stage.conversion.to()))?;
         let ticket = kv_transport::Ticket::decode(ticket).ok()?;
         let meta = v1::TicketMeta::decode(ticket.meta).ok()?;
-        (meta.wire == Packing::INT8).then_some(packing)
+        (meta.wire == packing.name()).then_some(packing)
     }
 
     fn stage(&self, layout: KvLayout, ours: &Sender) -> Result<Arc<Stage>, Status> {

@@ -5,7 +5,9 @@
 
 Needs a development build: release builds have no failpoints (failpoints/src/lib.rs). One router, two prefill and two decode
 workers, one etcd. Every process reports its events here and waits for the answer, so the victim dies while the request stands
-exactly there. `--cells N` takes a sample of N cells by the seed. What must hold:
+exactly there. `--cells N` takes a sample of N cells by the seed, `--only EVENT` one row. With `--kv-wire int8` or `fp8` KV goes packed, over
+TCP only; answers are then compared where no token was drawn before the kill, since KV of drawn tokens is packed only when it is sent
+again. What must hold:
 
 * worker or etcd killed: the answer equals the undisturbed one, token for token
 * router killed: the client sees UNAVAILABLE, and the same id sent again to the restarted router is a new request
@@ -105,10 +107,13 @@ def settle(cluster):
 
 def run(options):
     chance = random.Random(options.seed)
-    cells = [(kind, moment) for moment in MOMENTS for kind in KINDS]
+    moments = [moment for moment in MOMENTS if options.only in (None, moment)]
+    if options.kv_wire != "plain":
+        moments = [moment for moment in moments if MOMENTS[moment][0] != "token"]
+    cells = [(kind, moment) for moment in moments for kind in KINDS if kind in options.kinds.split(",")]
     cells = chance.sample(cells, min(options.cells, len(cells))) if options.cells else cells
     events = Events()
-    cluster = Cluster(options.tandem, options.model, options.base, env=events.environment())
+    cluster = Cluster(options.tandem, options.model, options.base, env=events.environment(), wire=options.kv_wire)
     killer = Killer(cluster, chance)
     table, bad, slowest = collections.defaultdict(collections.Counter), 0, collections.Counter()
     try:
@@ -122,6 +127,10 @@ def run(options):
             bad += not fine
             if not fine or options.verbose:
                 print(f"{number}: {moment}, {kind} ({killer.victim}) killed: {outcome} ({seconds:.1f} s)", file=sys.stderr)
+        if options.kv_wire != "plain":
+            packed = sum(cluster.counters(name, "tandem_kv_packed_sent_bytes_total") for name in cluster.workers)
+            print(f"{packed / 1e6:.1f} MB went packed from the processes that live now")
+            bad += packed == 0
     finally:
         cluster.stop()
         events.close()
@@ -148,6 +157,9 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--cells", type=int, default=0, help="a sample of so many cells; 0 is all 36")
+    parser.add_argument("--only", choices=MOMENTS, help="one row")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="columns, by commas")
+    parser.add_argument("--kv-wire", choices=["plain", "int8", "fp8"], default="plain")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--base", type=int, default=23000, help="first port")
     parser.add_argument("--json", action="store_true")

@@ -79,9 +79,9 @@ impl Mixed {
 
     /// KV is packed and unpacked on its way, in rows of a head's vector.
     #[must_use]
-    pub fn packed(self) -> Self {
+    pub fn packed(self, name: &str) -> Self {
         let head_dim = self.decode.engine.kv().layout().head_dim;
-        Self { packing: Packing::int8(head_dim as u16), ..self }
+        Self { packing: Packing::named(name, head_dim as u16), ..self }
     }
 
     /// The greedy output.

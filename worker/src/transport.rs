@@ -31,6 +31,8 @@ pub enum KvWire {
     Plain,
     /// bf16 KV as eight-bit numbers with a scale for each head's vector, where the other side wants it too.
     Int8,
+    /// The same as e4m3 numbers.
+    Fp8,
 }
 
 /// Settings of the transport.
@@ -64,10 +66,13 @@ pub struct Ways {
 impl TransportConfig {
     /// How cells of a pool of that layout are packed over TCP, if they are.
     pub fn packing(&self, layout: &KvLayout) -> Option<Packing> {
-        if self.wire == KvWire::Plain || layout.dtype != KvDtype::Bf16 {
-            return None;
-        }
-        Packing::int8(u16::try_from(layout.head_dim).ok()?)
+        let name = match self.wire {
+            KvWire::Plain => return None,
+            KvWire::Int8 => Packing::INT8,
+            KvWire::Fp8 => Packing::FP8,
+        };
+        let packing = Packing::named(name, u16::try_from(layout.head_dim).ok()?);
+        packing.filter(|_| layout.dtype == KvDtype::Bf16)
     }
 
     /// Opens what is wanted, with the pool's region registered. An error names what is missing.

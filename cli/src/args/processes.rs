@@ -24,8 +24,8 @@ pub struct TransportArgs {
     /// Refuse a peer without RDMA, and a transfer that would have to leave it, rather than use TCP
     #[arg(long)]
     pub require_rdma: bool,
-    /// As what KV goes over TCP from prefill to decode workers: plain, as the pools hold it, or int8, half the bytes and rounded;
-    /// only where both workers say int8 and the decode worker's pool is bf16
+    /// As what KV goes over TCP from prefill to decode workers: plain, as the pools hold it, or int8 or fp8, half the bytes and
+    /// rounded; only where both workers say the same and the decode worker's pool is bf16
     #[arg(long, value_enum, default_value_t = KvWireKind::Plain)]
     pub kv_wire: KvWireKind,
     /// With --cluster-cert: use RDMA although what it writes is not encrypted; without this, TCP is used
@@ -51,6 +51,8 @@ pub enum KvWireKind {
     Plain,
     /// As eight-bit numbers with a scale for each head's vector
     Int8,
+    /// As e4m3 numbers with a scale for each head's vector
+    Fp8,
 }
 
 impl KvWireKind {
@@ -59,6 +61,7 @@ impl KvWireKind {
         match self {
             Self::Plain => "plain",
             Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 use worker::secure::KvSecure;
 
-use super::{CHILD_ADDRESS, KvBench, MAX_BYTES, Row, cpu_seconds, fabric, packing};
+use super::{CHILD_ADDRESS, KvBench, MAX_BYTES, Row, cpu_seconds, fabric};
 
 /// Pushes of one block, for the latency.
 const LATENCIES: usize = 300;
@@ -59,9 +59,9 @@ pub(super) async fn run(bench: &KvBench) -> anyhow::Result<Vec<Row>> {
     let mut line = Line { read: BufReader::new(read).lines(), write };
     let mut rows = Vec::new();
     for &block in &bench.blocks {
-        rows.push(measure(bench, block, false, &mut line).await?);
-        if bench.packs {
-            rows.push(measure(bench, block, true, &mut line).await?);
+        rows.push(measure(bench, block, None, &mut line).await?);
+        if bench.packing.is_some() {
+            rows.push(measure(bench, block, bench.packing, &mut line).await?);
         }
     }
     Ok(rows)
@@ -111,7 +111,12 @@ async fn child(bench: &KvBench) -> anyhow::Result<(Child, String)> {
     Ok((child, address))
 }
 
-async fn measure(bench: &KvBench, block: u32, packs: bool, line: &mut Line) -> anyhow::Result<Row> {
+async fn measure(
+    bench: &KvBench,
+    block: u32,
+    packing: Option<Packing>,
+    line: &mut Line,
+) -> anyhow::Result<Row> {
     let total = bench.mib << 20;
     if block == 0 || u64::from(block) > total || total > MAX_BYTES {
         bail!("--blocks, --mib: a block of {block} bytes in a push of {total}, at most {MAX_BYTES}");
@@ -120,7 +125,6 @@ async fn measure(bench: &KvBench, block: u32, packs: bool, line: &mut Line) -> a
     let bytes = u64::from(slots) * u64::from(block);
     let region = memory(usize::try_from(bytes)?, bench.shm)?;
     fill(&region)?;
-    let packing = packing().filter(|_| packs);
     if packing.is_some_and(|packing| packing.packed_bytes(block as usize).is_none()) {
         bail!("--kv-wire, --blocks: {block} bytes are not whole heads of 128 numbers");
     }

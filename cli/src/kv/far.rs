@@ -1,6 +1,6 @@
 //! The far side of a measurement: reserves what it is asked for, on one port, by a protocol of lines.
 //!
-//! `setup CELL_BYTES SLOTS tcp|rdma|int8` → `ok` · `reserve N` → `ticket HEX` · `cpu` → `cpu SECONDS` · else `error TEXT`.
+//! `setup CELL_BYTES SLOTS tcp|rdma|int8|fp8` → `ok` · `reserve N` → `ticket HEX` · `cpu` → `cpu SECONDS` · else `error TEXT`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -135,7 +135,7 @@ impl Far {
                     fabric: fabric(rdma, &self.devices, &region)?,
                     require_rdma: rdma,
                     secure: self.is_secure,
-                    packing: packing().filter(|_| *way == "int8"),
+                    packing: packing(way),
                     ..ReceiverConfig::default()
                 };
                 let grid = Grid { planes: 1, plane_stride: bytes, cell_bytes };

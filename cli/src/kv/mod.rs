@@ -16,9 +16,9 @@ pub use far::serve;
 /// Most bytes that one side allocates for a measurement.
 const MAX_BYTES: u64 = 4 << 30;
 
-/// How cells are packed, when they are: heads as many models have them.
-fn packing() -> Option<Packing> {
-    Packing::int8(128)
+/// How cells are packed that go as this, for heads as many models have them.
+pub fn packing(name: &str) -> Option<Packing> {
+    Packing::named(name, 128)
 }
 
 /// What is measured.
@@ -38,8 +38,8 @@ pub struct KvBench {
     pub rdma: bool,
     /// Whether memory is shared; then the far side must be on this host.
     pub shm: bool,
-    /// Whether each block size is measured again with cells that travel packed.
-    pub packs: bool,
+    /// Each block size is measured again with cells that travel packed so.
+    pub packing: Option<Packing>,
     /// RDMA devices.
     pub devices: Vec<DeviceSelector>,
     /// Certificates, for encrypted connections; those of both sides speak for any worker.
@@ -66,8 +66,10 @@ pub struct Row {
 }
 
 /// Runs the measurement and prints it.
-pub async fn run(bench: &KvBench, json: bool) -> anyhow::Result<()> {
-    let rows = client::run(bench).await?;
+pub async fn run(bench: KvBench, json: bool) -> anyhow::Result<()> {
+    // A task among tasks, as a worker's: what the main thread waits for would cost another change of thread for each block.
+    let measuring = bench.clone();
+    let rows = tokio::spawn(async move { client::run(&measuring).await }).await??;
     if json {
         let report = serde_json::json!({ "streams": bench.streams, "mib": bench.mib, "runs": bench.runs, "rows": rows });
         println!("{report}");
