@@ -29,6 +29,30 @@ enum Kind {
     Fp8 = 2,
 }
 
+impl Kind {
+    /// The bytes of a row; yields its largest magnitude.
+    fn pack_row(self, row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
+        let largest = largest(row);
+        if largest == 0 {
+            bytes.fill(0);
+            return 0;
+        }
+        if (TINY..INFINITE).contains(&largest) {
+            match self {
+                Self::Int8 => int8::pack_row(row, largest, bytes),
+                Self::Fp8 => fp8::pack_row(row, largest, bytes),
+            }
+            return largest;
+        }
+        let largest = largest_finite(row);
+        match self {
+            Self::Int8 => int8::pack_odd_row(row, largest, bytes),
+            Self::Fp8 => fp8::pack_odd_row(row, largest, bytes),
+        }
+        largest
+    }
+}
+
 /// How cells are packed: as eight-bit numbers, with a scale for each row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packing {
@@ -75,13 +99,9 @@ impl Packing {
     /// Packs a cell into [`Packing::packed_bytes`] bytes.
     pub fn pack(self, cell: &[u8], packed: &mut [u8]) {
         let row = usize::from(self.row);
-        let pack_row = match self.kind {
-            Kind::Int8 => int8::pack_row,
-            Kind::Fp8 => fp8::pack_row,
-        };
         for (from, to) in cell.chunks_exact(row * NUMBER).zip(packed.chunks_exact_mut(row + NUMBER)) {
             if let Some((scale, bytes)) = to.split_first_chunk_mut() {
-                *scale = pack_row(from.as_chunks().0, bytes).to_le_bytes();
+                *scale = self.kind.pack_row(from.as_chunks().0, bytes).to_le_bytes();
             }
         }
     }

@@ -1,7 +1,7 @@
 //! A row as e4m3 numbers (four bits of exponent, three of mantissa, no infinity): one stands for `q * m / 448`, where `m` is the row's
 //! largest magnitude and 448 the largest number there is.
 
-use super::{INFINITE, MAGNITUDE, NAN, TINY, largest, largest_finite, to_bf16, wide};
+use super::{INFINITE, MAGNITUDE, NAN, to_bf16, wide};
 
 /// The largest number, and its byte.
 const MOST: f32 = 448.0;
@@ -18,27 +18,16 @@ const BIAS: u32 = 120 << 23;
 /// Mantissa bits of 32-bit numbers that have no place.
 const LOST: u32 = 20;
 
-/// The bytes of a row; yields its largest magnitude.
-pub(super) fn pack_row(row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
-    let largest = largest(row);
-    if largest == 0 {
-        bytes.fill(0);
-        return 0;
-    }
-    if !(TINY..INFINITE).contains(&largest) {
-        return pack_odd_row(row, bytes);
-    }
+pub(super) fn pack_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     let scale = MOST / wide(largest);
     for (number, byte) in row.iter().zip(bytes) {
         let number = u16::from_le_bytes(*number);
         *byte = encode(wide(number & MAGNITUDE) * scale) | sign(number);
     }
-    largest
 }
 
 /// The same for numbers that are almost nothing, or not finite.
-fn pack_odd_row(row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
-    let largest = largest_finite(row);
+pub(super) fn pack_odd_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     for (number, byte) in row.iter().zip(bytes) {
         let number = u16::from_le_bytes(*number);
         *byte = match number & MAGNITUDE {
@@ -50,7 +39,6 @@ fn pack_odd_row(row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
             }
         };
     }
-    largest
 }
 
 pub(super) fn unpack_row(largest: u16, bytes: &[u8], row: &mut [[u8; 2]]) {

@@ -1,6 +1,6 @@
 //! A row as signed bytes: one stands for `q * m / 127`, where `m` is the row's largest magnitude.
 
-use super::{INFINITE, MAGNITUDE, NAN, TINY, largest, largest_finite, to_bf16, wide};
+use super::{INFINITE, MAGNITUDE, NAN, to_bf16, wide};
 
 /// The largest of what a byte stands for.
 const STEPS: f32 = 127.0;
@@ -9,27 +9,16 @@ const NOT_FINITE: i8 = i8::MIN;
 /// Added to a small number it leaves the nearest whole one in the last bits, a tie at the even one.
 const TO_WHOLE: f32 = 12_582_912.0;
 
-/// The bytes of a row; yields its largest magnitude.
-pub(super) fn pack_row(row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
-    let largest = largest(row);
-    if largest == 0 {
-        bytes.fill(0);
-        return 0;
-    }
-    if !(TINY..INFINITE).contains(&largest) {
-        return pack_odd_row(row, bytes);
-    }
+pub(super) fn pack_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     let steps = STEPS / wide(largest);
     for (number, byte) in row.iter().zip(bytes) {
         let whole = wide(u16::from_le_bytes(*number)) * steps + TO_WHOLE;
         *byte = whole.to_bits() as u8;
     }
-    largest
 }
 
 /// The same for numbers that are almost nothing, or not finite: slow and exact.
-fn pack_odd_row(row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
-    let largest = largest_finite(row);
+pub(super) fn pack_odd_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     for (number, byte) in row.iter().zip(bytes) {
         let number = u16::from_le_bytes(*number);
         let step = match number & MAGNITUDE {
@@ -42,7 +31,6 @@ fn pack_odd_row(row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
         };
         *byte = step.cast_unsigned();
     }
-    largest
 }
 
 pub(super) fn unpack_row(largest: u16, bytes: &[u8], row: &mut [[u8; 2]]) {
