@@ -123,7 +123,7 @@ fn judge(facts: &Facts, kv_mib: usize) -> Vec<Finding> {
         )),
         None => {}
     }
-    let limit = facts.memlock_bytes.map_or("unlimited".to_owned(), |bytes| format!("{} MiB", bytes >> 20));
+    let limit = facts.memlock_bytes.map_or("unlimited".to_owned(), |bytes| format!("{} KiB", bytes >> 10));
     let small = facts.memlock_bytes.is_some_and(|bytes| bytes < (kv_mib as u64) << 20);
     match &facts.register {
         Some(Ok(rails)) => all.push(finding(
@@ -184,13 +184,12 @@ fn port(port: &PortInfo) -> Finding {
         let fix = "give the port's network interface an IP address: its RoCE v2 GID comes from it";
         return finding(&what, Verdict::Broken, "no usable GID", fix);
     };
-    let usable = gid.kind >= kv_transport::verbs::GidKind::Ib;
     let windows = if port.windows { "memory windows" } else { "no memory windows" };
     let seen = format!(
         "{}, GID {} {} ({}), MTU {}, {windows}",
         port.rate, gid.index, gid.address, gid.kind, port.mtu_bytes
     );
-    match (usable, port.mtu_bytes) {
+    match (gid.is_routable(), port.mtu_bytes) {
         (false, _) => {
             let fix =
                 "give the port's network interface a routable IP address, or name the GID with --rdma-device";

@@ -50,6 +50,15 @@ pub struct Gid {
     pub interface: String,
 }
 
+impl Gid {
+    /// Whether other machines can be told it: neither loopback, nor link-local, nor a kind that cannot be routed.
+    pub fn is_routable(&self) -> bool {
+        let loopback =
+            self.address.is_loopback() || self.address.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback());
+        self.kind >= GidKind::Ib && !loopback
+    }
+}
+
 /// A port of a device.
 #[derive(Debug, Clone)]
 pub struct PortInfo {
@@ -261,6 +270,16 @@ mod tests {
         assert!("mlx5_0:1:900".parse::<DeviceSelector>().unwrap_err().contains("GID"));
         assert!(":1".parse::<DeviceSelector>().is_err());
         assert!("a:1:1:1".parse::<DeviceSelector>().is_err());
+    }
+
+    #[test]
+    fn what_nobody_else_can_reach_is_not_routable() {
+        let gid = |address: &str, kind| {
+            Gid { index: 0, address: address.parse().unwrap(), kind, interface: String::new() }.is_routable()
+        };
+        assert!(gid("::ffff:10.0.0.1", GidKind::RoceV2Ipv4) && gid("fe80::1", GidKind::Ib));
+        assert!(!gid("::ffff:127.0.0.1", GidKind::RoceV2Ipv4) && !gid("::1", GidKind::RoceV2Ipv6));
+        assert!(!gid("fe80::1", GidKind::RoceV2LinkLocal) && !gid("::ffff:10.0.0.1", GidKind::RoceV1));
     }
 
     #[test]

@@ -143,7 +143,7 @@ fn choose(selectors: &[DeviceSelector], port: &PortInfo) -> Choice {
     let gid = match named.and_then(|selector| selector.gid) {
         Some(index) => port.gids.iter().find(|gid| gid.index == index),
         // On its own, loopback comes into question only when somebody names it, and so does what cannot be routed.
-        None => port.gids.iter().find(|gid| named.is_some() || usable(gid)),
+        None => port.gids.iter().find(|gid| named.is_some() || gid.is_routable()),
     };
     match gid {
         Some(gid) => Choice::Take(gid.clone()),
@@ -151,12 +151,6 @@ fn choose(selectors: &[DeviceSelector], port: &PortInfo) -> Choice {
             "has no usable GID: give its interface an IP address, or name one as device:port:gid".into(),
         ),
     }
-}
-
-fn usable(gid: &Gid) -> bool {
-    let loopback =
-        gid.address.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback()) || gid.address.is_loopback();
-    gid.kind >= super::GidKind::Ib && !loopback
 }
 
 struct Limits {
