@@ -142,8 +142,7 @@ impl Push {
         }
         shared.inner.lock().payload = payload;
         shared.update(|inner| inner.state.commit())?;
-        let committed =
-            |state: &mut PushState| (state.phase() == PushPhase::Committed).then(|| state.refetched());
+        let committed = |state: &mut PushState| state.was_committed().then(|| state.refetched());
         let refetched = shared.wait(committed).await?;
         let cells = u64::from(shared.grid.planes) * self.slots() as u64;
         let bytes = cells * u64::from(shared.grid.cell_bytes);

@@ -295,6 +295,12 @@ impl PushState {
         }
     }
 
+    /// Whether the receiver committed, whatever came after that: a lost connection, or a late answer to a ticket shown twice.
+    pub fn was_committed(&self) -> bool {
+        let is_over = matches!(self.phase, PushPhase::Closing | PushPhase::Closed);
+        self.phase == PushPhase::Committed || is_over && self.end.is_none()
+    }
+
     fn commit_is_out(&self) -> bool {
         self.phase == PushPhase::Committing && !self.commit_due
     }

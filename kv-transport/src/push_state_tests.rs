@@ -67,8 +67,11 @@ fn a_ticket_that_comes_after_its_own_commit_ends_nothing() {
     committed.attached();
     committed.commit_acked();
     assert_eq!(committed.phase(), PushPhase::Committed);
+    committed.refused(Refusal::Stale, false);
+    assert!(committed.was_committed(), "also when the late answer comes last");
     earlier.refused(Refusal::Stale, false);
     earlier.commit_acked();
+    assert!(!earlier.was_committed());
     assert_eq!(earlier.end(), Some(&PushError::Refused(Refusal::Stale)), "another push used the ticket");
     refused.refused(Refusal::Stale, true);
     assert_eq!(refused.end(), Some(&PushError::Refused(Refusal::Stale)));
