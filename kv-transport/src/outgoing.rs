@@ -45,9 +45,6 @@ impl Outgoing {
         let transfer = push.ticket.transfer;
         let (mut head, mut places, mut tail) = (Vec::new(), Vec::new(), Vec::new());
         let (mut answers, mut bytes) = (0, 0);
-        let commit = |payload: &[u8], out: &mut Vec<u8>| {
-            Header::bare(Kind::Commit, transfer, push.number(SEQ_COMMIT), 0).put_with_body(payload, out);
-        };
         if attach {
             let mut body = Vec::with_capacity(ATTACH_BYTES);
             body.put_slice(&push.ticket.secret.0);
@@ -58,14 +55,14 @@ impl Outgoing {
                 .put_with_body(&body, &mut head);
             answers += 1;
         }
-        match job {
-            Job::Attach => {}
-            Job::Write { seq, cells, commit: last } if lent.is_none() && push.packing.is_some() => {
+        let commit = match job {
+            Job::Attach => None,
+            Job::Write { seq, cells, commit } if lent.is_none() && push.packing.is_some() => {
                 bytes = packed::put(&push, push.number(seq), &cells, &mut head)?;
-                answers += 1 + usize::from(last.is_some());
-                last.iter().for_each(|payload| commit(payload, &mut tail));
+                answers += 1;
+                commit
             }
-            Job::Write { seq, cells, commit: last } => {
+            Job::Write { seq, cells, commit } => {
                 let mut body = Vec::with_capacity(cells.len() * LENT_CELL_BYTES);
                 for queued in &cells {
                     let place = push.place(queued.plane, queued.src_slot)?;
@@ -84,16 +81,19 @@ impl Outgoing {
                 header.count = u16::try_from(cells.len()).ok()?;
                 header.payload_bytes = u32::try_from(places.iter().map(Range::len).sum::<usize>()).ok()?;
                 header.put_with_body(&body, &mut head);
-                answers += 1 + usize::from(last.is_some());
-                last.iter().for_each(|payload| commit(payload, &mut tail));
-            }
-            Job::Commit(payload) => {
-                commit(&payload, &mut head);
                 answers += 1;
+                commit
             }
+            Job::Commit(payload) => Some(payload),
             Job::Abort(reason) => {
                 Header::bare(Kind::Abort, transfer, 0, 0).put_with_body(reason.as_bytes(), &mut head);
+                None
             }
+        };
+        if let Some(payload) = commit {
+            Header::bare(Kind::Commit, transfer, push.number(SEQ_COMMIT), 0)
+                .put_with_body(&payload, &mut tail);
+            answers += 1;
         }
         if places.is_empty() {
             // Nothing between: one system call for both.
@@ -115,12 +115,8 @@ impl Outgoing {
         let head = self.head.get(self.sent.min(self.head.len())..).unwrap_or_default();
         let region = &self.push.region;
         let cells_end = self.total - self.tail.len();
-        if let Some(tail) = self
-            .sent
-            .checked_sub(cells_end)
-            .and_then(|at| self.tail.get(at..))
-            .filter(|tail| !tail.is_empty())
-        {
+        if self.sent >= cells_end && !self.tail.is_empty() {
+            let tail = self.tail.get(self.sent - cells_end..).unwrap_or_default();
             let sent = socket.write(region, tail, std::iter::empty())?;
             self.sent += sent.unwrap_or(0);
             return Ok(sent);
