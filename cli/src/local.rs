@@ -166,6 +166,7 @@ fn spawn(role: &str, name: &str, registry: SocketAddr, spec: &LocalSpec<'_>) -> 
         TransportKind::Rdma => "rdma",
     };
     command.args(["--transport", way, "--kv-wire", spec.transport.kv_wire.name()]);
+    command.args(["--gpudirect", spec.transport.gpudirect.name()]);
     if spec.transport.require_rdma {
         command.arg("--require-rdma");
     }

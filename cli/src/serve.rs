@@ -9,6 +9,7 @@ use anyhow::Context;
 use cluster::{EtcdRegistry, Join, MemoryRegistry, RemoteRegistry, Role};
 use decode_worker::DecodeConfig;
 use decode_worker::scheduler::LocalPrefill;
+use kv_transport::GpuDirect;
 use prefill_worker::PrefillConfig;
 use router::keys::Keys;
 use router::placement::Policy;
@@ -23,8 +24,8 @@ use worker::WorkerConfig;
 use worker::transport::{KvWire, TransportChoice, TransportConfig};
 
 use crate::args::{
-    Device, EngineArgs, EtcdArgs, KvWireKind, PlacementArgs, RouterArgs, Strategy, TransportArgs,
-    TransportKind, WorkerArgs,
+    Device, EngineArgs, EtcdArgs, GpuDirectKind, KvWireKind, PlacementArgs, RouterArgs, Strategy,
+    TransportArgs, TransportKind, WorkerArgs,
 };
 use crate::{engines, model, signal, trace};
 
@@ -299,7 +300,15 @@ fn transport(args: &TransportArgs, tls: bool) -> anyhow::Result<TransportConfig>
     if args.require_rdma && choice == TransportChoice::Tcp {
         anyhow::bail!("--require-rdma: contradicts --transport tcp; leave one of them out");
     }
-    let wants_rdma = args.require_rdma || choice == TransportChoice::Rdma;
+    let gpudirect = match args.gpudirect {
+        GpuDirectKind::Auto => GpuDirect::Auto,
+        GpuDirectKind::Off => GpuDirect::Off,
+        GpuDirectKind::Require => GpuDirect::Require,
+    };
+    if gpudirect == GpuDirect::Require && choice == TransportChoice::Tcp {
+        anyhow::bail!("--gpudirect require: contradicts --transport tcp; leave one of them out");
+    }
+    let wants_rdma = args.require_rdma || choice == TransportChoice::Rdma || gpudirect == GpuDirect::Require;
     if tls && wants_rdma && !args.allow_plain_rdma {
         anyhow::bail!(
             "--cluster-cert: what RDMA writes is not encrypted; add --allow-plain-rdma to accept that, or use --transport tcp"
@@ -319,7 +328,8 @@ fn transport(args: &TransportArgs, tls: bool) -> anyhow::Result<TransportConfig>
         );
     }
     let (devices, require_rdma) = (args.rdma_device.clone(), args.require_rdma);
-    Ok(TransportConfig { choice, devices, require_rdma, plain_rdma: args.allow_plain_rdma, wire })
+    let plain_rdma = args.allow_plain_rdma;
+    Ok(TransportConfig { choice, devices, require_rdma, gpudirect, plain_rdma, wire })
 }
 
 async fn load_engine(

@@ -123,6 +123,7 @@ SECTIONS = [
           (rate("tandem_kv_cuda_ipc_sent_bytes_total"), "lent on a device"), (rate("tandem_kv_cuda_ipc_received_bytes_total"), "copied between devices")]),
         ("Peers by transport, and fallbacks to TCP", "short", "Fallbacks and lost queue pairs in the last hour.",
          [(gauge("tandem_kv_peers", by="transport"), "peers over {{transport}}"),
+          (gauge("tandem_kv_rdma_rails", by="memory"), "RDMA ports on {{memory}} memory"),
           ("sum by (reason) (increase(tandem_kv_fallbacks_total{" + SCOPE + "}[1h]))", "fallback: {{reason}}"),
           ("sum (increase(tandem_kv_queue_pairs_lost_total{" + SCOPE + "}[1h]))", "queue pairs lost")]),
         ("KV on the wire", "Bps", "Sent by the pushing side, received and discarded by the other.",

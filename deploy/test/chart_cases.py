@@ -111,7 +111,7 @@ def rdma(o):
     limits = container(o, "prefill")["resources"]["limits"]
     assert limits == {"rdma/hca_shared_devices_a": 1, "hugepages-2Mi": "2Gi", "memory": "8Gi"}, limits
     assert container(o, "prefill")["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
-    assert {"--transport=rdma", "--rdma-device=mlx5_0,mlx5_1:1:3", "--require-rdma"} <= set(container(o, "prefill")["args"])
+    assert {"--transport=rdma", "--rdma-device=mlx5_0,mlx5_1:1:3", "--require-rdma", "--gpudirect=require"} <= set(container(o, "prefill")["args"])
     assert "add" not in container(o, "decode")["securityContext"]["capabilities"]
     assert "--transport=tcp" in container(o, "decode")["args"]
 
@@ -279,7 +279,7 @@ FEATURES = [
     ("int8 on CPUs", sets("engine.quantize=int8"), int8),
     ("KV as int8 on its way", sets("engine.kvWire=int8"), kv_wire("int8")),
     ("KV as fp8 on its way", sets("engine.kvWire=fp8"), kv_wire("fp8")),
-    ("rdma, hugepages", sets("prefill.rdma.enabled=true", "prefill.rdma.devices={mlx5_0,mlx5_1:1:3}", "prefill.rdma.require=true", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
+    ("rdma, hugepages", sets("prefill.rdma.enabled=true", "prefill.rdma.devices={mlx5_0,mlx5_1:1:3}", "prefill.rdma.require=true", "prefill.rdma.gpudirect=require", "prefill.resources.limits.rdma/hca_shared_devices_a=1",
                              "prefill.resources.limits.hugepages-2Mi=2Gi", "prefill.resources.limits.memory=8Gi"), rdma),
     ("model on a claim", sets("model.source=pvc", "model.pvc.claimName=models", "model.pvc.subPath=m"),
      model_from("persistentVolumeClaim")),

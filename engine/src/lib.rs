@@ -61,6 +61,21 @@ pub trait DeviceKv: Send + Sync {
     /// Maps another pool, of at least `bytes` bytes, beside this one. An error where the devices cannot reach each other, or the
     /// file is something else.
     fn open(self: Arc<Self>, file: OwnedFd, bytes: usize) -> Result<Arc<dyn PeerKv>, EngineError>;
+    /// How network cards may get at it. An error where nothing that they wrote could be used.
+    fn expose(&self) -> Result<Exposed, EngineError>;
+    /// CRC-32C of blocks of layers at these offsets, as they stand on the device behind everything that network cards had
+    /// written when this was called. Blocks until it is done.
+    fn sums(&self, cells: &[usize], cell_bytes: usize) -> Result<Vec<u32>, EngineError>;
+}
+
+/// The ways to register a device's memory with a network card; each, or why it is closed.
+pub struct Exposed {
+    /// Where it begins, to the device.
+    pub address: u64,
+    /// As a dmabuf, from the first byte on.
+    pub dmabuf: Result<OwnedFd, String>,
+    /// By its address, with a module that tells cards what that means.
+    pub peermem: Result<(), String>,
 }
 
 /// Another process's pool of the same layout, mapped.

@@ -24,7 +24,7 @@ use crate::landing_shared::Checked;
 use crate::landing_state::LandingPhase;
 use crate::lend;
 use crate::serve::{Close, Connection};
-use crate::transport::Transport;
+use crate::transport::{Side, Transport};
 use crate::wire::{Header, Kind, Lend, LentCell};
 
 /// The lender must hand its memory out by then.
@@ -205,7 +205,7 @@ impl Connection {
             }
             at += 1;
         }
-        let bad = write.finish((bytes, Transport::Shm), &checked);
+        let bad = write.finish((bytes, Transport::Shm, Side::Host), &checked);
         plan.bad |= bad;
         let counters = &self.receiver.counters;
         counters.bytes.add(bytes as u64);

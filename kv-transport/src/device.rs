@@ -1,4 +1,5 @@
-//! Regions whose cells really live on a device: peers on one host copy from device to device.
+//! Regions whose cells really live on a device: peers on one host copy from device to device, and network cards read and write
+//! the device's memory by themselves where they can (`verbs/memory.rs`).
 //!
 //! The device's memory is a file, as shared host memory is: whoever is handed it maps it, and the memory lives as long as
 //! somebody does. What is done with it is the device's business; this crate knows only offsets and checksums.
@@ -7,11 +8,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
+
 use crate::borrow::Borrowed;
 use crate::incoming::{Arriving, Plan};
 use crate::landing_shared::{Checked, LandingShared};
 use crate::serve::{Close, Connection};
-use crate::transport::Transport;
+use crate::transport::{Side, Transport};
 use crate::wire::LentCell;
 
 /// Where the cells of a region live, at the same offsets as in the region.
@@ -22,6 +25,23 @@ pub trait DeviceMemory: Send + Sync {
     /// Maps the memory of a peer, of at least `bytes` bytes, beside this. An error where the devices cannot reach each other, or the
     /// file is something else.
     fn open(&self, file: OwnedFd, bytes: usize) -> io::Result<Arc<dyn PeerMemory>>;
+
+    /// How network cards may get at it. An error where nothing that they wrote could be used.
+    fn expose(&self) -> io::Result<Exposed>;
+
+    /// CRC-32C of cells of `cell_bytes` at these offsets, as they stand on the device behind everything that network cards had
+    /// written when this was called. Blocks until it is done.
+    fn sums(&self, cells: &[usize], cell_bytes: usize) -> io::Result<Vec<u32>>;
+}
+
+/// The ways to register a device's memory with a network card; each, or why it is closed.
+pub struct Exposed {
+    /// Where it begins, to the device.
+    pub address: u64,
+    /// As a dmabuf, from the first byte on.
+    pub dmabuf: Result<OwnedFd, String>,
+    /// By its address, with a module that tells cards what that means.
+    pub peermem: Result<(), String>,
 }
 
 /// A peer's memory, mapped.
@@ -30,6 +50,14 @@ pub trait PeerMemory: Send + Sync {
     /// stand here then, in the same order. Blocks until both is done. The offsets of ours lie inside; the peer's were sent by it
     /// and lie within the bytes that were mapped.
     fn copy(&self, cells: &[(usize, usize)], cell_bytes: usize) -> io::Result<Vec<u32>>;
+}
+
+/// Runs what waits for the device; other tasks of this thread go on elsewhere meanwhile, where there is an elsewhere.
+pub(crate) fn waiting<T>(wait: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
+        _ => wait(),
+    }
 }
 
 /// The cells of one frame on their way from device to device.
@@ -52,7 +80,8 @@ impl Exchange {
         for (cell, sum) in self.cells.iter_mut().zip(&sums) {
             cell.good = *sum == cell.checksum;
         }
-        Ok(Some(write.finish((self.ways.len() * self.cell_bytes, Transport::CudaIpc), &self.cells)))
+        let bytes = self.ways.len() * self.cell_bytes;
+        Ok(Some(write.finish((bytes, Transport::CudaIpc, Side::Device), &self.cells)))
     }
 }
 

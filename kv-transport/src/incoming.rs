@@ -9,7 +9,7 @@ use crate::error::Refusal;
 use crate::landing_shared::{Checked, LandingShared};
 use crate::landing_state::{Claim, LandingPhase};
 use crate::serve::{Close, Connection};
-use crate::transport::Transport;
+use crate::transport::{Side, Transport};
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind, MAX_FRAME_CELLS};
 
 /// Bytes one system call moves into place at most: small enough that the checksum finds them in the cache.
@@ -212,7 +212,7 @@ impl Connection {
             checked.push(Checked { at: cursor.at, cell: cell.cell, checksum: cell.checksum, good });
             *cursor = Cursor { at: cursor.at + 1, ..Cursor::default() };
         }
-        let bad = write.finish((got, Transport::Tcp), &checked);
+        let bad = write.finish((got, Transport::Tcp, Side::Host), &checked);
         plan.bad |= bad;
         self.receiver.counters.bytes.add(got as u64);
         self.receiver.counters.checksum_failures.add(u64::from(bad.count_ones()));

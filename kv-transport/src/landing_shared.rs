@@ -16,7 +16,7 @@ use crate::fence::Fence;
 use crate::landing_state::{LandingEnd, LandingPhase, LandingState, Settled};
 use crate::receiver::ReceiverShared;
 use crate::ticket::Secret;
-use crate::transport::{Transport, Used};
+use crate::transport::{Side, Transport, Used};
 
 /// What a connection that serves a landing is told from elsewhere.
 #[derive(Debug, Clone, Copy)]
@@ -351,9 +351,9 @@ pub(crate) struct Write<'a> {
 }
 
 impl Write<'_> {
-    /// Ends the write after `bytes` bytes; settles the cells they completed. Bit `at` of what it yields is set for a cell that is
-    /// bad.
-    pub(crate) fn finish(self, (bytes, way): (usize, Transport), checked: &[Checked]) -> u64 {
+    /// Ends the write after `bytes` bytes that came that way to that side; settles the cells they completed. Bit `at` of what it
+    /// yields is set for a cell that is bad.
+    pub(crate) fn finish(self, (bytes, way, side): (usize, Transport, Side), checked: &[Checked]) -> u64 {
         let landing = self.landing;
         std::mem::forget(self);
         landing.used.add(way);
@@ -368,7 +368,7 @@ impl Write<'_> {
                     && let Some(kept) = inner.checksums.get_mut(*cell)
                     && let Some(on_device) = inner.on_device.get_mut(*cell)
                 {
-                    (*kept, *on_device) = (*checksum, way == Transport::CudaIpc);
+                    (*kept, *on_device) = (*checksum, side == Side::Device);
                 }
                 bad |= u64::from(matches!(outcome, Settled::Refetch | Settled::GaveUp)) << at;
             }

@@ -57,7 +57,7 @@ mod transport;
 pub mod verbs;
 pub mod wire;
 
-pub use device::{DeviceMemory, PeerMemory};
+pub use device::{DeviceMemory, Exposed, PeerMemory};
 pub use error::{LandingError, PushError, Refusal, ReserveError, TicketError};
 pub use grid::Grid;
 pub use landing::{Landed, Landing, Revoking};
@@ -72,7 +72,7 @@ pub use socket::{Secure, Socket, SpeaksFor};
 pub use stats::{Fallback, ReceiverStats, SenderStats};
 pub use ticket::Ticket;
 pub use transport::Transport;
-pub use verbs::{Fabric, FabricConfig, FabricError};
+pub use verbs::{Fabric, FabricConfig, FabricError, GpuDirect};
 
 /// Who a worker is: its name, and which life of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -17,7 +17,7 @@ use crate::landing_state::LandingPhase;
 use crate::packing::Packing;
 use crate::push::PushShared;
 use crate::serve::{Close, Connection};
-use crate::transport::Transport;
+use crate::transport::{Side, Transport};
 use crate::wire::{CELL_BYTES, CellDescriptor, HEADER_BYTES, Header, Kind};
 
 /// Appends a whole frame of packed cells; yields the bytes of its cells. Nothing when one lies outside the source, which was checked
@@ -101,7 +101,7 @@ impl Connection {
                 return Ok(false);
             };
             let fresh = self.take_some(packed.get_mut(got..wanted).unwrap_or_default())?;
-            write.finish((fresh.unwrap_or(0), Transport::Tcp), &[]);
+            write.finish((fresh.unwrap_or(0), Transport::Tcp, Side::Host), &[]);
             match fresh {
                 Some(fresh) => {
                     got += fresh;
@@ -153,7 +153,7 @@ impl Connection {
             };
             checked.push(Checked { at, cell: arriving.cell, checksum, good });
         }
-        let bad = write.finish((0, Transport::Tcp), &checked);
+        let bad = write.finish((0, Transport::Tcp, Side::Host), &checked);
         plan.bad |= bad;
         let (counters, bytes) = (&self.receiver.counters, (cells.len() * packed_bytes) as u64);
         counters.bytes.add(bytes);

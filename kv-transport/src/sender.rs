@@ -211,8 +211,9 @@ impl Sender {
 
     /// Counters and gauges.
     pub fn stats(&self) -> SenderStats {
-        let links: Vec<_> = self.shared.peers.lock().values().filter_map(|peer| peer.now()).collect();
-        let counters = &self.shared.counters;
+        let shared = &self.shared;
+        let links: Vec<_> = shared.peers.lock().values().filter_map(|peer| peer.now()).collect();
+        let counters = &shared.counters;
         let lent = |way| links.iter().filter(|link| link.lent == Some(way)).count();
         SenderStats {
             pushes: links.iter().map(|link| link.pushes()).sum(),
@@ -224,6 +225,8 @@ impl Sender {
             refetched_cells_total: counters.refetched_cells.get(),
             connects_total: counters.connects.get(),
             rdma_bytes_total: counters.rdma_bytes.get(),
+            rails: shared.config.fabric.as_ref().map_or(0, |fabric| fabric.len()),
+            direct_rails: shared.config.fabric.as_ref().map_or(0, |fabric| fabric.direct()),
             shm_bytes_total: counters.shm_bytes.get(),
             shm_peers: lent(Transport::Shm),
             cuda_ipc_bytes_total: counters.cuda_ipc_bytes.get(),

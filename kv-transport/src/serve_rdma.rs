@@ -2,15 +2,19 @@
 //! network card wrote, verified where they lie.
 
 use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::Region;
+use crate::device::waiting;
 use crate::landing_shared::{Checked, Granted, Key, LandingShared};
 use crate::landing_state::Claim;
 use crate::serve::{Close, Connection};
-use crate::transport::Transport;
+use crate::transport::{Side, Transport};
 use crate::verbs::{Answer, Control, Done, Offer, PairBroken, QueuePair, Window};
 use crate::wire::{CellDescriptor, HEADER_BYTES, Header, Kind};
 
@@ -79,7 +83,7 @@ impl Lane {
         pair.connect(offer)?;
         let answer = Answer {
             pair: pair.offer(),
-            base: receiver.region.base() as u64,
+            base: pair.base(),
             depth: u16::try_from(ANNOUNCEMENTS).unwrap_or(u16::MAX),
         };
         let (spin_until, breaks_seen) = (Instant::now(), receiver.counters.breaks.get());
@@ -100,6 +104,20 @@ impl Lane {
         let stage = if window.is_some() { Stage::Binding } else { Stage::Given };
         self.grants.insert(landing.transfer, Grant { granted, window, stage, quiet: false });
         Ok(window.is_none().then(|| self.pair.region_key()))
+    }
+
+    /// Checksums of cells of `cell_bytes` as they stand where this queue pair lets them be written.
+    fn sums(&self, region: &Region, places: &[Range<usize>], cell_bytes: usize) -> io::Result<Vec<u32>> {
+        match (self.pair.side(), region.device()) {
+            (_, None) | (Side::Host, _) => {
+                places.iter().map(|place| region.checksum(0, place.clone())).collect()
+            }
+            (Side::Device, _) if places.is_empty() => Ok(Vec::new()),
+            (Side::Device, Some(device)) => {
+                let starts: Vec<usize> = places.iter().map(|place| place.start).collect();
+                waiting(|| device.sums(&starts, cell_bytes))
+            }
+        }
     }
 
     fn transfer_of(&self, window: Window) -> Option<u128> {
@@ -198,7 +216,9 @@ impl Connection {
         }
     }
 
-    fn lane_falls(&mut self, PairBroken(reason): &PairBroken) {
+    fn lane_falls(&mut self, broken: &PairBroken) {
+        let PairBroken(reason) = broken;
+        self.lane.iter().for_each(|lane| lane.pair.doubts(broken));
         // Destroys the queue pair, then lets go of what could be written through it.
         self.lane = None;
         self.receiver.counters.queue_pairs_lost.add(1);
@@ -245,7 +265,7 @@ impl Connection {
                 let bytes = lane.pair.received(buffer, len);
                 // The buffer is free before the sender learns that it may announce more.
                 lane.pair.receive_into(buffer)?;
-                self.placed(&bytes)
+                self.placed(lane, &bytes)
             }
             Done::Bound(window) => {
                 let transfer = lane.transfer_of(window);
@@ -266,8 +286,7 @@ impl Connection {
     }
 
     /// Cells that were written before this announcement: verifies and acknowledges them.
-    fn placed(&mut self, bytes: &[u8]) -> Result<(), PairBroken> {
-        let nonsense = |what: &str| PairBroken(format!("{what} announced on the queue pair"));
+    fn placed(&mut self, lane: &Lane, bytes: &[u8]) -> Result<(), PairBroken> {
         let (head, body) = bytes.split_first_chunk::<HEADER_BYTES>().ok_or_else(|| nonsense("nothing"))?;
         let header = Header::parse(head)
             .filter(|h| h.kind == Kind::Placed && h.is_bounded() && h.body_bytes as usize == body.len())
@@ -280,7 +299,7 @@ impl Connection {
             return Ok(());
         };
         landing.check_time(Instant::now());
-        let bad = self.verify(&landing, body).ok_or_else(|| nonsense("a cell outside the ticket"))?;
+        let bad = self.verify(lane, &landing, body)?;
         match landing.refusal() {
             Some(refusal) => self.reply(Kind::Refused, header.transfer, header.seq, refusal as u64),
             None => self.reply(Kind::Ack, header.transfer, header.seq, bad),
@@ -288,38 +307,50 @@ impl Connection {
         Ok(())
     }
 
-    /// Checks cells where they lie; the mask of those to be sent again. Nothing when one is outside the ticket.
-    fn verify(&mut self, landing: &Arc<LandingShared>, body: &[u8]) -> Option<u64> {
+    /// Checks cells where they lie; the mask of those to be sent again.
+    fn verify(&mut self, lane: &Lane, landing: &Arc<LandingShared>, body: &[u8]) -> Result<u64, PairBroken> {
         let receiver = self.receiver.clone();
         let mut cells = Vec::new();
         for cell in CellDescriptor::parse_all(body) {
-            let (id, place) = landing.place(&receiver, cell.plane, cell.index)?;
+            let place = landing.place(&receiver, cell.plane, cell.index);
+            let (id, place) = place.ok_or_else(|| nonsense("a cell outside the ticket"))?;
             cells.push((id, place, cell.checksum));
         }
         let (mut bad, mut duplicates) = (0_u64, 0);
         let claims: Vec<Claim> =
             landing.claim(|state| cells.iter().map(|(id, ..)| state.claim(*id)).collect());
         // While this lives the memory stays with the landing, whoever revokes it.
-        let Some(write) = landing.begin() else { return Some(0) };
-        let (mut checked, mut fresh) = (Vec::with_capacity(cells.len()), 0);
+        let Some(write) = landing.begin() else { return Ok(0) };
+        let (mut checked, mut places) = (Vec::with_capacity(cells.len()), Vec::with_capacity(cells.len()));
         for (at, ((cell, place, checksum), claim)) in cells.into_iter().zip(claims).enumerate() {
             match claim {
                 Claim::Granted => {
-                    fresh += place.len();
-                    let good = receiver.region.checksum(0, place).is_ok_and(|sum| sum == checksum);
-                    checked.push(Checked { at, cell, checksum, good });
+                    places.push(place);
+                    checked.push(Checked { at, cell, checksum, good: false });
                 }
                 Claim::Busy => bad |= 1 << at,
                 Claim::Duplicate => duplicates += 1,
                 Claim::Outside | Claim::Over => {}
             }
         }
-        let failed = write.finish((fresh, Transport::Rdma), &checked);
+        let sums = lane.sums(&receiver.region, &places, landing.cell_bytes);
+        for (cell, sum) in checked.iter_mut().zip(sums.iter().flatten()) {
+            cell.good = *sum == cell.checksum;
+        }
+        let fresh: usize = places.iter().map(Range::len).sum();
+        let failed = write.finish((fresh, Transport::Rdma, lane.pair.side()), &checked);
         receiver.counters.bytes.add(fresh as u64);
         receiver.counters.rdma_bytes.add(fresh as u64);
         receiver.counters.checksum_failures.add(u64::from(failed.count_ones()));
         receiver.counters.duplicate_cells.add(duplicates);
-        Some(bad | failed)
+        if let Err(error) = sums {
+            lane.pair.gives_up(&error.to_string());
+            return Err(PairBroken(format!("what was written cannot be verified: {error}")));
+        }
+        if checked.is_empty() || lane.pair.proves(checked.iter().any(|cell| cell.good)) {
+            return Ok(bad | failed);
+        }
+        Err(PairBroken("what was written is not in the device's memory".into()))
     }
 
     /// Answers the commits that waited for keys to be taken back.
@@ -342,4 +373,8 @@ impl Connection {
             }
         }
     }
+}
+
+fn nonsense(what: &str) -> PairBroken {
+    PairBroken(format!("{what} announced on the queue pair"))
 }

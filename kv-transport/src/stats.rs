@@ -152,6 +152,10 @@ pub struct SenderStats {
     pub shm_bytes_total: u64,
     /// Of the bytes, those that lay in lent memory of a device.
     pub cuda_ipc_bytes_total: u64,
+    /// RDMA ports in use.
+    pub rails: usize,
+    /// Of these, those whose card reads and writes the device's memory by itself.
+    pub direct_rails: usize,
     /// Peers reached now over RDMA; those in neither count, of `peers`, over TCP.
     pub rdma_peers: usize,
     /// Peers on this host that read our memory.

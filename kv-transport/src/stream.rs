@@ -233,7 +233,7 @@ impl Stream {
     }
 
     fn reply(&mut self, header: &Header) -> Result<(), Lost> {
-        let of_lane = self.lane.as_mut().is_some_and(|lane| lane.settled(header.transfer, header.seq));
+        let of_lane = self.lane.as_mut().is_some_and(|lane| lane.settled(header));
         if header.seq != 0 && !of_lane {
             self.unanswered = self.unanswered.saturating_sub(1);
         }

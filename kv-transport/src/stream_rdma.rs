@@ -356,8 +356,17 @@ impl Lane {
     }
 
     /// An answer came; whether it was for a frame of this lane.
-    pub(crate) fn settled(&mut self, transfer: u128, seq: u32) -> bool {
-        self.unanswered.remove(&(transfer, seq)).is_some()
+    pub(crate) fn settled(&mut self, header: &Header) -> bool {
+        let is_ours = self.unanswered.remove(&(header.transfer, header.seq)).is_some();
+        if let State::Up(up) = &mut self.state
+            && is_ours
+            && header.kind == Kind::Ack
+            && !up.pair.proves(header.arg == 0)
+        {
+            // What the card read was not what the device holds.
+            up.pair.fail();
+        }
+        is_ours
     }
 
     /// Whether answers are due.
@@ -366,10 +375,10 @@ impl Lane {
     }
 
     /// The queue pair broke on this side: nothing more is read or sent through it. The peer is told.
-    pub(crate) fn breaks(&mut self, PairBroken(reason): &PairBroken, out: &mut Outbox) -> usize {
-        if !self.is_up() {
-            return 0;
-        }
+    pub(crate) fn breaks(&mut self, broken: &PairBroken, out: &mut Outbox) -> usize {
+        let State::Up(up) = &self.state else { return 0 };
+        up.pair.doubts(broken);
+        let PairBroken(reason) = broken;
         self.warn(Fallback::Broken, reason);
         self.let_go(State::Falling);
         Header::bare(Kind::Fallen, 0, SEQ_FALLEN, 0).put(&mut out.bytes);

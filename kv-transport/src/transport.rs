@@ -39,6 +39,15 @@ impl Transport {
     }
 }
 
+/// Which memory of a pool whose cells live on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// The region, in host memory.
+    Host,
+    /// The device's own.
+    Device,
+}
+
 /// The ways a transfer used.
 #[derive(Debug, Default)]
 pub(crate) struct Used(AtomicU8);

@@ -9,7 +9,7 @@ use engine::kv::convert::Conversion;
 use engine::kv::pool::BlockPool;
 use engine::shared::SharedMemory;
 use engine::{KvDtype, KvLayout, KvMemory};
-use kv_transport::{Grid, Packing, Region, Sender, SenderConfig};
+use kv_transport::{GpuDirect, Grid, Packing, Region, Sender, SenderConfig};
 use parking_lot::Mutex;
 use prost::Message;
 use proto::v1;
@@ -109,7 +109,9 @@ impl Stages {
         let region =
             unsafe { Region::from_raw(memory.as_ptr(), layout.total_bytes(), Arc::clone(&memory) as _) };
         let region = region.backed_by(memory.file());
-        let ways = self.transport.open(&region, self.tls.as_ref()).map_err(|e| e.to_string())?;
+        // The stage is in host memory, wherever the pool is.
+        let transport = TransportConfig { gpudirect: GpuDirect::Off, ..self.transport.clone() };
+        let ways = transport.open(&region, self.tls.as_ref()).map_err(|e| e.to_string())?;
         let grid: Grid = worker::pool::grid(&layout);
         let sender = ours.beside(region, grid, ways.sender(self.config.clone()));
         Ok(Stage { conversion, sender, pool: BlockPool::new(blocks), memory })

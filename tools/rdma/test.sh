@@ -14,7 +14,7 @@ if [ ${#need[@]} -gt 0 ]; then
 fi
 TANDEM_RDMA_KERNEL=$(tools/rdma/build-guest.sh); export TANDEM_RDMA_KERNEL RUST_BACKTRACE=0
 
-binaries=$(cargo test --no-run --message-format=json -p kv-transport --lib --test rdma --test tls -p tandem-tests --test rdma |
+binaries=$(cargo test --no-run --message-format=json -p kv-transport --lib --test rdma --test gpudirect --test tls -p tandem-tests --test rdma |
   python3 -c 'import json, sys
 for line in sys.stdin:
     built = json.loads(line)

@@ -136,6 +136,8 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
     let cuda_ipc = m.counter("tandem_kv_cuda_ipc_sent_bytes_total", help);
     let help = "Peers with warm connections, by the way that KV takes to them.";
     let peers_by = m.gauges("tandem_kv_peers", help, "transport", &["cuda_ipc", "rdma", "shm", "tcp"]);
+    let help = "RDMA ports in use, by the memory that their cards read and write: the GPU's (GPUDirect) or the host's.";
+    let rails = m.gauges("tandem_kv_rdma_rails", help, "memory", &["device", "host"]);
     let help = "Times that a peer was used over TCP although RDMA was wanted.";
     let fallbacks =
         m.counters("tandem_kv_fallbacks_total", help, "reason", &Fallback::ALL.map(Fallback::name));
@@ -149,6 +151,8 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
             packed_bytes_total,
             rdma_bytes_total,
             rdma_peers,
+            rails: all_rails,
+            direct_rails,
             shm_bytes_total,
             shm_peers,
             cuda_ipc_bytes_total,
@@ -165,6 +169,8 @@ pub fn collect_sender(m: &Metrics, sender: Sender) -> impl Fn() + Send + Sync + 
         packed.absolute(packed_bytes_total);
         rdma.absolute(rdma_bytes_total);
         peers_by.of("rdma").set(rdma_peers as f64);
+        rails.of("device").set(direct_rails as f64);
+        rails.of("host").set(all_rails.saturating_sub(direct_rails) as f64);
         shm.absolute(shm_bytes_total);
         peers_by.of("shm").set(shm_peers as f64);
         cuda_ipc.absolute(cuda_ipc_bytes_total);

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use engine::{DeviceKv, EngineError, KvLayout, KvMemory, PeerKv};
-use kv_transport::{DeviceMemory, Grid, PeerMemory, Region};
+use kv_transport::{DeviceMemory, Exposed, Grid, PeerMemory, Region};
 
 /// A cell is one block of one layer; a plane is a layer, a slot is a block.
 pub fn grid(layout: &KvLayout) -> Grid {
@@ -52,6 +52,15 @@ impl DeviceMemory for OnDevice {
     fn open(&self, file: OwnedFd, bytes: usize) -> io::Result<Arc<dyn PeerMemory>> {
         let peer = Arc::clone(&self.device).open(file, bytes).map_err(io::Error::other)?;
         Ok(Arc::new(Peer(peer)))
+    }
+
+    fn expose(&self) -> io::Result<Exposed> {
+        let engine::Exposed { address, dmabuf, peermem } = self.device.expose().map_err(io::Error::other)?;
+        Ok(Exposed { address, dmabuf, peermem })
+    }
+
+    fn sums(&self, cells: &[usize], cell_bytes: usize) -> io::Result<Vec<u32>> {
+        self.device.sums(cells, cell_bytes).map_err(io::Error::other)
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use engine::{KvDtype, KvLayout};
 use kv_transport::verbs::DeviceSelector;
 use kv_transport::{
-    Fabric, FabricConfig, FabricError, Packing, ReceiverConfig, Region, Secure, SenderConfig, Transport,
+    Fabric, FabricConfig, FabricError, GpuDirect, Packing, ReceiverConfig, Region, Secure, SenderConfig,
+    Transport,
 };
 use tls::ClusterFiles;
 
@@ -44,6 +45,8 @@ pub struct TransportConfig {
     pub devices: Vec<DeviceSelector>,
     /// Peers that cannot do RDMA are refused rather than used over TCP.
     pub require_rdma: bool,
+    /// Whether network cards read and write the device's memory by themselves.
+    pub gpudirect: GpuDirect,
     /// With certificates: RDMA may be used although what it writes is not encrypted.
     pub plain_rdma: bool,
     /// As what KV travels over TCP.
@@ -87,16 +90,17 @@ impl TransportConfig {
         if self.choice == TransportChoice::Tcp {
             return Ok(ways(None, false));
         }
-        if is_secure && !self.plain_rdma && !required {
+        if is_secure && !self.plain_rdma && !required && self.gpudirect != GpuDirect::Require {
             tracing::info!("KV goes over TCP, encrypted; RDMA is not, and --allow-plain-rdma was not given");
             return Ok(ways(None, false));
         }
-        let fabric = match Fabric::open(&FabricConfig { devices: self.devices.clone() }, region) {
+        let config = FabricConfig { devices: self.devices.clone(), gpudirect: self.gpudirect };
+        let fabric = match Fabric::open(&config, region) {
             Ok(fabric) => {
                 tracing::info!(rails = fabric.describe(), "RDMA");
                 Some(fabric)
             }
-            Err(error) if required => return Err(error),
+            Err(error) if required || self.gpudirect == GpuDirect::Require => return Err(error),
             Err(error @ FabricError::NoDevice(_)) => {
                 tracing::info!(%error, "KV goes over TCP");
                 None

@@ -19,8 +19,8 @@ pub use clients::{DialArgs, DrainArgs, GenerateArgs, RoleArgs, SamplingArgs, Sta
 pub use modelling::{NumberType, RooflineArgs, SimArgs, StrategyChoice};
 pub use planning::{PlanArgs, PlannerArgs, PlanningArgs};
 pub use processes::{
-    EtcdArgs, KvWireKind, PlacementArgs, RoleChoice, RoleWorkerArgs, RouterArgs, Strategy, TransportArgs,
-    TransportKind, UpArgs, WorkerArgs,
+    EtcdArgs, GpuDirectKind, KvWireKind, PlacementArgs, RoleChoice, RoleWorkerArgs, RouterArgs, Strategy,
+    TransportArgs, TransportKind, UpArgs, WorkerArgs,
 };
 pub use security::{ApiKeyArgs, ClusterTlsArgs, KeyArgs, KeyCommand};
 

@@ -24,6 +24,9 @@ pub struct TransportArgs {
     /// Refuse a peer without RDMA, and a transfer that would have to leave it, rather than use TCP
     #[arg(long)]
     pub require_rdma: bool,
+    /// Network cards read and write a GPU's KV pool by themselves where they can (auto), never (off), or the worker does not start
+    #[arg(long, value_enum, default_value_t = GpuDirectKind::Auto)]
+    pub gpudirect: GpuDirectKind,
     /// As what KV goes over TCP from prefill to decode workers: plain, as the pools hold it, or int8 or fp8, half the bytes and
     /// rounded; only where both workers say the same and the decode worker's pool is bf16
     #[arg(long, value_enum, default_value_t = KvWireKind::Plain)]
@@ -42,6 +45,28 @@ pub enum TransportKind {
     Tcp,
     /// RDMA; a worker without it does not start
     Rdma,
+}
+
+/// Whether KV goes between network card and GPU without the host's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GpuDirectKind {
+    /// Where card, driver and kernel can
+    Auto,
+    /// Always through the host's memory
+    Off,
+    /// A worker whose cards cannot does not start, and says why
+    Require,
+}
+
+impl GpuDirectKind {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Off => "off",
+            Self::Require => "require",
+        }
+    }
 }
 
 /// As what KV goes over TCP.

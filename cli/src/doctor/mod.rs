@@ -2,6 +2,7 @@
 //!
 //! Facts are gathered first ([`Facts::here`]), then judged by plain code ([`judge`]), so that every verdict has a test.
 
+mod gpu;
 mod pairs;
 
 use std::path::Path;
@@ -13,6 +14,7 @@ use proto::v1::inference_client::InferenceClient;
 use proto::v1::operator_client::OperatorClient;
 use serde::Serialize;
 
+use self::gpu::GpuFacts;
 use crate::args::DoctorArgs;
 use crate::dial;
 
@@ -50,8 +52,7 @@ struct Facts {
     register: Option<Result<String, String>>,
     memlock_bytes: Option<u64>,
     hugepages: String,
-    peermem: bool,
-    gpu: bool,
+    gpu: Option<GpuFacts>,
     tcp_buffer_bytes: u64,
 }
 
@@ -59,7 +60,7 @@ struct Facts {
 pub async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let mut findings = tokio::task::spawn_blocking({
         let (mib, devices) = (args.kv_mib, args.rdma_device.clone());
-        move || judge(&Facts::here(mib, &FabricConfig { devices }), mib)
+        move || judge(&Facts::here(mib, &FabricConfig { devices, ..FabricConfig::default() }), mib)
     })
     .await?;
     if let Some(addr) = &args.addr {
@@ -91,7 +92,6 @@ impl Facts {
             let region = Region::zeroed(kv_mib << 20);
             Fabric::open(config, &region).map(|fabric| fabric.describe()).map_err(|e| e.to_string())
         });
-        let modules = read("/proc/modules");
         let limits = read("/proc/self/limits");
         let memlock = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
         Self {
@@ -99,8 +99,7 @@ impl Facts {
             register,
             memlock_bytes: memlock.and_then(|m| m.split_whitespace().next()?.parse().ok()),
             hugepages: read("/sys/kernel/mm/transparent_hugepage/enabled"),
-            peermem: modules.contains("nvidia_peermem") || modules.contains("nv_peer_mem"),
-            gpu: Path::new("/dev/nvidia0").exists(),
+            gpu: GpuFacts::here(),
             tcp_buffer_bytes: read("/proc/sys/net/core/wmem_max").parse().unwrap_or(0),
         }
     }
@@ -152,15 +151,7 @@ fn judge(facts: &Facts, kv_mib: usize) -> Vec<Finding> {
     let verdict = if huge { Verdict::Good } else { Verdict::Note };
     let seen = if facts.hugepages.is_empty() { "not supported by this kernel" } else { &facts.hugepages };
     all.push(finding("transparent huge pages", verdict, seen, if huge { "" } else { fix }));
-    if facts.gpu {
-        let seen = if facts.peermem { "nvidia_peermem is loaded" } else { "nvidia_peermem is not loaded" };
-        all.push(finding(
-            "GPUDirect",
-            Verdict::Note,
-            format!("{seen}; KV between GPUs of two hosts goes through host memory"),
-            "",
-        ));
-    }
+    all.extend(facts.gpu.as_ref().map(GpuFacts::judge));
     let large = facts.tcp_buffer_bytes >= 4 << 20;
     let fix =
         "sysctl net.core.wmem_max=4194304 net.core.rmem_max=4194304: a single TCP stream fills a fast link";

@@ -99,7 +99,7 @@ fn fabric(rdma: bool, devices: &[DeviceSelector], region: &Region) -> anyhow::Re
     if !rdma {
         return Ok(None);
     }
-    Ok(Some(Fabric::open(&FabricConfig { devices: devices.to_vec() }, region)?))
+    Ok(Some(Fabric::open(&FabricConfig { devices: devices.to_vec(), ..FabricConfig::default() }, region)?))
 }
 
 /// CPU seconds of this process, user and system.

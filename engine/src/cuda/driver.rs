@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{DriverError, result, sys};
 
+use super::gpudirect::GpuDirect;
 pub(super) use super::memory::{Memory, Pinned, clear};
 use crate::EngineError;
 
@@ -26,6 +27,7 @@ pub(super) struct Device {
     pub(super) capability: (i32, i32),
     pub(super) multiprocessors: u32,
     pub(super) total_bytes: usize,
+    pub(super) gpudirect: GpuDirect,
 }
 
 impl Device {
@@ -67,6 +69,7 @@ impl Device {
             capability,
             multiprocessors,
             total_bytes,
+            gpudirect: GpuDirect::of(|which| attribute(which).ok()),
         });
         device.enter()?;
         Ok(device)

@@ -1,12 +1,14 @@
-//! From the device memory of another process's pool into ours, without the host.
+//! Cells that come to the device without the host: copied from another process's pool, or written by a network card; and the
+//! checksums of what is there then.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Device, Grid, Pinned, Stream, args};
+use super::gpudirect;
 use super::mapping::Mapping;
 use super::pool::DevicePool;
-use crate::{DeviceKv, EngineError, KvMemory, PeerKv};
+use crate::{DeviceKv, EngineError, Exposed, KvMemory, PeerKv};
 
 /// Cells of one call at most, as long as they are of one frame; more grow it.
 const CELLS: usize = 64;
@@ -22,20 +24,34 @@ impl DeviceKv for DevicePool {
     fn open(self: Arc<Self>, file: OwnedFd, bytes: usize) -> Result<Arc<dyn PeerKv>, EngineError> {
         self.device().enter()?;
         let theirs = Mapping::of_file(self.device(), &file, bytes)?;
-        Ok(Arc::new(PeerPool { bytes, lanes: Mutex::default(), theirs, ours: self }))
+        Ok(Arc::new(PeerPool { bytes, theirs, ours: self }))
+    }
+
+    fn expose(&self) -> Result<Exposed, EngineError> {
+        let mapping = self.mapping();
+        let mapping =
+            mapping.ok_or_else(|| EngineError::Unsupported("this KV pool cannot be shared".into()))?;
+        self.device().enter()?;
+        gpudirect::expose(self.device(), mapping.at, || mapping.dmabuf())
+    }
+
+    fn sums(&self, cells: &[usize], cell_bytes: usize) -> Result<Vec<u32>, EngineError> {
+        self.summed(cells, cell_bytes, |_| gpudirect::settle_writes(self.device()))
     }
 }
 
 /// Another pool, mapped beside ours.
 struct PeerPool {
     bytes: usize,
-    /// Those that no copy uses now: connections copy beside each other.
-    lanes: Mutex<Vec<Lane>>,
     theirs: Mapping,
     ours: Arc<DevicePool>,
 }
 
-/// What copies are queued on, and told by.
+/// What copies and checksums are queued on; those that none uses now. Connections work beside each other.
+#[derive(Default)]
+pub(super) struct Lanes(Mutex<Vec<Lane>>);
+
+/// One of them, and what its kernels are told by.
 struct Lane {
     stream: Stream,
     /// Where each cell lies in their pool, in bytes.
@@ -57,45 +73,69 @@ impl Lane {
     }
 }
 
-impl PeerPool {
+impl Lanes {
     /// One with room for this many cells.
-    fn lane(&self, cells: usize) -> Result<Lane, EngineError> {
-        let free = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    fn take(&self, device: &Arc<Device>, cells: usize) -> Result<Lane, EngineError> {
+        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match free.filter(|lane| lane.room() >= cells) {
             Some(lane) => Ok(lane),
-            None => Lane::new(self.ours.device(), cells.next_power_of_two().max(CELLS)),
+            None => Lane::new(device, cells.next_power_of_two().max(CELLS)),
         }
+    }
+
+    fn give(&self, lane: Lane) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+    }
+}
+
+impl DevicePool {
+    /// Checksums of cells at these offsets as they stand on the device behind what `bring` queues or waits for.
+    fn summed(
+        &self,
+        cells: &[usize],
+        cell_bytes: usize,
+        bring: impl FnOnce(&mut Lane) -> Result<(), EngineError>,
+    ) -> Result<Vec<u32>, EngineError> {
+        let (bytes, total) = (self.layout().block_bytes(), self.layout().total_bytes());
+        if cell_bytes != bytes || !cells.iter().all(|at| at.is_multiple_of(bytes) && *at < total) {
+            return Err(EngineError::BadBatch(format!(
+                "cells of {cell_bytes} bytes that are not the pool's"
+            )));
+        }
+        if cells.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.device().enter()?;
+        let mut lane = self.lanes().take(self.device(), cells.len())?;
+        let numbers: Vec<i32> = cells.iter().map(|at| (at / bytes) as i32).collect();
+        lane.to.as_mut_slice()[..cells.len()].copy_from_slice(&numbers);
+        bring(&mut lane)?;
+        // Cells are numbered through all layers: to the kernel the pool is one layer.
+        self.checksums(&lane.stream, 0, lane.to.device_address(), cells.len())?;
+        lane.stream.synchronize()?;
+        self.lanes().give(lane);
+        Ok(self.sums_of(&numbers))
     }
 }
 
 impl PeerKv for PeerPool {
     fn copy(&self, cells: &[(usize, usize)], cell_bytes: usize) -> Result<Vec<u32>, EngineError> {
-        let ours = self.ours.layout();
-        let fits = |&(from, to): &(usize, usize)| {
-            let inside = |at: usize, total: usize| at.checked_add(cell_bytes).is_some_and(|end| end <= total);
-            from.is_multiple_of(16) && inside(from, self.bytes) && inside(to, ours.total_bytes())
+        let fits = |&(from, _): &(usize, usize)| {
+            from.is_multiple_of(16) && from.checked_add(cell_bytes).is_some_and(|end| end <= self.bytes)
         };
-        if cell_bytes != ours.block_bytes() || !cells.iter().all(fits) {
-            return Err(EngineError::BadBatch(format!(
-                "cells of {cell_bytes} bytes that are not the pool's"
-            )));
+        if !cells.iter().all(fits) {
+            return Err(EngineError::BadBatch("cells outside the peer's pool".into()));
         }
-        self.ours.device().enter()?;
-        let mut lane = self.lane(cells.len())?;
-        let numbers: Vec<i32> = cells.iter().map(|&(_, to)| (to / cell_bytes) as i32).collect();
-        lane.to.as_mut_slice()[..cells.len()].copy_from_slice(&numbers);
-        let sources = lane.from.as_mut_slice::<u64>();
-        sources.iter_mut().zip(cells).for_each(|(source, &(from, _))| *source = from as u64);
-        let (from, ids) = (lane.from.device_address(), lane.to.device_address());
-        let (to, theirs, vectors) = (self.ours.layer(0), self.theirs.at, (cell_bytes / 16) as i32);
-        let grid = Grid::new((COPY_PARTS, cells.len(), 1), 256);
-        let kernels = self.ours.kernels();
-        kernels.copy_cells.launch(&lane.stream, grid, args![to, theirs, ids, from, vectors])?;
-        // Cells are numbered through all layers: to the kernel the pool is one layer.
-        self.ours.checksums(&lane.stream, 0, ids, cells.len())?;
-        lane.stream.synchronize()?;
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
-        Ok(self.ours.sums_of(&numbers))
+        let places: Vec<usize> = cells.iter().map(|&(_, to)| to).collect();
+        self.ours.summed(&places, cell_bytes, |lane| {
+            let sources = lane.from.as_mut_slice::<u64>();
+            sources.iter_mut().zip(cells).for_each(|(source, &(from, _))| *source = from as u64);
+            let (from, ids) = (lane.from.device_address(), lane.to.device_address());
+            let (to, theirs, vectors) = (self.ours.layer(0), self.theirs.at, (cell_bytes / 16) as i32);
+            let grid = Grid::new((COPY_PARTS, cells.len(), 1), 256);
+            let kernels = self.ours.kernels();
+            kernels.copy_cells.launch(&lane.stream, grid, args![to, theirs, ids, from, vectors])
+        })
     }
 }
 

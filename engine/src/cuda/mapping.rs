@@ -70,6 +70,20 @@ impl Mapping {
         }
     }
 
+    /// A dmabuf of it, from the first byte on.
+    pub(super) fn dmabuf(&self) -> Result<OwnedFd, EngineError> {
+        let mut file: RawFd = -1;
+        let (to, kind): (*mut RawFd, _) =
+            (&mut file, sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD);
+        // SAFETY: the range is mapped; the driver writes a descriptor, which is then ours.
+        unsafe {
+            sys::cuMemGetHandleForAddressRange(to.cast(), self.at, self.bytes, kind, 0)
+                .result()
+                .map_err(failed("a dmabuf of device memory"))?;
+            Ok(OwnedFd::from_raw_fd(file))
+        }
+    }
+
     fn map(device: &Arc<Device>, allocation: Allocation, bytes: usize) -> Result<Self, DriverError> {
         let mut at = 0;
         // SAFETY: the range is ours until it is freed; it is unmapped and freed on drop, or here on failure.
@@ -123,7 +137,7 @@ fn property(device: &Device) -> sys::CUmemAllocationProp {
         win32HandleMetaData: std::ptr::null_mut(),
         allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
             compressionType: 0,
-            gpuDirectRDMACapable: 0,
+            gpuDirectRDMACapable: u8::from(device.gpudirect.is_capable),
             usage: 0,
             reserved: [0; 4],
         },

@@ -12,6 +12,7 @@ mod driver;
 mod exchange;
 mod fixed;
 mod gemm;
+pub mod gpudirect;
 mod graphs;
 mod kernels;
 mod libraries;

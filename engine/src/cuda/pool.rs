@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::driver::{Device, Grid, Memory, Pinned, Stream, args};
+use super::exchange::Lanes;
 use super::kernels::Kernels;
 use super::mapping::Mapping;
 use crate::{DeviceKv, EngineError, KvLayout, KvMemory};
@@ -20,6 +21,8 @@ const CHECKSUM_THREADS: usize = 256;
 /// costs as much memory as the pool, and in return any block that was published once, say a cached prefix, is pushed again
 /// without a copy.
 pub(super) struct DevicePool {
+    /// Dropped before the memory that their kernels read.
+    lanes: Lanes,
     layout: KvLayout,
     kernels: Arc<Kernels>,
     device: Arc<Device>,
@@ -64,6 +67,7 @@ impl DevicePool {
             None => PoolMemory::Plain(Memory::new(device, bytes, "the KV pool")?),
         };
         Ok(Arc::new(Self {
+            lanes: Lanes::default(),
             layout,
             kernels,
             device: Arc::clone(device),
@@ -99,6 +103,10 @@ impl DevicePool {
 
     pub(super) fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    pub(super) fn lanes(&self) -> &Lanes {
+        &self.lanes
     }
 
     pub(super) fn kernels(&self) -> &Kernels {

@@ -6,6 +6,7 @@
 mod blocks;
 mod draws;
 mod eight_bits;
+mod gpudirect;
 mod kernels;
 mod real_model;
 

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use super::device::{DeviceSelector, Gid, PortInfo, open_all};
 use super::ffi::{self, Verbs};
+use super::memory::{Direct, Domain, GpuDirect, Memory};
 use crate::Region;
+use crate::transport::Side;
 
 /// Rails a worker uses at most.
 const MAX_RAILS: usize = 8;
@@ -14,6 +16,8 @@ const MAX_RAILS: usize = 8;
 pub struct FabricConfig {
     /// Only these; every active port when empty.
     pub devices: Vec<DeviceSelector>,
+    /// Whether they reach the device's memory of a pool by themselves.
+    pub gpudirect: GpuDirect,
 }
 
 /// Why there is no RDMA here.
@@ -41,6 +45,14 @@ pub enum FabricError {
         /// How much.
         bytes: usize,
         /// The kernel's words, and what to do.
+        reason: String,
+    },
+    /// GPUDirect was required: the text says for each way why it is closed.
+    #[error("{device} cannot reach the KV pool on its device by itself (GPUDirect): {reason}")]
+    GpuDirect {
+        /// Which network card.
+        device: String,
+        /// Why.
         reason: String,
     },
 }
@@ -72,7 +84,7 @@ impl Fabric {
                             max_wr: device.max_wr,
                             max_sge: device.max_sge,
                         };
-                        match Rail::open(context.clone(), port, gid, limits, region) {
+                        match Rail::open(context.clone(), port, gid, limits, (region, config.gpudirect)) {
                             Ok(rail) => found.push(Arc::new(rail)),
                             Err(error) => failure = Some(error),
                         }
@@ -90,6 +102,7 @@ impl Fabric {
             }
         }
         match (found.is_empty(), failure) {
+            (_, Some(error @ FabricError::GpuDirect { .. })) => Err(error),
             (true, Some(error)) => Err(error),
             (true, None) => Err(FabricError::NoPort(unusable.join("; "))),
             (false, _) => Ok(Arc::new(Self { rails: found })),
@@ -110,9 +123,15 @@ impl Fabric {
     pub fn describe(&self) -> String {
         let one = |rail: &Arc<Rail>| {
             let PortInfo { device, port, mtu_bytes, .. } = &rail.port;
-            format!("{device}:{port} gid {} ({}) mtu {mtu_bytes}", rail.gid.index, rail.gid.kind)
+            let memory = rail.memory.describe();
+            format!("{device}:{port} gid {} ({}) mtu {mtu_bytes}{memory}", rail.gid.index, rail.gid.kind)
         };
         self.rails.iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Rails whose card reads and writes the device's memory of the pool by itself, now.
+    pub fn direct(&self) -> usize {
+        self.rails.iter().filter(|rail| rail.memory.side() == Side::Device).count()
     }
 
     pub(crate) fn rail(&self, at: usize) -> Option<&Arc<Rail>> {
@@ -177,18 +196,40 @@ impl Drop for ContextOwner {
     }
 }
 
-/// A port with an address, a protection domain and the worker's region registered in it.
+/// A protection domain, freed behind what is registered in it.
+struct DomainOwner {
+    pd: *mut ffi::Pd,
+    context: Arc<ContextOwner>,
+}
+
+impl DomainOwner {
+    fn new(context: Arc<ContextOwner>) -> std::io::Result<Self> {
+        // SAFETY: an open context.
+        let pd = unsafe { (context.verbs.alloc_pd)(context.context) };
+        if pd.is_null() { Err(std::io::Error::last_os_error()) } else { Ok(Self { pd, context }) }
+    }
+}
+
+impl Drop for DomainOwner {
+    fn drop(&mut self) {
+        // SAFETY: every queue pair, window and region of it is gone; freed once, the context by its owner afterwards.
+        unsafe { (self.context.verbs.dealloc_pd)(self.pd) };
+    }
+}
+
+/// A port with an address, a protection domain and the worker's pool registered in it.
 pub(crate) struct Rail {
     pub(crate) verbs: &'static Verbs,
     pub(crate) port: PortInfo,
     pub(crate) gid: Gid,
     pub(crate) max_wr: u32,
     pub(crate) max_sge: u32,
-    pub(crate) region: Region,
     pub(crate) context: *mut ffi::Context,
     pub(crate) pd: *mut ffi::Pd,
-    pub(crate) mr: *mut ffi::Mr,
-    _owner: Arc<ContextOwner>,
+    /// Dropped before the domain, and that before the region.
+    pub(crate) memory: Memory,
+    _domain: DomainOwner,
+    _region: Region,
 }
 
 // SAFETY: libibverbs' objects may be used from any thread; the pointers are valid while the rail lives.
@@ -208,9 +249,9 @@ impl Rail {
         port: &PortInfo,
         gid: Gid,
         limits: Limits,
-        region: &Region,
+        (region, gpudirect): (&Region, GpuDirect),
     ) -> Result<Self, FabricError> {
-        let verbs = owner.verbs;
+        let (verbs, context) = (owner.verbs, owner.context);
         let register = |reason: String| FabricError::Register {
             device: port.device.clone(),
             bytes: region.len(),
@@ -219,29 +260,35 @@ impl Rail {
         if region.len() as u64 > limits.max_mr_bytes {
             return Err(register(format!("the device registers at most {} bytes", limits.max_mr_bytes)));
         }
-        // SAFETY: an open context.
-        let pd = unsafe { (verbs.alloc_pd)(owner.context) };
-        if pd.is_null() {
-            return Err(register(format!("no protection domain: {}", std::io::Error::last_os_error())));
-        }
+        let owner =
+            DomainOwner::new(owner).map_err(|error| register(format!("no protection domain: {error}")))?;
         // With windows nobody may write by the region's own key.
         let remote = if port.windows { ffi::ACCESS_MW_BIND } else { ffi::ACCESS_REMOTE_WRITE };
+        let domain = Domain { verbs, pd: owner.pd, access: ffi::ACCESS_LOCAL_WRITE | remote };
         // SAFETY: the region's bytes are valid and unmoved while it lives, and the rail keeps a clone of it; what
         // the device may write in it is what landings own, by the same claims as any other write.
-        let mr = unsafe {
-            (verbs.reg_mr)(pd, region.base().cast(), region.len(), ffi::ACCESS_LOCAL_WRITE | remote)
-        };
-        if mr.is_null() {
-            let error = std::io::Error::last_os_error();
-            // SAFETY: allocated above, unused.
-            unsafe { (verbs.dealloc_pd)(pd) };
+        let host = unsafe { domain.register(region.base() as u64, region.len()) }.map_err(|error| {
             let hint = match error.raw_os_error() {
                 Some(libc::ENOMEM | libc::EPERM | libc::EAGAIN) => {
                     "; raise the memlock limit (ulimit -l unlimited)"
                 }
                 _ => "",
             };
-            return Err(register(format!("{error}{hint}")));
+            register(format!("{error}{hint}"))
+        })?;
+        let device = match region.device() {
+            Some(device) if gpudirect != GpuDirect::Off => {
+                Direct::open(domain, device.as_ref(), region.len())
+            }
+            None if gpudirect == GpuDirect::Require => {
+                Err("the pool is on no device whose memory is a file".into())
+            }
+            _ => Err(String::new()),
+        };
+        if let Err(reason) = &device
+            && gpudirect == GpuDirect::Require
+        {
+            return Err(FabricError::GpuDirect { device: port.device.clone(), reason: reason.clone() });
         }
         Ok(Self {
             verbs,
@@ -249,22 +296,30 @@ impl Rail {
             gid,
             max_wr: limits.max_wr,
             max_sge: limits.max_sge,
-            region: region.clone(),
-            context: owner.context,
-            pd,
-            mr,
-            _owner: owner,
+            context,
+            pd: owner.pd,
+            memory: Memory::new(host, device),
+            _domain: owner,
+            _region: region.clone(),
         })
     }
-}
 
-impl Drop for Rail {
-    fn drop(&mut self) {
-        // SAFETY: every queue pair and window held the rail and is gone; each object is freed once, the context
-        // by its owner afterwards.
-        unsafe {
-            (self.verbs.dereg_mr)(self.mr);
-            (self.verbs.dealloc_pd)(self.pd);
+    /// A queue pair on the device's memory broke. One that breaks before any cell went well says that the card cannot reach the
+    /// device after all, whatever its registration promised: the next one uses the host side.
+    pub(crate) fn doubts(&self, reason: &str) {
+        if !self.memory.is_proven() {
+            self.gives_up(reason);
+        }
+    }
+
+    pub(crate) fn gives_up(&self, reason: &str) {
+        if self.memory.gives_up() {
+            let rail = &self.port.device;
+            tracing::warn!(
+                rail,
+                reason,
+                "GPUDirect does not work here; RDMA goes through host memory from now on"
+            );
         }
     }
 }

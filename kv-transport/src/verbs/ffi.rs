@@ -349,11 +349,15 @@ pub(crate) mod mask {
     pub(crate) const DEST_QPN: c_int = 1 << 20;
 }
 
+type RegDmabufMr = unsafe extern "C" fn(*mut Pd, u64, usize, u64, c_int, c_int) -> *mut Mr;
+
 macro_rules! library {
     ($($name:ident: fn($($arg:ty),*) -> $ret:ty;)*) => {
         /// The exported functions that are used.
         pub(crate) struct Verbs {
             $(pub(crate) $name: unsafe extern "C" fn($($arg),*) -> $ret,)*
+            /// Since rdma-core 34: domain, offset, length, address, file, access.
+            pub(crate) reg_dmabuf_mr: Option<RegDmabufMr>,
             _library: Library,
         }
 
@@ -369,7 +373,9 @@ macro_rules! library {
                     }
                     .map_err(|e| format!("libibverbs.so.1 lacks ibv_{}: {e}", stringify!($name)))?;
                 )*
-                Ok(Self { $($name,)* _library: library })
+                // SAFETY: as above.
+                let reg_dmabuf_mr = unsafe { library.get::<RegDmabufMr>("ibv_reg_dmabuf_mr\0") };
+                Ok(Self { $($name,)* reg_dmabuf_mr: reg_dmabuf_mr.ok().map(|f| *f), _library: library })
             }
         }
     };

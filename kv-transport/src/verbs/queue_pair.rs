@@ -13,8 +13,10 @@ use tokio::io::unix::AsyncFd;
 
 use super::fabric::Rail;
 use super::ffi::{self, QpAttr, SendWr, Sge, Wc, mask};
+use super::memory::Registered;
 use super::offer::Offer;
 use crate::Region;
+use crate::transport::Side;
 
 /// Bytes of an announcement at most, and of a buffer for one.
 pub(crate) const CONTROL_BYTES: usize = 1024;
@@ -86,6 +88,8 @@ pub(crate) struct QueuePair {
     /// Dropped first: the descriptor must leave the reactor before it is closed.
     events: Option<AsyncFd<ChannelFd>>,
     rail: Arc<Rail>,
+    /// Which memory of the pool it reads and lets be written.
+    side: Side,
     channel: *mut ffi::CompChannel,
     cq: *mut ffi::Cq,
     qp: *mut ffi::Qp,
@@ -150,6 +154,7 @@ impl QueuePair {
             psn: rand::random::<u32>() & 0xFF_FFFF,
             in_flight: 0,
             weights: vec![0; control.send_buffers],
+            side: rail.memory.side(),
             rail,
         };
         // From here on dropping `pair` frees what was made.
@@ -317,11 +322,10 @@ impl QueuePair {
     ) -> Result<(), PairBroken> {
         let mut pieces: Vec<Sge> =
             Vec::with_capacity(writes.iter().map(|w| w.pieces.len()).sum::<usize>() + 1);
-        // SAFETY: the rail's region is registered while the rail lives.
-        let lkey = unsafe { (*self.rail.mr).lkey };
-        let base = self.rail.region.base() as u64;
+        let memory = self.memory();
+        let (base, lkey) = (memory.base, memory.lkey());
         for piece in writes.iter().flat_map(|w| &w.pieces) {
-            if piece.end > self.rail.region.len() || piece.start > piece.end {
+            if piece.end > memory.len || piece.start > piece.end {
                 return Err(PairBroken("a piece outside the region".into()));
             }
             let length = u32::try_from(piece.len()).map_err(|_| PairBroken("a piece too long".into()))?;
@@ -420,6 +424,40 @@ impl QueuePair {
         bytes
     }
 
+    pub(crate) fn side(&self) -> Side {
+        self.side
+    }
+
+    fn memory(&self) -> &Registered {
+        self.rail.memory.of(self.side)
+    }
+
+    /// Where the pool begins, to the peer's writes.
+    pub(crate) fn base(&self) -> u64 {
+        self.memory().base
+    }
+
+    /// Cells came or went as they should, or did not: false when that shows that the card does not reach the device.
+    pub(crate) fn proves(&self, went_well: bool) -> bool {
+        let is_direct = self.side == Side::Device;
+        if is_direct && went_well {
+            self.rail.memory.proves();
+        }
+        went_well || !is_direct || self.rail.memory.is_proven()
+    }
+
+    /// It broke: where it was the first on the device's memory, that was why.
+    pub(crate) fn doubts(&self, PairBroken(reason): &PairBroken) {
+        if self.side == Side::Device {
+            self.rail.doubts(reason);
+        }
+    }
+
+    /// The device failed: the next queue pair uses the host side.
+    pub(crate) fn gives_up(&self, reason: &str) {
+        self.rail.gives_up(reason);
+    }
+
     /// Whether keys can be given and taken one by one.
     pub(crate) fn has_windows(&self) -> bool {
         self.rail.port.windows
@@ -427,8 +465,7 @@ impl QueuePair {
 
     /// The region's own key, for devices without windows.
     pub(crate) fn region_key(&self) -> u32 {
-        // SAFETY: the rail's region is registered while the rail lives.
-        unsafe { (*self.rail.mr).rkey }
+        self.memory().rkey()
     }
 
     /// Starts to give the peer of this queue pair, and nobody else, a key to the region: `Bound` follows.
@@ -441,15 +478,17 @@ impl QueuePair {
         window.free = false;
         // The low byte is the owner's to choose; a new one makes every earlier key of the window worthless.
         window.rkey = (window.rkey & !0xFF) | (window.rkey.wrapping_add(1) & 0xFF);
+        let (mw, rkey) = (window.mw, window.rkey);
+        let memory = self.memory();
         let mut request = SendWr::new(ffi::WR_BIND_MW);
         request.wr_id = BOUND | at as u64;
         request.send_flags = ffi::SEND_SIGNALED;
         request.bind = ffi::BindMw {
-            mw: window.mw,
-            rkey: window.rkey,
-            mr: self.rail.mr,
-            addr: self.rail.region.base() as u64,
-            length: self.rail.region.len() as u64,
+            mw,
+            rkey,
+            mr: memory.mr,
+            addr: memory.base,
+            length: memory.len as u64,
             access: ffi::ACCESS_REMOTE_WRITE.unsigned_abs(),
         };
         self.post(std::slice::from_mut(&mut request))?;

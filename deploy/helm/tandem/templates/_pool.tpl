@@ -139,6 +139,7 @@ spec:
 {{- with $pool.rdma.devices }}
 - --rdma-device={{ join "," . }}
 {{- end }}
+- --gpudirect={{ $pool.rdma.gpudirect }}
 {{- if $pool.rdma.require }}
 - --require-rdma
 {{- end }}
