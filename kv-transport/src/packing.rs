@@ -31,6 +31,7 @@ enum Kind {
 
 impl Kind {
     /// The bytes of a row; yields its largest magnitude.
+    #[inline(always)]
     fn pack_row(self, row: &[[u8; 2]], bytes: &mut [u8]) -> u16 {
         let largest = largest(row);
         if largest == 0 {
@@ -51,6 +52,30 @@ impl Kind {
         }
         largest
     }
+
+    #[inline(always)]
+    fn unpack_row(self, largest: u16, bytes: &[u8], row: &mut [[u8; 2]]) {
+        match self {
+            Self::Int8 => int8::unpack_row(largest, bytes, row),
+            Self::Fp8 => fp8::unpack_row(largest, bytes, row),
+        }
+    }
+}
+
+/// The same code compiled once more with AVX2, for processors that have it: eight numbers at a time rather than four, and the same bytes.
+macro_rules! wide_or_not {
+    ($packing:ident.$rows:ident($from:ident, $to:ident)) => {{
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            #[target_feature(enable = "avx2")]
+            fn wide(packing: Packing, from: &[u8], to: &mut [u8]) {
+                packing.$rows(from, to);
+            }
+            // SAFETY: the processor has the instructions.
+            return unsafe { wide($packing, $from, $to) };
+        }
+        $packing.$rows($from, $to)
+    }};
 }
 
 /// How cells are packed: as eight-bit numbers, with a scale for each row.
@@ -98,6 +123,16 @@ impl Packing {
 
     /// Packs a cell into [`Packing::packed_bytes`] bytes.
     pub fn pack(self, cell: &[u8], packed: &mut [u8]) {
+        wide_or_not!(self.pack_rows(cell, packed));
+    }
+
+    /// The cell that was packed. Whatever the bytes are, they are some numbers.
+    pub fn unpack(self, packed: &[u8], cell: &mut [u8]) {
+        wide_or_not!(self.unpack_rows(packed, cell));
+    }
+
+    #[inline(always)]
+    fn pack_rows(self, cell: &[u8], packed: &mut [u8]) {
         let row = usize::from(self.row);
         for (from, to) in cell.chunks_exact(row * NUMBER).zip(packed.chunks_exact_mut(row + NUMBER)) {
             if let Some((scale, bytes)) = to.split_first_chunk_mut() {
@@ -106,32 +141,31 @@ impl Packing {
         }
     }
 
-    /// The cell that was packed. Whatever the bytes are, they are some numbers.
-    pub fn unpack(self, packed: &[u8], cell: &mut [u8]) {
+    #[inline(always)]
+    fn unpack_rows(self, packed: &[u8], cell: &mut [u8]) {
         let row = usize::from(self.row);
-        let unpack_row = match self.kind {
-            Kind::Int8 => int8::unpack_row,
-            Kind::Fp8 => fp8::unpack_row,
-        };
         for (from, to) in packed.chunks_exact(row + NUMBER).zip(cell.chunks_exact_mut(row * NUMBER)) {
             if let Some((scale, bytes)) = from.split_first_chunk() {
-                unpack_row(u16::from_le_bytes(*scale), bytes, to.as_chunks_mut().0);
+                self.kind.unpack_row(u16::from_le_bytes(*scale), bytes, to.as_chunks_mut().0);
             }
         }
     }
 }
 
+#[inline(always)]
 fn wide(number: u16) -> f32 {
     f32::from_bits(u32::from(number) << 16)
 }
 
 /// To the nearest bf16, a tie to the even one.
+#[inline(always)]
 fn to_bf16(number: f32) -> u16 {
     let bits = number.to_bits();
     (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 /// The largest magnitude, be it finite or not.
+#[inline(always)]
 fn largest(row: &[[u8; 2]]) -> u16 {
     // Signed, since every processor compares those at once.
     row.iter().fold(0_i16, |most, number| most.max(i16::from_le_bytes(*number) & i16::MAX)).unsigned_abs()

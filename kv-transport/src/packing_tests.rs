@@ -16,12 +16,19 @@ fn packed(packing: Packing, numbers: &[u16]) -> Vec<u8> {
     let cell = cell(numbers);
     let mut packed = vec![0xAA; packing.packed_bytes(cell.len()).unwrap()];
     packing.pack(&cell, &mut packed);
+    // Peers need not have the same instructions.
+    let mut narrow = vec![0xAA; packed.len()];
+    packing.pack_rows(&cell, &mut narrow);
+    assert_eq!(packed, narrow);
     packed
 }
 
 fn unpacked(packing: Packing, packed: &[u8], numbers_wanted: usize) -> Vec<u16> {
     let mut cell = vec![0xAA; numbers_wanted * NUMBER];
     packing.unpack(packed, &mut cell);
+    let mut narrow = vec![0xAA; cell.len()];
+    packing.unpack_rows(packed, &mut narrow);
+    assert_eq!(cell, narrow);
     numbers(&cell)
 }
 

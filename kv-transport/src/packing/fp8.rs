@@ -18,6 +18,7 @@ const BIAS: u32 = 120 << 23;
 /// Mantissa bits of 32-bit numbers that have no place.
 const LOST: u32 = 20;
 
+#[inline(always)]
 pub(super) fn pack_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     let scale = MOST / wide(largest);
     for (number, byte) in row.iter().zip(bytes) {
@@ -41,6 +42,7 @@ pub(super) fn pack_odd_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn unpack_row(largest: u16, bytes: &[u8], row: &mut [[u8; 2]]) {
     let largest = wide(largest);
     for (byte, number) in bytes.iter().zip(row) {
@@ -50,11 +52,13 @@ pub(super) fn unpack_row(largest: u16, bytes: &[u8], row: &mut [[u8; 2]]) {
     }
 }
 
+#[inline(always)]
 fn sign(number: u16) -> u8 {
     (number >> 8) as u8 & SIGN
 }
 
 /// The nearest e4m3 to a magnitude of at most [`MOST`], a tie to the even one.
+#[inline(always)]
 fn encode(magnitude: f32) -> u8 {
     let bits = magnitude.to_bits();
     let rounded = bits + ((1 << (LOST - 1)) - 1) + (bits >> LOST & 1);
@@ -64,6 +68,7 @@ fn encode(magnitude: f32) -> u8 {
     (if magnitude < NORMAL { small } else { normal }).min(MOST_BYTE) as u8
 }
 
+#[inline(always)]
 fn decode(byte: u8) -> f32 {
     let normal = f32::from_bits((u32::from(byte) << LOST) + BIAS);
     if byte < 8 { f32::from(byte) * STEP } else { normal }

@@ -9,6 +9,7 @@ const NOT_FINITE: i8 = i8::MIN;
 /// Added to a small number it leaves the nearest whole one in the last bits, a tie at the even one.
 const TO_WHOLE: f32 = 12_582_912.0;
 
+#[inline(always)]
 pub(super) fn pack_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     let steps = STEPS / wide(largest);
     for (number, byte) in row.iter().zip(bytes) {
@@ -33,6 +34,7 @@ pub(super) fn pack_odd_row(row: &[[u8; 2]], largest: u16, bytes: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn unpack_row(largest: u16, bytes: &[u8], row: &mut [[u8; 2]]) {
     let step = wide(largest) / STEPS;
     for (byte, number) in bytes.iter().zip(row) {
