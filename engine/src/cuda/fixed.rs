@@ -113,7 +113,8 @@ impl Fixed {
             gemms.tune(stream, pick(&network.layers[0]).shape(add, false), &within, &product, &weights)?;
         }
         let gate_up = &network.layers[0].gate_up;
-        let product = gate_up.product(buffers.normed.at, buffers.gated.at);
+        let mut product = gate_up.product(buffers.normed.at, buffers.gated.at);
+        product.rounded = (buffers.quantised.at, buffers.row_scales.at);
         let weights: Vec<u64> = network.layers.iter().map(|l| l.gate_up.product(0, 0).weights).collect();
         gemms.tune_gated(
             stream,

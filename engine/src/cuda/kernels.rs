@@ -40,7 +40,7 @@ const ATTENTION_ANY: Source = source!("attention_any", false);
 const DRAW: Source = source!("draw", false);
 const THIN: Source = source!("thin", false);
 const THIN8: Source = source!("thin8", false);
-const WIDE8_SM90: Source = source!("wide8_sm90", true);
+const WIDE_SM90: Source = source!("wide_sm90", true);
 const QUANTISE: Source = source!("quantise", true);
 const DECODE: Source = source!("attention_decode", false);
 const PREFILL: Source = source!("attention_prefill", false);
@@ -100,12 +100,12 @@ pub(super) fn thin(device: &Arc<Device>) -> Result<Thin, EngineError> {
     Thin::new(&module(&THIN)?, &module(&THIN8)?)
 }
 
-/// The kernels for INT8 products with many rows; on Hopper.
+/// The kernels for products with many rows; on Hopper.
 pub(super) fn wide(device: &Arc<Device>) -> Result<Option<Wide>, EngineError> {
     if device.capability != (9, 0) {
         return Ok(None);
     }
-    Wide::new(device, &Module::load(device, &compiled(device, &WIDE8_SM90)?)?).map(Some)
+    Wide::new(device, &Module::load(device, &compiled(device, &WIDE_SM90)?)?).map(Some)
 }
 
 impl Kernels {
@@ -262,7 +262,7 @@ mod tests {
             return;
         }
         let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &THIN8, &DECODE, &PREFILL];
-        for source in anywhere.into_iter().chain([&QUANTISE, &WIDE8_SM90, &PREFILL_SM90]) {
+        for source in anywhere.into_iter().chain([&QUANTISE, &WIDE_SM90, &PREFILL_SM90]) {
             let architectures: &[&str] =
                 if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
             for architecture in architectures {

@@ -5,6 +5,7 @@
 //! size, attention split along the keys. Both are the same step; [`Tuning`] says what is prepared at start-up.
 
 mod attention;
+mod blas;
 mod buffers;
 mod ceilings;
 mod draws;

@@ -46,7 +46,8 @@ impl Step<'_> {
         self.embed()?;
         for (index, layer) in fixed.network.layers.iter().enumerate() {
             self.mark(Part::Norm)?;
-            let normed = self.norm_for(&layer.qkv, buffers.x.at, layer.attention_norm.at, rows)?;
+            let normed =
+                self.norm_for(layer.qkv.shape(false, false), buffers.x.at, layer.attention_norm.at, rows)?;
             self.mark(Part::Qkv)?;
             self.linear(&layer.qkv, normed, buffers.qkv.at, rows, false, false)?;
             self.mark(Part::Rotate)?;
@@ -128,7 +129,17 @@ impl Step<'_> {
         add: bool,
         wide: bool,
     ) -> Result<(), EngineError> {
-        let shape: Shape = linear.shape(add, wide);
+        self.multiply(linear, linear.shape(add, wide), x, out, rows)
+    }
+
+    fn multiply(
+        &mut self,
+        linear: &Linear,
+        shape: Shape,
+        x: X,
+        out: u64,
+        rows: usize,
+    ) -> Result<(), EngineError> {
         let buffers = &self.fixed.buffers;
         let mut product = linear.product(if let X::Brain(x) = x { x } else { 0 }, out);
         product.rounded = (buffers.quantised.at, buffers.row_scales.at);
@@ -154,11 +165,10 @@ impl Step<'_> {
     }
 
     /// A norm, in the form that the product after it takes.
-    fn norm_for(&mut self, next: &Linear, x: u64, weight: u64, rows: usize) -> Result<X, EngineError> {
+    fn norm_for(&mut self, next: Shape, x: u64, weight: u64, rows: usize) -> Result<X, EngineError> {
         let (buffers, width) = (&self.fixed.buffers, self.fixed.config.hidden / 8);
         let kernels = self.fixed.kernels.quantise.as_ref();
-        let fused =
-            kernels.filter(|_| width <= 1024 && self.gemms.takes_rounded(next.shape(false, false), rows));
+        let fused = kernels.filter(|_| width <= 1024 && self.gemms.takes_rounded(next, rows));
         let Some(kernels) = fused else {
             self.norm(buffers.normed.at, x, weight, rows)?;
             return Ok(X::Brain(buffers.normed.at));
@@ -174,22 +184,30 @@ impl Step<'_> {
         let fixed = self.fixed;
         let buffers = &fixed.buffers;
         self.mark(Part::Norm)?;
-        let gated = layer.gate_up.gated_shape();
-        let fed = if self.gemms.knows(gated, rows) {
-            self.norm(buffers.normed.at, x, layer.mlp_norm.at, rows)?;
-            self.mark(Part::GateUp)?;
-            let product = layer.gate_up.product(buffers.normed.at, buffers.gated.at);
-            self.gemms.run(self.stream, gated, rows, &product)?;
-            X::Brain(buffers.gated.at)
+        let (gated, apart) = (layer.gate_up.gated_shape(), layer.gate_up.shape(false, false));
+        let joined = self.gemms.joins(gated, rows);
+        let normed = self.norm_for(if joined { gated } else { apart }, x, layer.mlp_norm.at, rows)?;
+        self.mark(Part::GateUp)?;
+        let fed = if joined {
+            self.multiply(&layer.gate_up, gated, normed, buffers.gated.at, rows)?;
+            self.mark(Part::Swiglu)?;
+            self.rounded_for(&layer.down, buffers.gated.at, rows)?
         } else {
-            let normed = self.norm_for(&layer.gate_up, x, layer.mlp_norm.at, rows)?;
-            self.mark(Part::GateUp)?;
-            self.linear(&layer.gate_up, normed, buffers.gate_up.at, rows, false, false)?;
+            self.multiply(&layer.gate_up, apart, normed, buffers.gate_up.at, rows)?;
             self.mark(Part::Swiglu)?;
             self.swiglu_for(&layer.down, rows)?
         };
         self.mark(Part::Down)?;
         self.linear(&layer.down, fed, x, rows, true, false)
+    }
+
+    /// Rows in the form that the product after them takes.
+    fn rounded_for(&self, next: &Linear, x: u64, rows: usize) -> Result<X, EngineError> {
+        if !self.gemms.takes_rounded(next.shape(true, false), rows) {
+            return Ok(X::Brain(x));
+        }
+        self.quantise(x, rows, next.inputs())?;
+        Ok(X::Rounded)
     }
 
     /// SwiGLU, in the form that the product after it takes.

@@ -32,6 +32,19 @@ DEVICE void load_box(void *to, const TensorMap *map, int column, int row, u64 *b
         : "memory");
 }
 
+
+// Boxes from shared memory, swizzled as they are loaded; what would lie outside is left out. What threads wrote there must be fenced first.
+DEVICE void store_box(const TensorMap *map, int column, int row, const void *from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
+                 "r"(row), "r"(shared_address(from))
+                 : "memory");
+}
+DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until what this thread stored has been read from shared memory, or has arrived.
+DEVICE void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+DEVICE void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Matrices in shared memory are 64 elements (128 bytes) wide, rows below each other, 128-byte swizzled.
 // `leading` is the distance between two such columns of 64, used only where they run along the n side (values).
 DEVICE u64 descriptor(u32 address, u32 leading) {
