@@ -117,6 +117,7 @@ fn kinds(tables: &[BenchTable]) -> Vec<Kind> {
         BenchTable::Chunk => vec![Kind::Chunk],
         BenchTable::Int8 => vec![Kind::Int8],
         BenchTable::Draw => vec![Kind::Draw],
+        BenchTable::Copies => vec![Kind::Copies],
         BenchTable::Profile => Vec::new(),
     };
     tables.iter().flat_map(kind).collect()

@@ -18,7 +18,7 @@ pub struct Times {
 }
 
 impl Times {
-    fn of(mut all: Vec<f64>) -> Self {
+    pub(super) fn of(mut all: Vec<f64>) -> Self {
         all.sort_by(f64::total_cmp);
         let at = |i: usize| all.get(i).copied().unwrap_or_default();
         Self { median_ms: at(all.len() / 2), fastest_ms: at(0), slowest_ms: at(all.len().saturating_sub(1)) }

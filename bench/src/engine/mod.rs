@@ -1,6 +1,7 @@
 //! `tandem bench engine`: how fast steps are, beside what the device allows.
 
 mod calibrate;
+mod copies;
 mod measure;
 mod profile;
 mod report;
@@ -38,6 +39,8 @@ pub enum Kind {
     Int8,
     /// Decode steps that draw otherwise than greedily.
     Draw,
+    /// KV between a GPU and its host side, alone and beside a prompt.
+    Copies,
 }
 
 /// What to measure.
@@ -173,7 +176,7 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
         tables: Vec::new(),
         profiles: Vec::new(),
     };
-    for &kind in settings.kinds.iter().filter(|kind| **kind != Kind::Int8) {
+    for &kind in settings.kinds.iter().filter(|kind| !matches!(kind, Kind::Int8 | Kind::Copies)) {
         report.tables.push(tables::measure(kind, settings, &mut measured, &ceilings, progress)?);
     }
     if settings.profile {
@@ -187,6 +190,9 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
     drop(measured);
     if settings.kinds.contains(&Kind::Int8) {
         report.tables.push(eight_bits(settings, progress)?);
+    }
+    if settings.kinds.contains(&Kind::Copies) {
+        report.tables.push(copies::measure(settings, progress)?);
     }
     Ok(report)
 }

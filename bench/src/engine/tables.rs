@@ -1,6 +1,6 @@
 //! The tables: what each row runs.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use engine::SamplingParams;
 use engine::roofline::{self, Numbers, Work};
 
@@ -32,6 +32,7 @@ pub(super) fn measure(
         Kind::Chunk => ("chunk", bench.chunk()?),
         Kind::Int8 => ("eight bits", bench.eight_bits()?),
         Kind::Draw => ("drawing", bench.draw()?),
+        Kind::Copies => bail!("copies are measured with an engine of their own"),
     };
     Ok(Table { title: title.into(), rows })
 }

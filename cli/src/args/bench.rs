@@ -222,6 +222,8 @@ pub enum BenchTable {
     Int8,
     /// Decode steps that draw greedily, with a temperature, filters, penalties, log-probabilities
     Draw,
+    /// KV between a GPU and its host side, beside plain copies; and a prompt with and without it
+    Copies,
     /// Where the time of a prefill and of decode steps goes, by part of the network
     Profile,
 }

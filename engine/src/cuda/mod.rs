@@ -8,6 +8,7 @@ mod attention;
 mod blas;
 mod buffers;
 mod ceilings;
+mod copies;
 mod draws;
 mod driver;
 mod exchange;
@@ -34,6 +35,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use self::ceilings::Ceilings;
+pub use self::copies::Copied;
 use self::draws::{Draws, Source};
 use self::driver::{Device, Event, Pinned, Stream};
 use self::fixed::Fixed;

@@ -129,6 +129,17 @@ impl DevicePool {
         count: usize,
     ) -> Result<(), EngineError> {
         self.checksums(stream, layer, blocks, count)?;
+        self.bring(stream, layer, blocks, count)
+    }
+
+    /// The same without checksums.
+    pub(super) fn bring(
+        &self,
+        stream: &Stream,
+        layer: usize,
+        blocks: u64,
+        count: usize,
+    ) -> Result<(), EngineError> {
         let to = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
         self.copy(stream, to, self.layer(layer), blocks, count)
     }
