@@ -1,10 +1,12 @@
 //! How fast KV goes between the device and its host side, beside plain copies of as many bytes.
 
-use cudarc::driver::{result::DriverError, sys};
+use std::time::Instant;
 
-use super::driver::{Event, Stream, failed};
+use cudarc::driver::sys;
+
+use super::driver::failed;
 use super::{CudaEngine, EngineError};
-use crate::KvMemory;
+use crate::{Engine, KvMemory, Loading};
 
 /// One way of copying, run some times.
 pub struct Copied {
@@ -12,65 +14,61 @@ pub struct Copied {
     pub what: &'static str,
     /// Each run.
     pub milliseconds: Vec<f64>,
-    /// Whether this is the plain copy that those after it are compared with.
+    /// Whether this is the plain copy that what follows is compared with.
     pub plain: bool,
 }
 
 impl CudaEngine {
-    /// Copies all layers of `blocks` to the host side and back, `runs` times in turn: plainly (as many bytes in one piece), as a worker
-    /// does block by block, and with the checksums that go with it. For measuring: the blocks' contents are lost.
+    /// Copies all layers of `blocks` to the host side and back, `runs` times in turn: as many bytes in one piece, and as a worker does it,
+    /// block by block with their checksums. For measuring: what the blocks hold is lost.
     pub fn copies(&mut self, blocks: &[u32], runs: usize) -> Result<Vec<Copied>, EngineError> {
-        let ids = self.known(blocks.iter().copied())?;
-        let (at, count) = (self.upload_blocks(&ids)?, ids.len());
-        let pool = self.fixed.pool.as_ref();
-        let layers = 0..pool.layers();
-        let bytes = pool.layers() * count * pool.layout().block_bytes();
-        let host = pool
-            .host_address()
-            .ok_or_else(|| EngineError::Unsupported("a pool without a host side".into()))?;
-        let each = |copy: &dyn Fn(usize) -> Result<(), EngineError>| layers.clone().try_for_each(copy);
-        // SAFETY: both sides hold the whole pool, which is at least as large as these blocks.
-        let to_host = |stream: &Stream| unsafe {
-            sys::cuMemcpyDtoHAsync_v2(host.cast(), pool.layer(0), bytes, stream.raw).result()
-        };
-        // SAFETY: as above.
-        let to_device = |stream: &Stream| unsafe {
-            sys::cuMemcpyHtoDAsync_v2(pool.layer(0), host.cast(), bytes, stream.raw).result()
-        };
-        let plainly = |copied: Result<(), DriverError>| copied.map_err(failed("a plain copy"));
-        let stream = &self.copies;
-        type Way<'a> = (&'static str, bool, &'a dyn Fn() -> Result<(), EngineError>);
-        let ways: [Way<'_>; 6] = [
-            ("to the host, plain", true, &|| plainly(to_host(stream))),
-            ("to the host, blocks", false, &|| each(&|layer| pool.bring(stream, layer, at, count))),
-            ("to the host, blocks and checksums", false, &|| {
-                each(&|layer| pool.publish(stream, layer, at, count))
-            }),
-            ("to the device, plain", true, &|| plainly(to_device(stream))),
-            ("to the device, blocks", false, &|| each(&|layer| pool.load(stream, layer, at, count))),
-            ("to the device, blocks and checksums", false, &|| {
-                each(&|layer| {
-                    pool.load(stream, layer, at, count)
-                        .and_then(|()| pool.checksums(stream, layer, at, count))
-                })
+        type Way = fn(&mut CudaEngine, &[u32]) -> Result<(), EngineError>;
+        let ways: [(&'static str, bool, Way); 4] = [
+            ("to the host, plain", true, |engine, blocks| engine.plain_copy(blocks, true)),
+            ("to the host, blocks and checksums", false, |engine, blocks| engine.publish_blocks(blocks)),
+            ("to the device, plain", true, |engine, blocks| engine.plain_copy(blocks, false)),
+            ("to the device, blocks and checksums", false, |engine, blocks| {
+                match engine.begin_load(blocks, &[])? {
+                    Loading::Done => Ok(()),
+                    Loading::Queued(load) => loop {
+                        if engine.is_loaded(load)? {
+                            return Ok(());
+                        }
+                        std::hint::spin_loop();
+                    },
+                }
             }),
         ];
-        let mut all: Vec<Copied> =
-            ways.iter().map(|&(what, plain, _)| Copied { what, milliseconds: Vec::new(), plain }).collect();
-        let (start, end) = (Event::new(true)?, Event::new(true)?);
+        let copied = |&(what, plain, _): &(_, _, Way)| Copied { what, milliseconds: Vec::new(), plain };
+        let mut all: Vec<Copied> = ways.iter().map(copied).collect();
         for run in 0..=runs {
             for (copied, (_, _, copy)) in all.iter_mut().zip(&ways) {
-                start.record(stream)?;
-                copy()?;
-                end.record(stream)?;
-                end.synchronize()?;
+                let started = Instant::now();
+                copy(self, blocks)?;
                 // The first warms up.
                 if run > 0 {
-                    copied.milliseconds.push(f64::from(end.since(&start)?));
+                    copied.milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
                 }
             }
         }
         Ok(all)
+    }
+
+    fn plain_copy(&mut self, blocks: &[u32], to_host: bool) -> Result<(), EngineError> {
+        self.fixed.device.enter()?;
+        let (pool, stream) = (self.fixed.pool.as_ref(), &self.stream);
+        let bytes = pool.layers() * self.known(blocks.iter().copied())?.len() * pool.layout().block_bytes();
+        let host = pool.host_address().filter(|_| bytes <= pool.layout().total_bytes());
+        let host = host.ok_or_else(|| EngineError::Unsupported("a pool without a host side".into()))?.cast();
+        // SAFETY: both sides hold the whole pool, which is at least as large as these blocks.
+        let queued = unsafe {
+            match to_host {
+                true => sys::cuMemcpyDtoHAsync_v2(host, pool.layer(0), bytes, stream.raw),
+                false => sys::cuMemcpyHtoDAsync_v2(pool.layer(0), host, bytes, stream.raw),
+            }
+        };
+        queued.result().map_err(failed("a plain copy"))?;
+        stream.synchronize()
     }
 
     /// Whether every step's KV is brought to the host side, for comparing.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::driver::{Device, Grid, Pinned, Stream, args};
 use super::gpudirect;
 use super::mapping::Mapping;
-use super::pool::DevicePool;
+use super::pool::{Blocks, DevicePool};
 use crate::{DeviceKv, EngineError, Exposed, KvMemory, PeerKv};
 
 /// Cells of one call at most, as long as they are of one frame; more grow it.
@@ -111,7 +111,7 @@ impl DevicePool {
         lane.to.as_mut_slice()[..cells.len()].copy_from_slice(&numbers);
         bring(&mut lane)?;
         // Cells are numbered through all layers: to the kernel the pool is one layer.
-        self.checksums(&lane.stream, 0, lane.to.device_address(), cells.len())?;
+        self.checksums(&lane.stream, 0, Blocks { ids: &numbers, at: lane.to.device_address() })?;
         lane.stream.synchronize()?;
         self.lanes().give(lane);
         Ok(self.sums_of(&numbers))

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use super::driver::{Device, Event, Pinned, Stream};
-use super::pool::DevicePool;
+use super::pool::{Blocks, DevicePool};
 use crate::EngineError;
 
 /// The loads that are under way, and what they are made with.
 pub(super) struct Loads {
     device: Arc<Device>,
-    stream: Stream,
+    copies: Stream,
+    sums: Stream,
+    /// What the checksums of the next layer wait for.
+    copied: Event,
     slots: Vec<Slot>,
     last: u64,
 }
@@ -25,7 +28,14 @@ struct Slot {
 
 impl Loads {
     pub(super) fn new(device: &Arc<Device>) -> Result<Self, EngineError> {
-        Ok(Self { device: Arc::clone(device), stream: Stream::new(device)?, slots: Vec::new(), last: 0 })
+        Ok(Self {
+            device: Arc::clone(device),
+            copies: Stream::new(device)?,
+            sums: Stream::new(device)?,
+            copied: Event::new(false)?,
+            slots: Vec::new(),
+            last: 0,
+        })
     }
 
     /// Queues all layers of the blocks, but for the cells that are on the device already (`on_device`, layer after layer; empty:
@@ -53,10 +63,13 @@ impl Loads {
         let at = slot.ids.device_address();
         for (layer, (start, count)) in lists.into_iter().enumerate() {
             pool.mark(layer, &blocks, false);
-            pool.load(&self.stream, layer, at + 4 * start as u64, count)?;
-            pool.checksums(&self.stream, layer, at, blocks.len())?;
+            let missing = Blocks { ids: &ids[start..start + count], at: at + 4 * start as u64 };
+            pool.load(&self.copies, layer, missing)?;
+            self.copied.record(&self.copies)?;
+            self.sums.wait(&self.copied)?;
+            pool.checksums(&self.sums, layer, Blocks { ids: &blocks, at })?;
         }
-        slot.done.record(&self.stream)?;
+        slot.done.record(&self.sums)?;
         self.last += 1;
         (slot.load, slot.blocks) = (self.last, blocks);
         Ok(self.last)
@@ -85,6 +98,7 @@ impl Loads {
     }
 
     pub(super) fn synchronize(&self) -> Result<(), EngineError> {
-        self.stream.synchronize()
+        self.copies.synchronize()?;
+        self.sums.synchronize()
     }
 }

@@ -7,6 +7,7 @@
 mod attention;
 mod blas;
 mod buffers;
+mod bulk;
 mod ceilings;
 mod copies;
 mod draws;
@@ -26,6 +27,7 @@ mod options;
 mod plan;
 mod pool;
 mod profile;
+mod publish;
 mod step;
 mod tensor_map;
 mod thin;
@@ -47,8 +49,9 @@ use self::network::{Loader, Network, Origin};
 pub use self::options::{Attention, CudaOptions};
 use self::options::{capacity, check, check_memory};
 use self::plan::{List, Plan};
-use self::pool::DevicePool;
+use self::pool::{Blocks, DevicePool};
 use self::profile::Profile;
+use self::publish::Publisher;
 use self::step::Step;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
@@ -68,12 +71,11 @@ pub struct CudaEngine {
     gemms: Gemms,
     graphs: Graphs,
     stream: Stream,
-    copies: Stream,
+    publisher: Publisher,
     loads: Loads,
     draws: Draws,
     /// Per layer: KV in the pool; KV on the host side.
     layer_events: Vec<Event>,
-    host_events: Vec<Event>,
     /// The plan's numbers on their way; drawn tokens and logits on theirs.
     inputs: Pinned,
     tokens: Pinned,
@@ -150,17 +152,16 @@ impl CudaEngine {
             vocab_size: config.vocab,
         };
         let events = || (0..config.layers).map(|_| Event::new(false)).collect::<Result<Vec<_>, _>>();
-        let (layer_events, host_events) = (events()?, events()?);
+        let layer_events = events()?;
         let logits = HOST_LOGITS.min(capacity.wanted) * config.vocab * 4;
         let mut engine = Self {
             layer_events,
-            host_events,
+            publisher: Publisher::new(&device, config.layers)?,
             inputs: Pinned::new(&device, capacity.inputs * 4, "the step's inputs")?,
             tokens: Pinned::new(&device, capacity.wanted * 4, "the drawn tokens")?,
             logits: Pinned::new(&device, logits, "logits")?,
             gemms: Gemms::new(&device, kernels::thin(&device)?, kernels::wide(&device)?)?,
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
-            copies: Stream::new(&device)?,
             loads: Loads::new(&device)?,
             draws: Draws::new(&device, config.vocab, capacity.wanted)?,
             fixed: Fixed::new(
@@ -281,19 +282,10 @@ impl CudaEngine {
 
     /// Brings what the step wrote to the host side, layer by layer behind the compute, and says so.
     fn publish_layers(&mut self, plan: &Plan, on_layer: &mut dyn FnMut(usize)) -> Result<(), EngineError> {
-        let blocks = self.fixed.buffers.inputs.at + 4 * plan.start(List::Written) as u64;
-        let pool = &self.fixed.pool;
-        for layer in 0..self.layer_events.len() {
-            self.copies.wait(&self.layer_events[layer])?;
-            pool.publish(&self.copies, layer, blocks, plan.written.len())?;
-            self.host_events[layer].record(&self.copies)?;
-        }
-        for (layer, event) in self.host_events.iter().enumerate() {
-            event.synchronize()?;
-            pool.mark(layer, &plan.written, true);
-            on_layer(layer);
-        }
-        Ok(())
+        let at = self.fixed.buffers.inputs.at + 4 * plan.start(List::Written) as u64;
+        let blocks = Blocks { ids: &plan.written, at };
+        self.publisher.queue(&self.fixed.pool, blocks, &self.layer_events)?;
+        self.publisher.wait(&self.fixed.pool, blocks, on_layer)
     }
 
     /// The logits of wanted rows `rows`, for the host.
@@ -391,12 +383,11 @@ impl Engine for CudaEngine {
     fn publish_blocks(&mut self, blocks: &[u32]) -> Result<(), EngineError> {
         let ids = self.known(blocks.iter().copied())?;
         let at = self.upload_blocks(&ids)?;
-        for layer in 0..self.fixed.config.layers {
-            self.fixed.pool.publish(&self.stream, layer, at, ids.len())?;
-        }
-        self.stream.synchronize()?;
-        (0..self.fixed.config.layers).for_each(|layer| self.fixed.pool.mark(layer, &ids, true));
-        Ok(())
+        let blocks = Blocks { ids: &ids, at };
+        let here = &self.layer_events[..1];
+        here.iter().try_for_each(|event| event.record(&self.stream))?;
+        self.publisher.queue(&self.fixed.pool, blocks, here)?;
+        self.publisher.wait(&self.fixed.pool, blocks, &mut |_| {})
     }
 
     fn begin_load(&mut self, blocks: &[u32], on_device: &[bool]) -> Result<Loading, EngineError> {
@@ -419,7 +410,7 @@ impl Drop for CudaEngine {
         // Memory goes next: nothing may still run.
         let _ = self.fixed.device.enter();
         let _ = self.stream.synchronize();
-        let _ = self.copies.synchronize();
+        let _ = self.publisher.synchronize();
         let _ = self.loads.synchronize();
     }
 }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::bulk;
 use super::driver::{Device, Grid, Memory, Pinned, Stream, args};
 use super::exchange::Lanes;
 use super::kernels::Kernels;
@@ -30,6 +31,13 @@ pub(super) struct DevicePool {
     host: Option<HostSide>,
     /// Whether `sums` speaks of what the host side holds.
     published: Vec<AtomicBool>,
+}
+
+/// Ids of blocks, and where the device reads them.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks<'a> {
+    pub(super) ids: &'a [i32],
+    pub(super) at: u64,
 }
 
 enum PoolMemory {
@@ -119,29 +127,14 @@ impl DevicePool {
         cells.iter().map(|&cell| sums.get(cell as usize).copied().unwrap_or_default()).collect()
     }
 
-    /// Queues one layer of `count` blocks, whose ids lie at `blocks` on the device, for the host side,
-    /// with their checksums.
-    pub(super) fn publish(
-        &self,
-        stream: &Stream,
-        layer: usize,
-        blocks: u64,
-        count: usize,
-    ) -> Result<(), EngineError> {
-        self.checksums(stream, layer, blocks, count)?;
-        self.bring(stream, layer, blocks, count)
+    /// Queues one layer of blocks for the host side.
+    pub(super) fn bring(&self, stream: &Stream, layer: usize, blocks: Blocks<'_>) -> Result<(), EngineError> {
+        self.copy(stream, self.host_layer(layer)?, self.layer(layer), blocks)
     }
 
-    /// The same without checksums.
-    pub(super) fn bring(
-        &self,
-        stream: &Stream,
-        layer: usize,
-        blocks: u64,
-        count: usize,
-    ) -> Result<(), EngineError> {
-        let to = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
-        self.copy(stream, to, self.layer(layer), blocks, count)
+    /// Queues one layer of blocks from the host side to the device.
+    pub(super) fn load(&self, stream: &Stream, layer: usize, blocks: Blocks<'_>) -> Result<(), EngineError> {
+        self.copy(stream, self.layer(layer), self.host_layer(layer)?, blocks)
     }
 
     /// Queues checksums of one layer of blocks as they stand on the device.
@@ -149,48 +142,38 @@ impl DevicePool {
         &self,
         stream: &Stream,
         layer: usize,
-        blocks: u64,
-        count: usize,
+        blocks: Blocks<'_>,
     ) -> Result<(), EngineError> {
         let host = self.host()?;
         let sums = host.sums.device_address() + (layer * self.layout.blocks * 4) as u64;
         let bytes = self.layout.block_bytes();
         let slice = (bytes.div_ceil(CHECKSUM_THREADS).next_multiple_of(4)) as i32;
-        let (from, bytes_i32) = (self.layer(layer), bytes as i32);
-        let grid = Grid::new((count, 1, 1), CHECKSUM_THREADS as u32);
-        self.kernels.checksums.launch(stream, grid, args![sums, from, blocks, bytes_i32, slice])
-    }
-
-    /// Queues one layer of blocks from the host side to the device.
-    pub(super) fn load(
-        &self,
-        stream: &Stream,
-        layer: usize,
-        blocks: u64,
-        count: usize,
-    ) -> Result<(), EngineError> {
-        let from = self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64;
-        self.copy(stream, self.layer(layer), from, blocks, count)
+        let (from, ids, bytes_i32) = (self.layer(layer), blocks.at, bytes as i32);
+        let grid = Grid::new((blocks.ids.len(), 1, 1), CHECKSUM_THREADS as u32);
+        self.kernels.checksums.launch(stream, grid, args![sums, from, ids, bytes_i32, slice])
     }
 
     fn host(&self) -> Result<&HostSide, EngineError> {
         self.host.as_ref().ok_or_else(|| EngineError::Unsupported("this KV pool has no host side".into()))
     }
 
-    fn copy(
-        &self,
-        stream: &Stream,
-        to: u64,
-        from: u64,
-        blocks: u64,
-        count: usize,
-    ) -> Result<(), EngineError> {
-        if count == 0 {
+    /// Start of a layer on the host side.
+    fn host_layer(&self, layer: usize) -> Result<u64, EngineError> {
+        Ok(self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64)
+    }
+
+    /// By the copy engines where the driver takes a list, otherwise by a kernel, which keeps multiprocessors from the steps.
+    fn copy(&self, stream: &Stream, to: u64, from: u64, blocks: Blocks<'_>) -> Result<(), EngineError> {
+        if bulk::is_there() {
+            return bulk::copy(stream, to, from, &bulk::pieces(blocks.ids, self.layout.block_bytes()));
+        }
+        if blocks.ids.is_empty() {
             return Ok(());
         }
-        let (count, vectors) = (count as i32, (self.layout.block_bytes() / 16) as i32);
+        let (ids, count) = (blocks.at, blocks.ids.len() as i32);
+        let vectors = (self.layout.block_bytes() / 16) as i32;
         let grid = Grid::new((COPY_BLOCKS, 1, 1), 512);
-        self.kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, blocks, count, vectors])
+        self.kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, ids, count, vectors])
     }
 
     /// Queues copies of whole blocks on the device; `pairs` (from, to) lie there.

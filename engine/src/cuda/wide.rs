@@ -22,7 +22,7 @@ struct Tile {
 }
 
 const PLAIN: [Tile; 3] =
-    [Tile { columns: 64, stages: 8 }, Tile { columns: 128, stages: 6 }, Tile { columns: 256, stages: 3 }];
+    [Tile { columns: 64, stages: 7 }, Tile { columns: 128, stages: 5 }, Tile { columns: 256, stages: 3 }];
 /// Half of it gate, half up.
 const GATED: Tile = Tile { columns: 256, stages: 4 };
 

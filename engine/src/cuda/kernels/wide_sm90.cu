@@ -275,8 +275,8 @@ DEVICE void wide(const TensorMap *x_map, const TensorMap *w_map, const TensorMap
         Target to = {row_scales, column_scales, bias, rows, n, add != 0};                                              \
         wide<KIND, N, STAGES, GATED>(&x_map, &w_map, &load_map, &store_map, to, bytes);                                \
     }
-WIDE(wide_int8_64, Int8, 64, 8, false)
-WIDE(wide_int8_128, Int8, 128, 6, false)
+WIDE(wide_int8_64, Int8, 64, 7, false)
+WIDE(wide_int8_128, Int8, 128, 5, false)
 WIDE(wide_int8_256, Int8, 256, 3, false)
 WIDE(gated_int8_256, Int8, 256, 4, true)
 WIDE(gated_fp8_256, Fp8, 256, 4, true)
