@@ -1,29 +1,11 @@
 //! Many pieces of memory in one call of the copy engines.
 //!
-//! A kernel that copies takes multiprocessors from the step beside it; a call per piece costs the host microseconds each. The driver takes a
-//! list since CUDA 12.8, in the form used here since 13.0.
-
-use std::sync::OnceLock;
+//! A kernel that copies takes multiprocessors from the step beside it; a call per piece costs the host microseconds each.
 
 use cudarc::driver::sys;
 
 use super::driver::{Stream, failed};
 use crate::EngineError;
-
-/// The first driver with `cuMemcpyBatchAsync_v2`.
-const NEEDED: i32 = 13_000;
-
-/// Whether the driver has it.
-pub(super) fn is_there() -> bool {
-    static VERSION: OnceLock<i32> = OnceLock::new();
-    let version = VERSION.get_or_init(|| {
-        let mut version = 0;
-        // SAFETY: an integer to write to.
-        let asked = unsafe { sys::cuDriverGetVersion(&mut version) };
-        asked.result().map_or(0, |()| version)
-    });
-    *version >= NEEDED
-}
 
 /// Queues copies of the `pieces` (where each begins on both sides, bytes of it).
 pub(super) fn copy(

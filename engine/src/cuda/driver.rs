@@ -34,6 +34,7 @@ impl Device {
     pub(super) fn open(ordinal: usize) -> Result<Arc<Self>, EngineError> {
         super::libraries::find()?;
         result::init().map_err(|e| EngineError::Unsupported(format!("no usable CUDA device: {e:?}")))?;
+        check_driver()?;
         let count = result::device::get_count().map_err(failed("counting devices"))?;
         let index = i32::try_from(ordinal).ok().filter(|&index| index < count).ok_or_else(|| {
             EngineError::Unsupported(format!("there is no CUDA device {ordinal}; {count} are visible"))
@@ -92,6 +93,21 @@ impl Device {
     pub(super) fn free_bytes(&self) -> usize {
         result::mem_get_info().map_or(0, |(free, _)| free)
     }
+}
+
+/// The bindings are CUDA 13's: a function that the driver lacks would be found out only when it is called.
+fn check_driver() -> Result<(), EngineError> {
+    const NEEDED: i32 = 13_000;
+    let mut version = 0;
+    // SAFETY: an integer to write to.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("the driver's version"))?;
+    if version >= NEEDED {
+        return Ok(());
+    }
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    Err(EngineError::Unsupported(format!(
+        "the NVIDIA driver is for CUDA {major}.{minor}; 13.0 is needed: install driver 580 or later, or use --device cpu"
+    )))
 }
 
 impl Drop for Device {

@@ -11,8 +11,6 @@ use super::kernels::Kernels;
 use super::mapping::Mapping;
 use crate::{DeviceKv, EngineError, KvLayout, KvMemory};
 
-/// Blocks that copy at once: enough to fill the bus, few enough to leave the device to the compute.
-const COPY_BLOCKS: usize = 32;
 const CHECKSUM_THREADS: usize = 256;
 
 /// One allocation on the device and one of the same layout in page-locked host memory.
@@ -162,18 +160,8 @@ impl DevicePool {
         Ok(self.host()?.memory.device_address() + (layer * self.layout.layer_bytes()) as u64)
     }
 
-    /// By the copy engines where the driver takes a list, otherwise by a kernel, which keeps multiprocessors from the steps.
     fn copy(&self, stream: &Stream, to: u64, from: u64, blocks: Blocks<'_>) -> Result<(), EngineError> {
-        if bulk::is_there() {
-            return bulk::copy(stream, to, from, &bulk::pieces(blocks.ids, self.layout.block_bytes()));
-        }
-        if blocks.ids.is_empty() {
-            return Ok(());
-        }
-        let (ids, count) = (blocks.at, blocks.ids.len() as i32);
-        let vectors = (self.layout.block_bytes() / 16) as i32;
-        let grid = Grid::new((COPY_BLOCKS, 1, 1), 512);
-        self.kernels.copy_blocks_of_layer.launch(stream, grid, args![to, from, ids, count, vectors])
+        bulk::copy(stream, to, from, &bulk::pieces(blocks.ids, self.layout.block_bytes()))
     }
 
     /// Queues copies of whole blocks on the device; `pairs` (from, to) lie there.

@@ -98,12 +98,13 @@ impl Wide {
         let store_map = tensor_map::of_rows(out, rows, shape.n, GROUP_ROWS)?;
         let tiles = rows.div_ceil(ROWS) * shape.n.div_ceil(width);
         let (rows, n, bytes, add) = (rows as i32, shape.n as i32, bytes as i32, i32::from(shape.add));
+        let fills = i32::from(tiles >= self.multiprocessors);
         let mut grid = Grid::new((tiles.min(self.multiprocessors), 1, 1), 384);
         grid.shared = shared_bytes(tile, width) as u32;
         kernel.launch_chained(
             stream,
             grid,
-            args![x_map, w_map, load_map, store_map, row_scales, scales, bias, rows, n, bytes, add],
+            args![x_map, w_map, load_map, store_map, row_scales, scales, bias, rows, n, bytes, add, fills],
         )
     }
 }

@@ -1,13 +1,4 @@
-// Whole KV blocks: between the pool and its host side, from block to block, and their checksums.
-
-// Copies `count` blocks of one layer between pool and host side, which have the same layout. Grid: any.
-extern "C" __global__ void copy_blocks_of_layer(uint4 *to, const uint4 *from, const int *blocks, int count, int vectors) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)count * vectors;
-         i += (size_t)gridDim.x * blockDim.x) {
-        size_t at = (size_t)blocks[i / vectors] * vectors + i % vectors;
-        to[at] = from[at];
-    }
-}
+// Whole KV blocks: from pool to pool, from block to block, and their checksums.
 
 // Blocks of a layer in e4m3 as bf16, at the same places of a layer of their own. `vectors`: eight numbers each. Grid: (parts, blocks).
 extern "C" __global__ void widen_blocks(uint4 *to, const uint2 *from, const int *blocks, int vectors) {

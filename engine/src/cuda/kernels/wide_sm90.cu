@@ -124,7 +124,7 @@ struct Target {
     const float *row_scales, *column_scales;
     const u16 *bias;
     int rows, n;
-    bool add;
+    bool add, fills;
 };
 
 DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -256,7 +256,8 @@ DEVICE void wide(const TensorMap *x_map, const TensorMap *w_map, const TensorMap
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    let_next_start();
+    // Where multiprocessors are left over, all blocks of the next kernel would crowd onto those.
+    if (to.fills) let_next_start();
     wait_for_input();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -271,8 +272,9 @@ DEVICE void wide(const TensorMap *x_map, const TensorMap *w_map, const TensorMap
     extern "C" __global__ void __launch_bounds__(384, 1)                                                              \
         NAME(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,                         \
              const __grid_constant__ TensorMap load_map, const __grid_constant__ TensorMap store_map,                  \
-             const float *row_scales, const float *column_scales, const u16 *bias, int rows, int n, int bytes, int add) { \
-        Target to = {row_scales, column_scales, bias, rows, n, add != 0};                                              \
+             const float *row_scales, const float *column_scales, const u16 *bias, int rows, int n, int bytes, int add, \
+             int fills) {                                                                                              \
+        Target to = {row_scales, column_scales, bias, rows, n, add != 0, fills != 0};                                  \
         wide<KIND, N, STAGES, GATED>(&x_map, &w_map, &load_map, &store_map, to, bytes);                                \
     }
 WIDE(wide_int8_64, Int8, 64, 7, false)
