@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Buf;
 use tokio::io::Interest;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use crate::Identity;
 use crate::borrow::Borrowed;
@@ -252,6 +252,7 @@ impl Connection {
                 (false, false) => Interest::READABLE | Interest::WRITABLE,
             };
             let ticks = self.lane.as_ref().is_some_and(Lane::has_grants) || !self.commits.is_empty();
+            let tick = ticks.then(|| Instant::now() + KEY_TICK).filter(|tick| *tick < until);
             let notice = tokio::select! {
                 biased;
                 () = self.receiver.stop.cancelled() => return Err(Close::Shutdown),
@@ -264,8 +265,10 @@ impl Connection {
                     None
                 }
                 () = lane_event(self.lane.as_ref()) => None,
-                () = sleep(KEY_TICK), if ticks && Instant::now() + KEY_TICK < until => None,
-                () = sleep_until(until) => return Err(Close::Silent),
+                () = sleep_until(tick.unwrap_or(until)) => match tick {
+                    Some(_) => None,
+                    None => return Err(Close::Silent),
+                },
             };
             if let Some(notice) = notice {
                 self.pass_on(notice);

@@ -40,6 +40,8 @@ pub(crate) struct Stream {
     current: Option<Outgoing>,
     /// Frames sent whose answer is due.
     unanswered: usize,
+    /// The present, as of the beginning of this round. Where clocks are slow (virtual machines), they are read often enough.
+    now: Instant,
     /// When a byte last moved in either direction.
     progress: Instant,
     fairness: Fairness,
@@ -61,6 +63,7 @@ impl Stream {
             attached: HashMap::new(),
             current: None,
             unanswered: 0,
+            now: Instant::now(),
             progress: Instant::now(),
             fairness: Fairness::default(),
         }
@@ -83,15 +86,16 @@ impl Stream {
 
     async fn serve(&mut self) -> Result<(), Lost> {
         loop {
+            self.now = Instant::now();
             self.socket.flush().map_err(|_| Lost::Gone)?;
             self.hear()?;
             self.reap();
             if let Some(lane) = &mut self.lane {
-                self.unanswered += lane.tend(&mut self.outbox);
+                self.unanswered += lane.tend(self.now, &mut self.outbox);
             }
             let moved = self.speak()?;
             if moved > 0 {
-                self.progress = Instant::now();
+                self.progress = self.now;
                 self.fairness.moved(moved).await;
             } else if self.wait().await? {
                 return Ok(());
@@ -176,7 +180,7 @@ impl Stream {
         match lane.reap() {
             Ok(some) => {
                 if some {
-                    self.progress = Instant::now();
+                    self.progress = self.now;
                 }
                 some
             }
@@ -200,7 +204,7 @@ impl Stream {
                     break;
                 }
                 self.inbox.consume(HEADER_BYTES);
-                self.progress = Instant::now();
+                self.progress = self.now;
                 if header.kind == Kind::Answer {
                     self.answer(&header, body_bytes)?;
                 } else {
@@ -297,7 +301,7 @@ impl Stream {
         }
         // Who may not take a frame must not use up the word that there is one.
         let may_take = self.may_take();
-        let due = self.lane.as_ref().and_then(Lane::due).filter(|due| *due < until);
+        let due = self.lane.as_ref().and_then(|lane| lane.due(self.now)).filter(|due| *due < until);
         tokio::select! {
             biased;
             () = self.link.stop.cancelled() => Ok(true),

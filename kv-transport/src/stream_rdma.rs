@@ -153,8 +153,7 @@ impl Lane {
     }
 
     /// Does what is due by time; a new offer goes to `out`. Frames that were said count as to be answered.
-    pub(crate) fn tend(&mut self, out: &mut Outbox) -> usize {
-        let now = Instant::now();
+    pub(crate) fn tend(&mut self, now: Instant, out: &mut Outbox) -> usize {
         let breaks = self.link.counters.breaks.get();
         let rails = self.link.counters.broken_rails.load(Ordering::Relaxed);
         if mem::replace(&mut self.breaks_seen, breaks) != breaks
@@ -178,12 +177,12 @@ impl Lane {
     }
 
     /// When [`Lane::tend`] has something to do next.
-    pub(crate) fn due(&self) -> Option<Instant> {
+    pub(crate) fn due(&self, now: Instant) -> Option<Instant> {
         match &self.state {
             State::Off { retry_at } => Some(*retry_at),
             State::Offered { until, .. } => Some(*until),
             _ if self.grants.is_empty() => None,
-            _ => Some(Instant::now() + TICK),
+            _ => Some(now + TICK),
         }
     }
 

@@ -308,7 +308,8 @@ fn unhex(text: &str) -> Vec<u8> {
 }
 
 const PLANES: u32 = 8;
-const SLOTS: u32 = 64;
+// A few: in the guest a page that is touched first costs a tenth of a millisecond or two, and each process touches all of them thrice.
+const SLOTS: u32 = 16;
 
 /// Not a test: the sending process of those below. Pushes round and round, until it is killed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -54,6 +54,8 @@ pub async fn until(what: &str, mut happened: impl FnMut() -> bool) {
     while !happened() {
         assert!(Instant::now() < deadline, "never happened: {what}");
         tokio::task::yield_now().await;
+        // What is waited for may be done by another process, on the same processor.
+        std::thread::yield_now();
     }
 }
 
