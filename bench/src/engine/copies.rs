@@ -14,7 +14,7 @@ const PROMPT: usize = 2048;
 
 pub(super) fn measure(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Table> {
     let Device::Cuda { ordinal } = settings.device else {
-        bail!("--table copies: KV on the CPU lies where transports read it; take --device cuda");
+        bail!("copies are between a GPU and its host");
     };
     progress("an engine with a host side");
     let config = &settings.config;

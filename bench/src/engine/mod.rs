@@ -157,6 +157,9 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
     {
         bail!("the shape's context is {} tokens", settings.config.max_context);
     }
+    if settings.kinds.contains(&Kind::Copies) && matches!(settings.device, Device::Cpu { .. }) {
+        bail!("--table copies: KV on the CPU lies where transports read it; take --device cuda");
+    }
     progress("weights");
     let started = std::time::Instant::now();
     let mut measured = build(settings)?;
