@@ -5,17 +5,25 @@ use engine::cuda::{Copied, CudaEngine, CudaOptions};
 
 use super::measure::{Drawing, Times, prompts, times};
 use super::report::{Row, Table};
-use super::{BLOCK_TOKENS, Device, Settings};
+use super::{BLOCK_TOKENS, Device, Kind, Settings};
 
 /// KV that is copied at once.
 const BYTES: usize = 512 << 20;
 /// The prompt whose KV is brought out while it is computed.
 const PROMPT: usize = 2048;
 
-pub(super) fn measure(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Table> {
-    let Device::Cuda { ordinal } = settings.device else {
-        bail!("copies are between a GPU and its host");
-    };
+/// Of which GPU, where they are to be measured.
+pub(super) fn wanted(settings: &Settings) -> Result<Option<usize>> {
+    match settings.device {
+        _ if !settings.kinds.contains(&Kind::Copies) => Ok(None),
+        Device::Cuda { ordinal } => Ok(Some(ordinal)),
+        Device::Cpu { .. } => {
+            bail!("--table copies: KV on the CPU lies where transports read it; take --device cuda")
+        }
+    }
+}
+
+pub(super) fn measure(settings: &Settings, ordinal: usize, progress: &mut dyn FnMut(&str)) -> Result<Table> {
     progress("an engine with a host side");
     let config = &settings.config;
     let block =

@@ -157,9 +157,7 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
     {
         bail!("the shape's context is {} tokens", settings.config.max_context);
     }
-    if settings.kinds.contains(&Kind::Copies) && matches!(settings.device, Device::Cpu { .. }) {
-        bail!("--table copies: KV on the CPU lies where transports read it; take --device cuda");
-    }
+    let copies = copies::wanted(settings)?;
     progress("weights");
     let started = std::time::Instant::now();
     let mut measured = build(settings)?;
@@ -194,8 +192,8 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(&str)) -> Result<Report
     if settings.kinds.contains(&Kind::Int8) {
         report.tables.push(eight_bits(settings, progress)?);
     }
-    if settings.kinds.contains(&Kind::Copies) {
-        report.tables.push(copies::measure(settings, progress)?);
+    if let Some(ordinal) = copies {
+        report.tables.push(copies::measure(settings, ordinal, progress)?);
     }
     Ok(report)
 }

@@ -74,7 +74,7 @@ pub struct CudaEngine {
     publisher: Publisher,
     loads: Loads,
     draws: Draws,
-    /// Per layer: KV in the pool; KV on the host side.
+    /// Per layer: its KV is in the pool.
     layer_events: Vec<Event>,
     /// The plan's numbers on their way; drawn tokens and logits on theirs.
     inputs: Pinned,
@@ -151,8 +151,7 @@ impl CudaEngine {
             max_context_tokens: config.max_context,
             vocab_size: config.vocab,
         };
-        let events = || (0..config.layers).map(|_| Event::new(false)).collect::<Result<Vec<_>, _>>();
-        let layer_events = events()?;
+        let layer_events = (0..config.layers).map(|_| Event::new(false)).collect::<Result<_, _>>()?;
         let logits = HOST_LOGITS.min(capacity.wanted) * config.vocab * 4;
         let mut engine = Self {
             layer_events,

@@ -86,6 +86,8 @@ impl Fabric {
                         };
                         match Rail::open(context.clone(), port, gid, limits, (region, config.gpudirect)) {
                             Ok(rail) => found.push(Arc::new(rail)),
+                            // That GPUDirect was required outweighs what other ports say.
+                            Err(_) if matches!(failure, Some(FabricError::GpuDirect { .. })) => {}
                             Err(error) => failure = Some(error),
                         }
                     }
