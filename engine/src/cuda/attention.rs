@@ -3,17 +3,19 @@
 use super::driver::{Grid, args};
 use super::fixed::{hopper_shared_bytes, portable_shared_bytes};
 use super::kernels::FastAttention;
+use super::network::Layer;
 use super::plan::List;
 use super::step::Step;
 use crate::{EngineError, KvMemory};
 
 impl Step<'_> {
-    pub(super) fn attend(&self, index: usize) -> Result<(), EngineError> {
+    /// With `unturned`, q and k of this layer are not rotated yet, and KV not in the pool: all rows are single tokens then.
+    pub(super) fn attend(&self, index: usize, unturned: Option<&Layer>) -> Result<(), EngineError> {
         let window = self.fixed.config.windows[index].unwrap_or(0) as i32;
         let scale = std::f32::consts::LOG2_E / (self.fixed.config.head_dim as f32).sqrt();
         match self.fixed.fast() {
             Some(fast) => {
-                self.attend_decodes(fast, index, window, scale)?;
+                self.attend_decodes(fast, index, window, scale, unturned)?;
                 self.attend_chunks(fast, index, window, scale)
             }
             None => self.attend_plainly(index, window, scale),
@@ -57,6 +59,7 @@ impl Step<'_> {
         index: usize,
         window: i32,
         scale: f32,
+        unturned: Option<&Layer>,
     ) -> Result<(), EngineError> {
         let fixed = self.fixed;
         let (config, buffers) = (&fixed.config, &fixed.buffers);
@@ -69,6 +72,8 @@ impl Step<'_> {
         let (heads, kv_heads) = (config.heads as i32, config.kv_heads as i32);
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let parts = config.kv_heads * config.group().div_ceil(8);
+        let angles = if unturned.is_some() { fixed.angles.at } else { 0 };
+        let ((q_norm, k_norm), eps) = (unturned.map_or((0, 0), Layer::head_norms), config.rms_eps);
         fast.decode.launch_chained(
             self.stream,
             Grid::new((parts, splits, sequences), 128),
@@ -87,7 +92,11 @@ impl Step<'_> {
                 kv_heads,
                 block_tokens,
                 window,
-                scale
+                scale,
+                angles,
+                q_norm,
+                k_norm,
+                eps
             ],
         )?;
         if splits == 1 {

@@ -46,7 +46,15 @@ pub(super) fn measure(
     let ones = Memory::new(device, SIDE * 4, "measuring the device")?;
     stream.upload(ones.at, &vec![1.0f32; SIDE])?;
     let (x, scales) = (at + matrix, ones.at);
-    let product = Product { weights: at, x, rounded: (x, scales), out: at + 2 * matrix, bias: 0, scales };
+    let product = Product {
+        weights: at,
+        x,
+        norm: (0, 0.0),
+        rounded: (x, scales),
+        out: at + 2 * matrix,
+        bias: 0,
+        scales,
+    };
     let mut multiply = |wide| -> Result<f64, EngineError> {
         let shape = Shape { n: SIDE, k: SIDE, operands, bias: false, add: false, wide, gated: false };
         gemms.tune(stream, shape, &[SIDE], &product, &[at])?;

@@ -98,16 +98,19 @@ impl Fixed {
         let upto = |most: usize| rows.iter().copied().filter(|&rows| rows <= most).collect::<Vec<_>>();
         let within = upto(self.capacity.rows);
         type Pick = fn(&Layer) -> &Linear;
+        // Products that add to the residual stream have no norm before them, the others do.
         let kinds: [(Pick, u64, u64, bool); 4] = [
             (|layer| &layer.qkv, buffers.normed.at, buffers.qkv.at, false),
             (|layer| &layer.o, buffers.attended.at, buffers.x.at, true),
             (|layer| &layer.gate_up, buffers.normed.at, buffers.gate_up.at, false),
             (|layer| &layer.down, buffers.gated.at, buffers.x.at, true),
         ];
+        let norm = (network.norm.at, self.config.rms_eps);
         for (pick, x, out, add) in kinds {
             let linear = pick(&network.layers[0]);
             let mut product = linear.product(x, out);
             product.rounded = (buffers.quantised.at, buffers.row_scales.at);
+            product.norm = if add { (0, 0.0) } else { norm };
             let weights: Vec<u64> =
                 network.layers.iter().map(|layer| pick(layer).product(x, out).weights).collect();
             gemms.tune(stream, pick(&network.layers[0]).shape(add, false), &within, &product, &weights)?;
@@ -115,6 +118,7 @@ impl Fixed {
         let gate_up = &network.layers[0].gate_up;
         let mut product = gate_up.product(buffers.normed.at, buffers.gated.at);
         product.rounded = (buffers.quantised.at, buffers.row_scales.at);
+        product.norm = norm;
         let weights: Vec<u64> = network.layers.iter().map(|l| l.gate_up.product(0, 0).weights).collect();
         gemms.tune_gated(
             stream,
@@ -124,7 +128,8 @@ impl Fixed {
             &product,
             &weights,
         )?;
-        let product = network.head.product(buffers.normed.at, buffers.logits.at);
+        let mut product = network.head.product(buffers.normed.at, buffers.logits.at);
+        product.norm = norm;
         let rows = upto(self.capacity.wanted);
         gemms.tune(stream, network.head.shape(false, true), &rows, &product, &[product.weights])
     }

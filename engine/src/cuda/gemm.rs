@@ -54,8 +54,9 @@ struct Tuned {
 /// What a SwiGLU of its own costs: launch, and a pass over memory at what it reaches on an H100.
 const SWIGLU_MS: f32 = 0.003;
 const PASS_BYTES_PER_MS: f32 = 2.5e9;
-/// What rounding x costs a step, which thin products do not need.
+/// What rounding x costs a step, and a norm before the product, neither of which thin products need.
 const ROUNDING_MS: f32 = 0.002;
+const NORM_MS: f32 = 0.002;
 
 /// Types of `x` and `weights`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -73,6 +74,8 @@ pub(super) struct Product {
     pub(super) weights: u64,
     /// bf16.
     pub(super) x: u64,
+    /// RMSNorm's weights and epsilon, where it is of x / rms(x) * weights: for products that say they can.
+    pub(super) norm: (u64, f32),
     /// x in the weights' eight bits, and the scales of its rows; for products that take it so.
     pub(super) rounded: (u64, u64),
     pub(super) out: u64,
@@ -141,6 +144,11 @@ impl Gemms {
         shape.operands != Operands::Bf16 && !matches!(self.tuned_for(shape, rows), Some(Choice::Thin))
     }
 
+    /// Whether this product takes its norm with it.
+    pub(super) fn norms(&self, shape: Shape, rows: usize) -> bool {
+        matches!(self.tuned_for(shape, rows), Some(Choice::Thin))
+    }
+
     /// What was best for the next larger number of rows that was measured; beyond them all the last, unless that is thin.
     fn tuned_for(&self, shape: Shape, rows: usize) -> Option<Choice> {
         let known = self.tuned.get(&shape)?;
@@ -160,9 +168,9 @@ impl Gemms {
     ) -> Result<(), EngineError> {
         for &rows in rows {
             let mut best: Option<Tuned> = None;
-            let rounding = if shape.operands == Operands::Bf16 { 0.0 } else { ROUNDING_MS };
+            let before = before(shape, product);
             let mut offer = |choice, ms: f32| {
-                let ms = if matches!(choice, Choice::Thin) { ms } else { ms + rounding };
+                let ms = if matches!(choice, Choice::Thin) { ms } else { ms + before };
                 if best.as_ref().is_none_or(|best| ms < best.ms) {
                     best = Some(Tuned { rows, choice, ms });
                 }
@@ -234,11 +242,11 @@ impl Gemms {
                 offer(Choice::Thin, self.time_thin(stream, shape, rows, product, weights)? - swiglu);
             }
             if let Some(wide) = self.wide.as_ref().filter(|wide| wide.can(shape)) {
-                let rounding = if eight { ROUNDING_MS } else { 0.0 };
+                let before = before(shape, product);
                 for variant in wide.variants(shape) {
                     let run =
                         |weights| wide.run(stream, variant, shape, rows, &Product { weights, ..*product });
-                    offer(Choice::Wide(variant), time(stream, rows, weights, run)? + rounding - less);
+                    offer(Choice::Wide(variant), time(stream, rows, weights, run)? + before - less);
                 }
             }
             self.tuned.entry(shape).or_default().push(best);
@@ -287,6 +295,12 @@ impl Drop for Gemms {
 // SAFETY: handles without thread affinity, used by one thread at a time.
 unsafe impl Send for Gemms {}
 
+/// Milliseconds of the kernels that a product needs before it if it is not thin.
+fn before(shape: Shape, product: &Product) -> f32 {
+    let rounding = if shape.operands == Operands::Bf16 { 0.0 } else { ROUNDING_MS };
+    rounding + if product.norm.0 == 0 { 0.0 } else { NORM_MS }
+}
+
 /// Milliseconds of one product, the best of three rounds.
 fn time(
     stream: &Stream,
@@ -309,3 +323,7 @@ fn time(
     }
     Ok(best)
 }
+
+#[cfg(test)]
+#[path = "gemm_tests.rs"]
+mod tests;

@@ -19,32 +19,39 @@ use crate::{EngineError, KvDtype};
 
 const COMMON: &str = include_str!("kernels/common.cuh");
 const HOPPER: &str = include_str!("kernels/hopper.cuh");
+const ROTATION: &str = include_str!("kernels/rotation.cuh");
 
 /// What a file of `kernels/` needs.
 struct Source {
     name: &'static str,
     text: &'static str,
+    /// What stands before it, beside what all have.
+    header: &'static str,
     /// Uses Hopper's own instructions.
     hopper: bool,
 }
 
 macro_rules! source {
-    ($name:literal, $hopper:literal) => {
-        Source { name: $name, text: include_str!(concat!("kernels/", $name, ".cu")), hopper: $hopper }
+    ($name:literal, $header:expr, $hopper:literal) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("kernels/", $name, ".cu")),
+            header: $header,
+            hopper: $hopper,
+        }
     };
 }
 
-const ROWS: Source = source!("rows", false);
-const BLOCKS: Source = source!("blocks", false);
-const ATTENTION_ANY: Source = source!("attention_any", false);
-const DRAW: Source = source!("draw", false);
-const THIN: Source = source!("thin", false);
-const THIN8: Source = source!("thin8", false);
-const WIDE_SM90: Source = source!("wide_sm90", true);
-const QUANTISE: Source = source!("quantise", true);
-const DECODE: Source = source!("attention_decode", false);
-const PREFILL: Source = source!("attention_prefill", false);
-const PREFILL_SM90: Source = source!("attention_prefill_sm90", true);
+const ROWS: Source = source!("rows", ROTATION, false);
+const BLOCKS: Source = source!("blocks", "", false);
+const ATTENTION_ANY: Source = source!("attention_any", "", false);
+const DRAW: Source = source!("draw", "", false);
+const THIN: Source = source!("thin", "", false);
+const WIDE_SM90: Source = source!("wide_sm90", HOPPER, true);
+const QUANTISE: Source = source!("quantise", HOPPER, true);
+const DECODE: Source = source!("attention_decode", ROTATION, false);
+const PREFILL: Source = source!("attention_prefill", "", false);
+const PREFILL_SM90: Source = source!("attention_prefill_sm90", HOPPER, true);
 
 /// Every kernel of the engine.
 pub(super) struct Kernels {
@@ -95,8 +102,7 @@ pub(super) struct FastAttention {
 
 /// The kernels for products with few rows.
 pub(super) fn thin(device: &Arc<Device>) -> Result<Thin, EngineError> {
-    let module = |source: &Source| Module::load(device, &compiled(device, source)?);
-    Thin::new(&module(&THIN)?, &module(&THIN8)?)
+    Thin::new(device, &Module::load(device, &compiled(device, &THIN)?)?)
 }
 
 /// The kernels for products with many rows; on Hopper.
@@ -189,8 +195,7 @@ fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
 }
 
 fn whole(source: &Source) -> String {
-    let hopper = if source.hopper { HOPPER } else { "" };
-    format!("{COMMON}\n{hopper}\n{}", source.text)
+    format!("{COMMON}\n{}\n{}", source.header, source.text)
 }
 
 /// `$XDG_CACHE_HOME/tandem/kernels`, or the same under `~/.cache`.
@@ -259,7 +264,7 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &THIN8, &DECODE, &PREFILL];
+        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &DECODE, &PREFILL];
         for source in anywhere.into_iter().chain([&QUANTISE, &WIDE_SM90, &PREFILL_SM90]) {
             let architectures: &[&str] =
                 if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };

@@ -44,7 +44,7 @@ impl Linear {
     pub(super) fn product(&self, x: u64, out: u64) -> Product {
         let bias = self.bias.as_ref().map_or(0, |bias| bias.at);
         let scales = self.scales.as_ref().map_or(0, |(_, scales)| scales.at);
-        Product { weights: self.weights.at, x, rounded: (0, 0), out, bias, scales }
+        Product { weights: self.weights.at, x, norm: (0, 0.0), rounded: (0, 0), out, bias, scales }
     }
 
     /// Numbers of a row of x.
@@ -71,7 +71,7 @@ pub(super) struct Layer {
     /// q, k and v below each other: `[(heads + 2 · kv_heads) · head_dim, hidden]`.
     pub(super) qkv: Linear,
     /// Norms of query and key heads, `[head_dim]` each.
-    pub(super) head_norms: Option<(Memory, Memory)>,
+    head_norms: Option<(Memory, Memory)>,
     /// `[hidden, heads · head_dim]`
     pub(super) o: Linear,
     pub(super) mlp_norm: Memory,
@@ -79,6 +79,13 @@ pub(super) struct Layer {
     pub(super) gate_up: Linear,
     /// `[hidden, ffn]`
     pub(super) down: Linear,
+}
+
+impl Layer {
+    /// Where the weights of the norms of q's and k's heads are, or 0.
+    pub(super) fn head_norms(&self) -> (u64, u64) {
+        self.head_norms.as_ref().map_or((0, 0), |(q, k)| (q.at, k.at))
+    }
 }
 
 /// All of it.

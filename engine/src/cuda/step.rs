@@ -26,6 +26,8 @@ pub(super) struct Step<'a> {
 enum X {
     /// bf16, there.
     Brain(u64),
+    /// bf16, there, to be normed by these weights.
+    Unnormed(u64, u64),
     /// Eight bits, in their buffer.
     Rounded,
 }
@@ -50,25 +52,37 @@ impl Step<'_> {
                 self.norm_for(layer.qkv.shape(false, false), buffers.x.at, layer.attention_norm.at, rows)?;
             self.mark(Part::Qkv)?;
             self.linear(&layer.qkv, normed, buffers.qkv.at, rows, false, false)?;
-            self.mark(Part::Rotate)?;
-            self.rotate_and_store(index, layer)?;
-            if let Some(events) = self.layer_events {
-                events[index].record(self.stream)?;
-            }
-            if index + 1 < fixed.network.layers.len() {
-                self.mark(Part::Attention)?;
-                self.attend(index)?;
+            let last = index + 1 == fixed.network.layers.len();
+            self.rotate_and_attend(index, layer, !last || !self.plan.wanted.is_empty())?;
+            if !last {
                 self.mark(Part::Output)?;
                 self.linear(&layer.o, X::Brain(buffers.attended.at), buffers.x.at, rows, true, false)?;
                 self.mlp(layer, buffers.x.at, rows)?;
             } else if !self.plan.wanted.is_empty() {
-                self.mark(Part::Attention)?;
-                self.attend(index)?;
                 self.mark(Part::Output)?;
                 self.last(layer)?;
             }
         }
         self.mark(Part::End)
+    }
+
+    /// KV into the pool, then attention where `attends`: in one kernel where all rows are single tokens.
+    fn rotate_and_attend(&mut self, index: usize, layer: &Layer, attends: bool) -> Result<(), EngineError> {
+        let turns = attends && self.plan.tasks == 0 && self.fixed.fast().is_some();
+        if !turns {
+            self.mark(Part::Rotate)?;
+            self.rotate_and_store(index, layer)?;
+            self.kv_is_final(index)?;
+        }
+        if attends {
+            self.mark(Part::Attention)?;
+            self.attend(index, turns.then_some(layer))?;
+        }
+        if turns { self.kv_is_final(index) } else { Ok(()) }
+    }
+
+    fn kv_is_final(&self, index: usize) -> Result<(), EngineError> {
+        self.layer_events.map_or(Ok(()), |events| events[index].record(self.stream))
     }
 
     /// The last layer's rest and the head, for the wanted rows only.
@@ -86,9 +100,9 @@ impl Step<'_> {
         self.linear(&layer.o, X::Brain(attended), x, rows, true, false)?;
         self.mlp(layer, x, rows)?;
         self.mark(Part::Norm)?;
-        self.norm(buffers.normed.at, x, fixed.network.norm.at, rows)?;
+        let head = &fixed.network.head;
+        let normed = self.norm_for(head.shape(false, true), x, fixed.network.norm.at, rows)?;
         self.mark(Part::Head)?;
-        let (head, normed) = (&fixed.network.head, X::Brain(buffers.normed.at));
         self.linear(head, normed, buffers.logits.at, rows, false, true)?;
         self.mark(Part::Draw)?;
         let (out, logits, columns) = (buffers.tokens.at, buffers.logits.at, config.vocab as i32);
@@ -141,7 +155,13 @@ impl Step<'_> {
         rows: usize,
     ) -> Result<(), EngineError> {
         let buffers = &self.fixed.buffers;
-        let mut product = linear.product(if let X::Brain(x) = x { x } else { 0 }, out);
+        let (at, norm) = match x {
+            X::Brain(x) => (x, 0),
+            X::Unnormed(x, weight) => (x, weight),
+            X::Rounded => (0, 0),
+        };
+        let mut product = linear.product(at, out);
+        product.norm = (norm, self.fixed.config.rms_eps);
         product.rounded = (buffers.quantised.at, buffers.row_scales.at);
         if let X::Brain(x) = x
             && self.gemms.takes_rounded(shape, rows)
@@ -166,6 +186,9 @@ impl Step<'_> {
 
     /// A norm, in the form that the product after it takes.
     fn norm_for(&mut self, next: Shape, x: u64, weight: u64, rows: usize) -> Result<X, EngineError> {
+        if self.gemms.norms(next, rows) {
+            return Ok(X::Unnormed(x, weight));
+        }
         let (buffers, width) = (&self.fixed.buffers, self.fixed.config.hidden / 8);
         let kernels = self.fixed.kernels.quantise.as_ref();
         let fused = kernels.filter(|_| width <= 1024 && self.gemms.takes_rounded(next, rows));
@@ -241,8 +264,7 @@ impl Step<'_> {
         let config = &fixed.config;
         let (qkv, pool, angles) = (fixed.buffers.qkv.at, fixed.pool.layer(index), fixed.angles.at);
         let (positions, slots) = (self.list(List::Positions), self.list(List::Slots));
-        let (q_norm, k_norm) = layer.head_norms.as_ref().map_or((0, 0), |(q, k)| (q.at, k.at));
-        let eps = config.rms_eps;
+        let ((q_norm, k_norm), eps) = (layer.head_norms(), config.rms_eps);
         let (heads, kv_heads, dim) = (config.heads as i32, config.kv_heads as i32, config.head_dim as i32);
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let all = config.heads + 2 * config.kv_heads;

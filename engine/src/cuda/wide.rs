@@ -117,7 +117,3 @@ fn row_bytes(shape: Shape) -> usize {
 fn shared_bytes(tile: Tile, width: usize) -> usize {
     tile.stages * (ROWS + tile.columns) * DEPTH + 2 * ROWS * width + (2 * tile.stages + 2) * 8 + 1024
 }
-
-#[cfg(test)]
-#[path = "wide_tests.rs"]
-mod tests;

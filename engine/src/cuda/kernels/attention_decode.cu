@@ -20,6 +20,7 @@ DEVICE u32 highs(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 template <int DIM>
 struct Brain {
     using Number = u16;
+    using Vector = uint4;  // of eight numbers
     static constexpr float SCALE = 1.0f;
     uint4 k[DIM / 32][2];
     uint4 v[DIM / 64][4];
@@ -41,6 +42,16 @@ struct Brain {
         for (int c = 0; c < DIM / 64; c++)
             for (int i = 0; i < 4; i++)
                 v[c][i] = load_stream(v_at + (2 * t + (i & 1) + (i >> 1) * 8) * DIM + c * 64 + g * 8);
+    }
+
+    // Puts the key and the value of the newest token where key `at` of the sixteen is.
+    __device__ __forceinline__ void place(const u16 *new_k, const u16 *new_v, int at, int g, int t) {
+        for (int c = 0; c < DIM / 32; c++)
+            for (int i = 0; i < 2; i++)
+                if (g + 8 * i == at) k[c][i] = *(const uint4 *)(new_k + c * 32 + t * 8);
+        for (int c = 0; c < DIM / 64; c++)
+            for (int i = 0; i < 4; i++)
+                if (2 * t + (i & 1) + (i >> 1) * 8 == at) v[c][i] = *(const uint4 *)(new_v + c * 64 + g * 8);
     }
 
     __device__ __forceinline__ void score(float (&s)[4], const Query &query) const {
@@ -71,6 +82,7 @@ struct Brain {
 template <int DIM>
 struct Eight {
     using Number = u8;
+    using Vector = uint2;
     // half_pair_of_e4m3 leaves numbers 2^8 too small.
     static constexpr float SCALE = 256.0f;
     static constexpr int WORDS = DIM / 32;
@@ -102,6 +114,15 @@ struct Eight {
                 v[i][0] = x.x, v[i][1] = x.y;
             }
         }
+    }
+
+    __device__ __forceinline__ void place(const u8 *new_k, const u8 *new_v, int at, int g, int t) {
+        for (int c = 0; c < DIM / 64; c++)
+            for (int i = 0; i < 2; i++)
+                if (g + 8 * i == at) k[c][i] = *(const uint4 *)(new_k + c * 64 + t * 16);
+        for (int i = 0; i < 4; i++)
+            if (2 * t + (i & 1) + (i >> 1) * 8 == at)
+                for (int w = 0; w < WORDS; w++) v[i][w] = ((const u32 *)(new_v + g * (DIM / 8)))[w];
     }
 
     __device__ __forceinline__ void score(float (&s)[4], const Query &query) const {
@@ -140,48 +161,104 @@ struct Eight {
     }
 };
 
+// The newest token of a sequence, as one kv head and up to eight of its query heads see it.
+template <int DIM, typename Kv>
+struct Newest {
+    alignas(16) u16 q[8][DIM];
+    alignas(16) typename Kv::Number kv[2][DIM];
+
+    // A thread turns 16 numbers of a head; `token` is its row of [heads + 2 kv_heads, DIM].
+    __device__ void turn(const u16 *token, int first_head, int count, int kv_head, int heads, int kv_heads, const Rotation &by) {
+        constexpr int LANES = DIM / 16;
+        int which = threadIdx.x / LANES, i = threadIdx.x % LANES;
+        Kind kind = which < 8 ? Q : which == 8 ? K : V;
+        int head = kind == Q ? first_head + min(which, count - 1) : heads + kv_head + (kind == V ? kv_heads : 0);
+        float a[8], b[8];
+        turned(a, b, (const uint4 *)(token + (size_t)head * DIM), kind, i, LANES, by);
+        if (kind == Q) {
+            uint4 *to = (uint4 *)q[which];
+            put(to + i, a), put(to + i + LANES, b);
+        } else if (which < 10) {
+            auto to = (typename Kv::Vector *)kv[which - 8];
+            put(to + i, a), put(to + i + LANES, b);
+        }
+    }
+    // Key and value to where they belong in the pool; values lie `v_offset` numbers behind keys.
+    __device__ void keep(typename Kv::Number *key, size_t v_offset) const {
+        constexpr int EACH = DIM * sizeof(typename Kv::Number) / 16;
+        int which = threadIdx.x / EACH, i = threadIdx.x % EACH;
+        if (which < 2) ((uint4 *)(key + which * v_offset))[i] = ((const uint4 *)kv[which])[i];
+    }
+};
+
 // Grid: (kv_heads * head groups, splits, sequences); 128 threads. A "head group" is up to 8 query heads of one kv head.
 // partial: [sequences, heads, splits, DIM] f32 and stats [.., 2] when there is more than one split; otherwise `out`.
+// With `table` (cos and sin of all positions) q and k come as the product made them, and the newest key and value are not in the pool yet:
+// they are turned and put there here, and nothing that a kernel of this step writes is read before wait_for_input but in q.
 template <int DIM, typename Kv>
-DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 *q, const typename Kv::Number *pool_layer,
+DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 *q, typename Kv::Number *pool_layer,
                              const int *tables, const int *table_of_row, const int *positions, const int *rows,
-                             int q_stride, int heads, int kv_heads, int block_tokens, int window, float scale_log2) {
+                             int q_stride, int heads, int kv_heads, int block_tokens, int window, float scale_log2,
+                             const float2 *table_of_angles, Rotation by) {
     constexpr int WARPS = 4;
     let_next_start();
-    wait_for_input();
+    bool turns = table_of_angles;
+    if (!turns) wait_for_input();
     __shared__ float merged[WARPS][8][DIM];
     __shared__ float2 merged_stats[WARPS][8];
+    __shared__ Newest<DIM, Kv> newest;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int group = heads / kv_heads, parts = (group + 7) / 8;
     int kv_head = blockIdx.x / parts, first_head = kv_head * group + blockIdx.x % parts * 8;
     int count = min(8, (kv_head + 1) * group - first_head);
     int split = blockIdx.y, splits = gridDim.y, row = rows[blockIdx.z];
-    if (row < 0) return;
-    int keys = positions[row] + 1;
+    if (row < 0) {
+        if (turns) wait_for_input();
+        return;
+    }
+    int position = positions[row], keys = position + 1;
     const int *table = tables + table_of_row[row];
     int first = window > 0 && keys > window ? keys - window : 0;
     int groups16 = (keys + 15) / 16 - first / 16, each = (groups16 + splits - 1) / splits;
     int from = first / 16 + split * each, to = min(from + each, first / 16 + groups16);
 
+    size_t head_size = (size_t)block_tokens * DIM, v_offset = kv_heads * head_size;
+    auto place_of = [&](int key) {
+        return pool_layer + ((size_t)table[key / block_tokens] * 2 * kv_heads + kv_head) * head_size + key % block_tokens * DIM;
+    };
+    Kv now, next;
+    auto fetch = [&](Kv &keys16, int group16) {
+        const typename Kv::Number *k_at = place_of(group16 * 16);
+        keys16.load(k_at, k_at + v_offset, g, t);
+    };
+    if (from + warp < to) fetch(now, from + warp);
+
     // Heads beyond the group take the first one's query and are not written.
+    const u16 *token = q + (size_t)row * q_stride;
     typename Kv::Query query;
-    query.load(q + (size_t)row * q_stride + (size_t)(first_head + (g < count ? g : 0)) * DIM, t);
+    int new_group = -1;
+    if (turns) {
+        wait_for_input();
+        by.angles = table_of_angles + (size_t)position * (DIM / 2);
+        newest.turn(token, first_head, count, kv_head, heads, kv_heads, by);
+        __syncthreads();
+        query.load(newest.q[g], t);
+        if (from <= position / 16 && position / 16 < to) {
+            new_group = position / 16;
+            newest.keep(place_of(position), v_offset);
+        }
+    } else {
+        query.load(token + (size_t)(first_head + (g < count ? g : 0)) * DIM, t);
+    }
 
     float o[DIM / 16][4];
     for (int i = 0; i < DIM / 16; i++)
         for (int j = 0; j < 4; j++) o[i][j] = 0.0f;
     float best[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 
-    size_t head_size = (size_t)block_tokens * DIM, v_offset = kv_heads * head_size;
-    Kv now, next;
-    auto fetch = [&](Kv &keys16, int group16) {
-        int key = group16 * 16, block = table[key / block_tokens];
-        const typename Kv::Number *k_at = pool_layer + ((size_t)block * 2 * kv_heads + kv_head) * head_size + key % block_tokens * DIM;
-        keys16.load(k_at, k_at + v_offset, g, t);
-    };
-    if (from + warp < to) fetch(now, from + warp);
     for (int group16 = from + warp; group16 < to; group16 += WARPS) {
         if (group16 + WARPS < to) fetch(next, group16 + WARPS);
+        if (group16 == new_group) now.place(newest.kv[0], newest.kv[1], position % 16, g, t);
         float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         now.score(s, query);
         // s[0], s[1]: key g, heads 2t, 2t+1; s[2], s[3]: key g + 8.
@@ -248,11 +325,13 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
 
 #define DECODE(NAME, DIM, KV, BLOCKS)                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(                                                    \
-        u16 *out, float *partial, float2 *stats, const u16 *q, const KV<DIM>::Number *pool_layer, const int *tables,   \
+        u16 *out, float *partial, float2 *stats, const u16 *q, KV<DIM>::Number *pool_layer, const int *tables,         \
         const int *table_of_row, const int *positions, const int *rows, int q_stride, int heads, int kv_heads,         \
-        int block_tokens, int window, float scale_log2) {                                                              \
+        int block_tokens, int window, float scale_log2, const float2 *table, const uint4 *q_norm, const uint4 *k_norm, \
+        float eps) {                                                                                                   \
         decode_attention<DIM, KV<DIM>>(out, partial, stats, q, pool_layer, tables, table_of_row, positions, rows,      \
-                                       q_stride, heads, kv_heads, block_tokens, window, scale_log2);                   \
+                                       q_stride, heads, kv_heads, block_tokens, window, scale_log2, table,             \
+                                       {nullptr, q_norm, k_norm, eps});                                                \
     }
 DECODE(decode_attention_64, 64, Brain, 2)
 DECODE(decode_attention_128, 128, Brain, 2)

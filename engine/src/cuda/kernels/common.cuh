@@ -22,6 +22,29 @@ DEVICE u32 bf16_pair(float low, float high) {
 }
 DEVICE u16 bf16_of(float x) { return (u16)bf16_pair(x, 0.0f); }
 
+// a * b + c on two bf16, and a * b.
+DEVICE u32 fma_pairs(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE u32 mul_pairs(u32 a, u32 b) { return fma_pairs(a, b, 0x80008000u); }
+DEVICE uint4 mul_pairs(uint4 a, uint4 b) {
+    return make_uint4(mul_pairs(a.x, b.x), mul_pairs(a.y, b.y), mul_pairs(a.z, b.z), mul_pairs(a.w, b.w));
+}
+
+DEVICE float sum_of_squares(uint4 v) {
+    float sum = 0.0f;
+    u32 words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; i++) {
+        float low = bf16_low(words[i]), high = bf16_high(words[i]);
+        sum += low * low + high * high;
+    }
+    return sum;
+}
+
+DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -56,6 +79,11 @@ DEVICE void let_next_start() {
 #endif
 }
 
+// Of four neighbouring lanes.
+DEVICE float sum_of_four(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
 DEVICE float warp_sum(float x) {
     for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;

@@ -102,8 +102,6 @@ DEVICE void norm_rows(uint2 *out, float *scales, const uint4 *x, const uint4 *we
     if (i < width) out[(size_t)blockIdx.x * width + i] = KIND::round(v.x, inverse);
 }
 
-DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
-
 // silu(gate) * up, rounded to bf16 as `swiglu` does, then to eight bits. Grid: rows. The row waits in shared memory, 16 bytes a
 // vector.
 template <typename KIND>

@@ -16,16 +16,6 @@ extern "C" __global__ void pick_rows(uint4 *out, const uint4 *x, const int *from
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = row[i];
 }
 
-DEVICE float sum_of_squares(uint4 v) {
-    float sum = 0.0f;
-    u32 words[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; i++) {
-        float low = bf16_low(words[i]), high = bf16_high(words[i]);
-        sum += low * low + high * high;
-    }
-    return sum;
-}
-
 DEVICE u32 normed_pair(u32 pair, u32 weight, float scale) {
     return bf16_pair(bf16_low(pair) * scale * bf16_low(weight), bf16_high(pair) * scale * bf16_high(weight));
 }
@@ -48,8 +38,6 @@ extern "C" __global__ void rms_norm(uint4 *y, const uint4 *x, const uint4 *weigh
         y[(size_t)blockIdx.x * width + i] = normed(i < blockDim.x ? first : row[i], weight[i], scale);
     }
 }
-
-DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 DEVICE u32 gated_pair(u32 gate, u32 up) {
     return bf16_pair(silu(bf16_low(gate)) * bf16_low(up), silu(bf16_high(gate)) * bf16_high(up));
@@ -75,30 +63,8 @@ extern "C" __global__ void rotation_table(float2 *table, const float *frequencie
     }
 }
 
-DEVICE void floats(uint4 v, float (&x)[8]) {
-    u32 words[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; i++) x[2 * i] = bf16_low(words[i]), x[2 * i + 1] = bf16_high(words[i]);
-}
-
-// Eight numbers as bf16 or e4m3.
-DEVICE void put(uint4 *to, const float (&x)[8]) {
-    *to = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-}
-DEVICE void put(uint2 *to, const float (&x)[8]) {
-    *to = make_uint2(e4m3_pair(x[0], x[1]) | (u32)e4m3_pair(x[2], x[3]) << 16,
-                     e4m3_pair(x[4], x[5]) | (u32)e4m3_pair(x[6], x[7]) << 16);
-}
-
-// Sum of squares of a head, of which each of `lanes` neighbouring lanes (a power of two) has 16 numbers. All lanes of the warp
-// must come here.
-DEVICE float head_sum(uint4 low, uint4 high, int lanes) {
-    float sum = sum_of_squares(low) + sum_of_squares(high);
-    for (int step = 1; step < lanes; step <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
-
-// Rotates q in place, and writes rotated k and plain v into the token's slot of the pool. A thread takes eight dimensions of a head
-// and the eight, half a head later, that they are rotated with. Grid: (threads for the heads of all kinds, tokens); dim is a multiple of 16.
+// Rotates q in place, and writes rotated k and plain v into the token's slot of the pool. Grid: (threads for the heads of all kinds,
+// tokens); dim is a multiple of 16.
 // qkv: [tokens, heads + 2 kv_heads, dim]; layer of the pool: [blocks, 2, kv_heads, block_tokens, dim].
 // A vector of eight numbers is a uint4 of bf16 or a uint2 of e4m3.
 template <typename Vector>
@@ -110,39 +76,20 @@ DEVICE void rotate(uint4 *qkv, Vector *pool_layer, const float2 *table, const in
     int head = thread / lanes, i = thread % lanes;
     bool there = head < kinds;
     uint4 *in = qkv + ((size_t)token * kinds + (there ? head : 0)) * 2 * lanes;
-    uint4 low = in[i], high = in[i + lanes];
-    bool is_q = head < heads, is_v = head >= heads + kv_heads;
-    const uint4 *norm = is_q ? q_norm : k_norm;
-    float scale = q_norm ? rsqrtf(head_sum(low, high, lanes) / dim + eps) : 1.0f;
-    int slot = slots[token];
-    if (!there || (!is_q && slot < 0)) return;
-    int kv_head = is_v ? head - heads - kv_heads : head - heads;
-    size_t row = ((size_t)(slot / block_tokens) * 2 + is_v) * kv_heads + kv_head;
-    Vector *out = pool_layer + (row * block_tokens + slot % block_tokens) * 2 * lanes;
+    Kind kind = head < heads ? Q : head < heads + kv_heads ? K : V;
+    Rotation by = {table + (size_t)positions[token] * lanes * 8, q_norm, k_norm, eps};
     float a[8], b[8];
-    floats(low, a), floats(high, b);
-    if (is_v) {
-        put(out + i, a), put(out + i + lanes, b);
+    turned(a, b, in, kind, i, lanes, by);
+    int slot = slots[token];
+    if (!there || (kind != Q && slot < 0)) return;
+    if (kind == Q) {
+        put(in + i, a), put(in + i + lanes, b);
         return;
     }
-    if (norm) {
-        float of_a[8], of_b[8];
-        floats(norm[i], of_a), floats(norm[i + lanes], of_b);
-        for (int j = 0; j < 8; j++) a[j] *= scale * of_a[j], b[j] *= scale * of_b[j];
-    }
-    // cos and sin of two dimensions each.
-    const float4 *angles = (const float4 *)(table + (size_t)positions[token] * lanes * 8 + i * 8);
-    for (int j = 0; j < 4; j++) {
-        float4 angle = angles[j];
-        float a0 = a[2 * j], a1 = a[2 * j + 1], b0 = b[2 * j], b1 = b[2 * j + 1];
-        a[2 * j] = a0 * angle.x - b0 * angle.y, a[2 * j + 1] = a1 * angle.z - b1 * angle.w;
-        b[2 * j] = b0 * angle.x + a0 * angle.y, b[2 * j + 1] = b1 * angle.z + a1 * angle.w;
-    }
-    if (is_q) {
-        put(in + i, a), put(in + i + lanes, b);
-    } else {
-        put(out + i, a), put(out + i + lanes, b);
-    }
+    int kv_head = head - heads - (kind == V ? kv_heads : 0);
+    size_t row = ((size_t)(slot / block_tokens) * 2 + (kind == V)) * kv_heads + kv_head;
+    Vector *out = pool_layer + (row * block_tokens + slot % block_tokens) * 2 * lanes;
+    put(out + i, a), put(out + i + lanes, b);
 }
 
 #define ROTATE_AND_STORE(NAME, VECTOR)                                                                                 \

@@ -127,8 +127,6 @@ struct Target {
     bool add, fills;
 };
 
-DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
 // 16 rows of 16 columns between a warp's registers and its rows in shared memory; a lane names the place of its row and half.
 DEVICE void put(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
