@@ -72,9 +72,10 @@ impl Step<'_> {
         let (heads, kv_heads) = (config.heads as i32, config.kv_heads as i32);
         let block_tokens = fixed.pool.layout().block_tokens as i32;
         let parts = config.kv_heads * config.group().div_ceil(8);
-        let angles = if unturned.is_some() { fixed.angles.at } else { 0 };
-        let ((q_norm, k_norm), eps) = (unturned.map_or((0, 0), Layer::head_norms), config.rms_eps);
-        fast.decode.launch_chained(
+        let kernel = if unturned.is_some() { &fast.decode_turning } else { &fast.decode };
+        let (angles, eps) = (fixed.angles.at, config.rms_eps);
+        let (q_norm, k_norm) = unturned.map_or((0, 0), Layer::head_norms);
+        kernel.launch_chained(
             self.stream,
             Grid::new((parts, splits, sequences), 128),
             args![

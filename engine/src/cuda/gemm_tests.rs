@@ -197,10 +197,18 @@ fn products_of_few_rows_are_what_they_should_be() {
     let Some(device) = hopper() else { return };
     let (stream, thin) = (Stream::new(&device).unwrap(), kernels::thin(&device).unwrap());
     let mut random = Random(0);
-    // Fewer rows of weights than a block takes, and blocks that are not full; k of less than a turn of all warps, and of some.
-    for (n, k) in [(8, 64), (72, 576), (328, 4096)] {
+    // Fewer rows of weights than a block takes, blocks that are not full, blocks that take tile after tile; k of less than a turn of
+    // all warps, and of some.
+    let all = [1, 7, 8, 9, 16, 30, 32];
+    for (n, k, numbers) in [
+        (8, 64, &all[..]),
+        (72, 576, &all),
+        (328, 4096, &all),
+        (9_000, 192, &[1, 9, 30]),
+        (9_000, 1088, &[8, 16]),
+    ] {
         for (operands, (bias, add, gated)) in OPERANDS.iter().flat_map(|&o| FORMS.map(|form| (o, form))) {
-            for (rows, wide) in [1, 7, 8, 9, 16, 30, 32].into_iter().flat_map(|r| [(r, false), (r, true)]) {
+            for (rows, wide) in numbers.iter().flat_map(|&rows| [(rows, false), (rows, true)]) {
                 let shape = Shape { n, k, operands, bias, add, wide, gated };
                 if wide && (gated || !thin.can(shape, rows)) {
                     continue;

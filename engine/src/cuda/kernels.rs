@@ -94,6 +94,8 @@ pub(super) struct Rounding {
 /// Attention through tensor cores.
 pub(super) struct FastAttention {
     pub(super) decode: Kernel,
+    /// That rotates, and puts the newest KV into the pool.
+    pub(super) decode_turning: Kernel,
     pub(super) join: Kernel,
     pub(super) prefill: Kernel,
     /// On Hopper.
@@ -130,6 +132,7 @@ impl Kernels {
             let sm90 = || module(&PREFILL_SM90)?.kernel(&format!("prefill_attention_sm90_{head_dim}"));
             Ok(FastAttention {
                 decode: decode.kernel(&format!("decode_attention{of_pool}_{head_dim}"))?,
+                decode_turning: decode.kernel(&format!("decode_attention_turning{of_pool}_{head_dim}"))?,
                 join: decode.kernel("decode_join")?,
                 prefill: module(&PREFILL)?.kernel(&format!("prefill_attention_{head_dim}"))?,
                 prefill_sm90: (device.capability == (9, 0)).then(sm90).transpose()?,

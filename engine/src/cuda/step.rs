@@ -66,9 +66,11 @@ impl Step<'_> {
         self.mark(Part::End)
     }
 
-    /// KV into the pool, then attention where `attends`: in one kernel where all rows are single tokens.
+    /// KV into the pool, then attention where `attends`: in one kernel where all rows are single tokens, and so few that their keys
+    /// are split.
     fn rotate_and_attend(&mut self, index: usize, layer: &Layer, attends: bool) -> Result<(), EngineError> {
-        let turns = attends && self.plan.tasks == 0 && self.fixed.fast().is_some();
+        let few = self.plan.tasks == 0 && self.fixed.splits(self.plan.decodes) > 1;
+        let turns = attends && few && self.fixed.fast().is_some();
         if !turns {
             self.mark(Part::Rotate)?;
             self.rotate_and_store(index, layer)?;

@@ -193,27 +193,25 @@ struct Newest {
 
 // Grid: (kv_heads * head groups, splits, sequences); 128 threads. A "head group" is up to 8 query heads of one kv head.
 // partial: [sequences, heads, splits, DIM] f32 and stats [.., 2] when there is more than one split; otherwise `out`.
-// With `table` (cos and sin of all positions) q and k come as the product made them, and the newest key and value are not in the pool yet:
-// they are turned and put there here, and nothing that a kernel of this step writes is read before wait_for_input but in q.
-template <int DIM, typename Kv>
+// TURNS: q and k come as the product made them, and the newest key and value are not in the pool yet: they are turned and put there here, and
+// nothing that a kernel of this step writes is read before wait_for_input. Costs more than a kernel of its own once blocks are many.
+template <int DIM, typename Kv, bool TURNS>
 DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 *q, typename Kv::Number *pool_layer,
                              const int *tables, const int *table_of_row, const int *positions, const int *rows,
                              int q_stride, int heads, int kv_heads, int block_tokens, int window, float scale_log2,
-                             const float2 *table_of_angles, Rotation by) {
+                             Rotation by) {
     constexpr int WARPS = 4;
     let_next_start();
-    bool turns = table_of_angles;
-    if (!turns) wait_for_input();
+    if (!TURNS) wait_for_input();
     __shared__ float merged[WARPS][8][DIM];
     __shared__ float2 merged_stats[WARPS][8];
-    __shared__ Newest<DIM, Kv> newest;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int group = heads / kv_heads, parts = (group + 7) / 8;
     int kv_head = blockIdx.x / parts, first_head = kv_head * group + blockIdx.x % parts * 8;
     int count = min(8, (kv_head + 1) * group - first_head);
     int split = blockIdx.y, splits = gridDim.y, row = rows[blockIdx.z];
     if (row < 0) {
-        if (turns) wait_for_input();
+        if (TURNS) wait_for_input();
         return;
     }
     int position = positions[row], keys = position + 1;
@@ -236,10 +234,11 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
     // Heads beyond the group take the first one's query and are not written.
     const u16 *token = q + (size_t)row * q_stride;
     typename Kv::Query query;
+    __shared__ Newest<DIM, Kv> newest;
     int new_group = -1;
-    if (turns) {
+    if constexpr (TURNS) {
         wait_for_input();
-        by.angles = table_of_angles + (size_t)position * (DIM / 2);
+        by.angles += (size_t)position * (DIM / 2);
         newest.turn(token, first_head, count, kv_head, heads, kv_heads, by);
         __syncthreads();
         query.load(newest.q[g], t);
@@ -258,7 +257,7 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
 
     for (int group16 = from + warp; group16 < to; group16 += WARPS) {
         if (group16 + WARPS < to) fetch(next, group16 + WARPS);
-        if (group16 == new_group) now.place(newest.kv[0], newest.kv[1], position % 16, g, t);
+        if (TURNS && group16 == new_group) now.place(newest.kv[0], newest.kv[1], position % 16, g, t);
         float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         now.score(s, query);
         // s[0], s[1]: key g, heads 2t, 2t+1; s[2], s[3]: key g + 8.
@@ -323,20 +322,24 @@ DEVICE void decode_attention(u16 *out, float *partial, float2 *stats, const u16 
     }
 }
 
-#define DECODE(NAME, DIM, KV, BLOCKS)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME(                                                    \
+#define DECODE(NAME, TURNS, DIM, KV, BLOCKS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME##_##DIM(                                            \
         u16 *out, float *partial, float2 *stats, const u16 *q, KV<DIM>::Number *pool_layer, const int *tables,         \
         const int *table_of_row, const int *positions, const int *rows, int q_stride, int heads, int kv_heads,         \
-        int block_tokens, int window, float scale_log2, const float2 *table, const uint4 *q_norm, const uint4 *k_norm, \
+        int block_tokens, int window, float scale_log2, const float2 *angles, const uint4 *q_norm, const uint4 *k_norm, \
         float eps) {                                                                                                   \
-        decode_attention<DIM, KV<DIM>>(out, partial, stats, q, pool_layer, tables, table_of_row, positions, rows,      \
-                                       q_stride, heads, kv_heads, block_tokens, window, scale_log2, table,             \
-                                       {nullptr, q_norm, k_norm, eps});                                                \
+        decode_attention<DIM, KV<DIM>, TURNS>(out, partial, stats, q, pool_layer, tables, table_of_row, positions, rows, \
+                                              q_stride, heads, kv_heads, block_tokens, window, scale_log2,             \
+                                              {angles, q_norm, k_norm, eps});                                          \
     }
-DECODE(decode_attention_64, 64, Brain, 2)
-DECODE(decode_attention_128, 128, Brain, 2)
-DECODE(decode_attention_fp8_64, 64, Eight, 3)
-DECODE(decode_attention_fp8_128, 128, Eight, 3)
+DECODE(decode_attention, false, 64, Brain, 2)
+DECODE(decode_attention, false, 128, Brain, 2)
+DECODE(decode_attention_fp8, false, 64, Eight, 3)
+DECODE(decode_attention_fp8, false, 128, Eight, 3)
+DECODE(decode_attention_turning, true, 64, Brain, 2)
+DECODE(decode_attention_turning, true, 128, Brain, 2)
+DECODE(decode_attention_turning_fp8, true, 64, Eight, 3)
+DECODE(decode_attention_turning_fp8, true, 128, Eight, 3)
 
 // Joins the splits. Grid: (heads, sequences); DIM threads.
 extern "C" __global__ void decode_join(u16 *out, const float *partial, const float2 *stats, const int *rows, int splits) {
