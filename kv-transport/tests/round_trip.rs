@@ -23,7 +23,7 @@ async fn everything_arrives_and_nothing_is_left() {
     assert_eq!((landed.cells, landed.bytes, landed.refetched), (16, 16 * 8192, 0));
     assert_eq!(&landed.payload[..], b"first token");
     assert_eq!((report.transport, landed.transport), ("tcp", "tcp"));
-    // The sender's goes outside its lock: whoever waits may see the end just before.
+    // The sender's is kept while a write runs, and what one wrote may be committed before it returns.
     until("only the landing's hold", || pair.holds.alive() == 1).await;
     assert!(matches!(landing.committed().await, Err(LandingError::Revoked)), "the hold is yielded once");
     drop(landed);

@@ -141,10 +141,10 @@ impl Gemms {
 
     /// Whether this product takes x in eight bits.
     pub(super) fn takes_rounded(&self, shape: Shape, rows: usize) -> bool {
-        shape.operands != Operands::Bf16 && !matches!(self.tuned_for(shape, rows), Some(Choice::Thin))
+        shape.operands != Operands::Bf16 && !self.norms(shape, rows)
     }
 
-    /// Whether this product takes its norm with it.
+    /// Whether this product takes its norm with it: a thin one, which takes x in bf16.
     pub(super) fn norms(&self, shape: Shape, rows: usize) -> bool {
         matches!(self.tuned_for(shape, rows), Some(Choice::Thin))
     }

@@ -68,7 +68,6 @@ impl Case {
     fn product(&self, row: usize, output: usize, rounded: bool) -> f32 {
         let k = self.shape.k;
         let (x, w) = (&self.x[row * k..][..k], &self.weights[output * k..][..k]);
-        let sum: i32 = x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum();
         if let Some(norm) = &self.norm {
             let squares: i32 = x.iter().map(|&x| i32::from(x).pow(2)).sum();
             let scale = (squares as f32 / k as f32 + EPS).sqrt().recip();
@@ -76,6 +75,7 @@ impl Case {
             let of_row = if self.shape.operands == Operands::Bf16 { 1.0 } else { self.scales[output] };
             return sum.sum::<f32>() * scale * of_row;
         }
+        let sum: i32 = x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum();
         match self.shape.operands {
             Operands::Bf16 => sum as f32,
             _ if rounded => sum as f32 * (self.row_scales[row] * self.scales[output]),
@@ -150,7 +150,7 @@ fn check(case: &Case, got: &[f32], rounded: bool, what: &str) {
     assert!(got[case.rows * n..].iter().all(|&x| x == 7.0), "{what}: wrote behind its rows");
 }
 
-/// Where this machine has none.
+/// The device, if it is one that all of the kernels are for.
 fn hopper() -> Option<Arc<Device>> {
     match Device::open(0) {
         Ok(device) if device.capability == (9, 0) => Some(device),

@@ -18,40 +18,49 @@ use crate::model::Quantisation;
 use crate::{EngineError, KvDtype};
 
 const COMMON: &str = include_str!("kernels/common.cuh");
-const HOPPER: &str = include_str!("kernels/hopper.cuh");
-const ROTATION: &str = include_str!("kernels/rotation.cuh");
 
-/// What a file of `kernels/` needs.
+/// What stands before a file of `kernels/`, beside what all have.
+#[derive(Clone, Copy, PartialEq)]
+enum Header {
+    Nothing,
+    Rotation,
+    /// The file uses Hopper's own instructions.
+    Hopper,
+}
+
+impl Header {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Nothing => "",
+            Self::Rotation => include_str!("kernels/rotation.cuh"),
+            Self::Hopper => include_str!("kernels/hopper.cuh"),
+        }
+    }
+}
+
+/// A file of `kernels/`.
 struct Source {
     name: &'static str,
     text: &'static str,
-    /// What stands before it, beside what all have.
-    header: &'static str,
-    /// Uses Hopper's own instructions.
-    hopper: bool,
+    header: Header,
 }
 
 macro_rules! source {
-    ($name:literal, $header:expr, $hopper:literal) => {
-        Source {
-            name: $name,
-            text: include_str!(concat!("kernels/", $name, ".cu")),
-            header: $header,
-            hopper: $hopper,
-        }
+    ($name:literal, $header:ident) => {
+        Source { name: $name, text: include_str!(concat!("kernels/", $name, ".cu")), header: Header::$header }
     };
 }
 
-const ROWS: Source = source!("rows", ROTATION, false);
-const BLOCKS: Source = source!("blocks", "", false);
-const ATTENTION_ANY: Source = source!("attention_any", "", false);
-const DRAW: Source = source!("draw", "", false);
-const THIN: Source = source!("thin", "", false);
-const WIDE_SM90: Source = source!("wide_sm90", HOPPER, true);
-const QUANTISE: Source = source!("quantise", HOPPER, true);
-const DECODE: Source = source!("attention_decode", ROTATION, false);
-const PREFILL: Source = source!("attention_prefill", "", false);
-const PREFILL_SM90: Source = source!("attention_prefill_sm90", HOPPER, true);
+const ROWS: Source = source!("rows", Rotation);
+const BLOCKS: Source = source!("blocks", Nothing);
+const ATTENTION_ANY: Source = source!("attention_any", Nothing);
+const DRAW: Source = source!("draw", Nothing);
+const THIN: Source = source!("thin", Nothing);
+const WIDE_SM90: Source = source!("wide_sm90", Hopper);
+const QUANTISE: Source = source!("quantise", Hopper);
+const DECODE: Source = source!("attention_decode", Rotation);
+const PREFILL: Source = source!("attention_prefill", Nothing);
+const PREFILL_SM90: Source = source!("attention_prefill_sm90", Hopper);
 
 /// Every kernel of the engine.
 pub(super) struct Kernels {
@@ -176,7 +185,7 @@ impl Kernels {
 /// The machine code for this device, from the cache or the compiler.
 fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
     let (major, minor) = device.capability;
-    let architecture = format!("sm_{major}{minor}{}", if source.hopper { "a" } else { "" });
+    let architecture = format!("sm_{major}{minor}{}", if source.header == Header::Hopper { "a" } else { "" });
     let text = whole(source);
     let (mut newest, mut oldest) = (0, 0);
     // SAFETY: two integers to write to.
@@ -198,7 +207,7 @@ fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
 }
 
 fn whole(source: &Source) -> String {
-    format!("{COMMON}\n{}\n{}", source.header, source.text)
+    format!("{COMMON}\n{}\n{}", source.header.text(), source.text)
 }
 
 /// `$XDG_CACHE_HOME/tandem/kernels`, or the same under `~/.cache`.
@@ -270,7 +279,7 @@ mod tests {
         let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &DECODE, &PREFILL];
         for source in anywhere.into_iter().chain([&QUANTISE, &WIDE_SM90, &PREFILL_SM90]) {
             let architectures: &[&str] =
-                if source.hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
+                if source.header == Header::Hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
             for architecture in architectures {
                 let code = compile(source, &whole(source), architecture);
                 if let Err(error) = &code {
