@@ -109,10 +109,19 @@ pub fn shape(name: &str) -> anyhow::Result<ModelConfig> {
 fn kinds(tables: &[BenchTable]) -> Vec<Kind> {
     let kind = |table: &BenchTable| match table {
         BenchTable::All => {
-            vec![Kind::Prefill, Kind::Decode, Kind::Graphs, Kind::Chunk, Kind::Draw, Kind::Int8]
+            vec![
+                Kind::Prefill,
+                Kind::Decode,
+                Kind::Megakernel,
+                Kind::Graphs,
+                Kind::Chunk,
+                Kind::Draw,
+                Kind::Int8,
+            ]
         }
         BenchTable::Prefill => vec![Kind::Prefill],
         BenchTable::Decode => vec![Kind::Decode],
+        BenchTable::Megakernel => vec![Kind::Megakernel],
         BenchTable::Graphs => vec![Kind::Graphs],
         BenchTable::Chunk => vec![Kind::Chunk],
         BenchTable::Int8 => vec![Kind::Int8],

@@ -31,6 +31,8 @@ pub enum Kind {
     Prefill,
     /// Steps of one token for batches of several sizes.
     Decode,
+    /// Decode by one kernel for all layers, and by kernels apart.
+    Megakernel,
     /// Decode with and without graphs.
     Graphs,
     /// Decoding sequences with a prompt beside them, in chunks of several sizes.
@@ -125,6 +127,17 @@ impl Measured {
             Self::Cuda(engine) => {
                 engine.set_graphs(on);
                 true
+            }
+        }
+    }
+
+    /// False where there is none.
+    pub(crate) fn set_megakernel(&mut self, on: Option<bool>) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Cuda(engine) => {
+                engine.set_megakernel(on);
+                engine.has_megakernel()
             }
         }
     }

@@ -29,6 +29,7 @@ pub(super) fn measure(
         Kind::Prefill => ("prefill", bench.prefill()?),
         Kind::Decode => ("decode", bench.decode()?),
         Kind::Graphs => ("graphs", bench.graphs()?),
+        Kind::Megakernel => ("one kernel for all layers", bench.megakernel()?),
         Kind::Chunk => ("chunk", bench.chunk()?),
         Kind::Int8 => ("eight bits", bench.eight_bits()?),
         Kind::Draw => ("drawing", bench.draw()?),
@@ -171,6 +172,21 @@ impl Bench<'_> {
                 rows.push(self.row_drawn(name, &self.one_step(batch), batch, &drawing)?);
             }
         }
+        Ok(rows)
+    }
+
+    fn megakernel(&mut self) -> Result<Vec<Row>> {
+        self.fill(self.settings.max_batch)?;
+        let mut rows = Vec::new();
+        for batch in self.batches().into_iter().filter(|batch| matches!(batch, 1 | 2 | 4)) {
+            for (on, name) in [(true, "one kernel"), (false, "kernels apart")] {
+                if !self.measured.set_megakernel(Some(on)) {
+                    return Ok(rows);
+                }
+                rows.push(self.row(format!("batch {batch}, {name}"), &self.one_step(batch), batch)?);
+            }
+        }
+        self.measured.set_megakernel(None);
         Ok(rows)
     }
 

@@ -214,6 +214,8 @@ pub enum BenchTable {
     Prefill,
     /// One token for batches of several sizes
     Decode,
+    /// Decode of 1, 2 and 4 sequences by one kernel for all layers, and by kernels apart
+    Megakernel,
     /// Decode with and without CUDA graphs
     Graphs,
     /// 128 decoding sequences with a prompt beside them, in chunks of several sizes

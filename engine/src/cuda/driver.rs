@@ -321,11 +321,31 @@ impl Kernel {
         if self._module._device.capability.0 < 9 || x == 0 || y == 0 || z == 0 {
             return self.launch(stream, grid, args);
         }
-        let mut chained = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
-        };
+        let id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let value = sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 };
+        self.launch_with(stream, grid, args, sys::CUlaunchAttribute { id, pad: [0; 4], value })
+    }
+
+    /// Queues a kernel whose blocks wait for each other: all of them are on the device at once, or the launch fails.
+    pub(super) fn launch_together(
+        &self,
+        stream: &Stream,
+        grid: Grid,
+        args: &mut [*mut c_void],
+    ) -> Result<(), EngineError> {
+        let id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+        let value = sys::CUlaunchAttributeValue_union { cooperative: 1 };
+        self.launch_with(stream, grid, args, sys::CUlaunchAttribute { id, pad: [0; 4], value })
+    }
+
+    fn launch_with(
+        &self,
+        stream: &Stream,
+        grid: Grid,
+        args: &mut [*mut c_void],
+        mut attribute: sys::CUlaunchAttribute,
+    ) -> Result<(), EngineError> {
+        let (x, y, z) = grid.blocks;
         let config = sys::CUlaunchConfig {
             gridDimX: x as u32,
             gridDimY: y as u32,
@@ -335,7 +355,7 @@ impl Kernel {
             blockDimZ: 1,
             sharedMemBytes: grid.shared,
             hStream: stream.raw,
-            attrs: &mut chained,
+            attrs: &mut attribute,
             numAttrs: 1,
         };
         // SAFETY: as for `launch`; the attributes live through the call.

@@ -7,7 +7,8 @@ use cudarc::driver::sys;
 use super::buffers::{Buffers, Capacity, QUERIES_SM90, max_split_blocks};
 use super::driver::{Device, Grid, Memory, Stream, args};
 use super::gemm::Gemms;
-use super::kernels::{FastAttention, Kernels};
+use super::kernels::{self, FastAttention, Kernels};
+use super::megakernel::{self, Megakernel};
 use super::network::{Layer, Linear, Network};
 use super::plan::Tiling;
 use super::pool::DevicePool;
@@ -34,6 +35,10 @@ pub(super) struct Fixed {
     /// A layer of KV in bf16, its blocks where they are in a layer of the pool: what chunks attend to where the pool is in eight bits.
     pub(super) widened: Option<Memory>,
     pub(super) maps: Option<Maps>,
+    /// The number of the step that is being made, which `embed` counts.
+    pub(super) epoch: Memory,
+    /// Where it knows the network and the device.
+    pub(super) megakernel: Option<Megakernel>,
     capacity: Capacity,
     attention: Attention,
 }
@@ -75,6 +80,7 @@ impl Fixed {
         }
         let widened = options::widened_bytes(pool.layout());
         let widened = (widened > 0).then(|| Memory::new(&device, widened, "a layer of KV in bf16"));
+        let epoch = Memory::new(&device, 4, "the step's number")?;
         let mut fixed = Self {
             device,
             config,
@@ -85,11 +91,23 @@ impl Fixed {
             angles,
             widened: widened.transpose()?,
             maps: None,
+            epoch,
+            megakernel: None,
             capacity,
             attention,
         };
         fixed.maps = fixed.hopper_maps(capacity.rows)?;
+        fixed.megakernel = fixed.all_layers(stream)?;
         Ok(fixed)
+    }
+
+    fn all_layers(&self, stream: &Stream) -> Result<Option<Megakernel>, EngineError> {
+        let (layout, operands) = (self.pool.layout(), self.network.operands());
+        if self.fast().is_none() || self.attention != Attention::Best || !megakernel::knows(&self.config) {
+            return Ok(None);
+        }
+        let kernel = kernels::megakernel(&self.device, operands, layout.dtype, layout.head_dim)?;
+        kernel.map(|kernel| Megakernel::new(&self.device, stream, self, kernel)).transpose()
     }
 
     /// Measures every kind of product at these numbers of rows.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use cudarc::driver::{result, sys};
 
-use super::driver::{Stream, failed};
+use super::driver::{Event, Stream, failed};
 use super::fixed::Fixed;
 use super::gemm::Gemms;
 use super::plan::Plan;
@@ -14,7 +14,8 @@ use crate::EngineError;
 /// The graphs that exist, by rows.
 pub(super) struct Graphs {
     sizes: Vec<usize>,
-    captured: HashMap<usize, Graph>,
+    /// And by whether one kernel makes all layers.
+    captured: HashMap<(usize, bool), Graph>,
 }
 
 impl Graphs {
@@ -43,13 +44,41 @@ impl Graphs {
         gemms: &mut Gemms,
         stream: &Stream,
         size: usize,
+        together: bool,
     ) -> Result<(), EngineError> {
-        if !self.captured.contains_key(&size) {
-            self.capture(fixed, gemms, stream, size)?;
+        let together = together && Self::differs(fixed, size);
+        if !self.captured.contains_key(&(size, together)) {
+            self.capture(fixed, gemms, stream, size, together)?;
         }
-        let graph = &self.captured[&size];
+        let graph = &self.captured[&(size, together)];
         // SAFETY: instantiated in `capture`; its kernels use the engine's buffers, which outlive it.
         unsafe { result::graph::launch(graph.ready, stream.raw) }.map_err(failed("launching a graph"))
+    }
+
+    /// Whether there are two ways to make steps of this size.
+    pub(super) fn differs(fixed: &Fixed, size: usize) -> bool {
+        fixed.megakernel.as_ref().is_some_and(|kernel| kernel.can(fixed, &Plan::decode_of(size)))
+    }
+
+    /// Milliseconds of a step, the best of some; captures it.
+    pub(super) fn time(
+        &mut self,
+        fixed: &Fixed,
+        gemms: &mut Gemms,
+        stream: &Stream,
+        size: usize,
+        together: bool,
+    ) -> Result<f32, EngineError> {
+        let (start, end) = (Event::new(true)?, Event::new(true)?);
+        let mut best = f32::INFINITY;
+        for _ in 0..5 {
+            start.record(stream)?;
+            self.run(fixed, gemms, stream, size, together)?;
+            end.record(stream)?;
+            end.synchronize()?;
+            best = best.min(end.since(&start)?);
+        }
+        Ok(best)
     }
 
     pub(super) fn capture(
@@ -58,12 +87,14 @@ impl Graphs {
         gemms: &mut Gemms,
         stream: &Stream,
         size: usize,
+        together: bool,
     ) -> Result<(), EngineError> {
         let plan = Plan::decode_of(size);
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives; capture ends below whatever happens.
         unsafe { result::stream::begin_capture(stream.raw, mode) }.map_err(failed("capturing a step"))?;
-        let queued = Step { fixed, gemms, stream, plan: &plan, layer_events: None, profile: None }.queue();
+        let queued =
+            Step { fixed, gemms, stream, plan: &plan, layer_events: None, profile: None, together }.queue();
         // SAFETY: begun above.
         let template = unsafe { result::stream::end_capture(stream.raw) }.map_err(failed("capturing a step"));
         queued?;
@@ -72,7 +103,7 @@ impl Graphs {
         // SAFETY: a whole graph; nothing in it allocates, so the flag changes nothing.
         let ready = unsafe { result::graph::instantiate(template, flags) };
         let ready = ready.map_err(failed("preparing a graph"))?;
-        self.captured.insert(size, Graph { template, ready });
+        self.captured.insert((size, together), Graph { template, ready });
         Ok(())
     }
 }

@@ -12,6 +12,7 @@ use cudarc::nvrtc::{result as compiler, sys};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::driver::{Device, Kernel, Module};
+use super::gemm::Operands;
 use super::thin::Thin;
 use super::wide::Wide;
 use crate::model::Quantisation;
@@ -22,18 +23,22 @@ const COMMON: &str = include_str!("kernels/common.cuh");
 /// What stands before a file of `kernels/`, beside what all have.
 #[derive(Clone, Copy, PartialEq)]
 enum Header {
-    Nothing,
-    Rotation,
-    /// The file uses Hopper's own instructions.
+    Attend,
+    /// Hopper's own instructions.
     Hopper,
+    Kinds,
+    Rotation,
+    Words,
 }
 
 impl Header {
     fn text(self) -> &'static str {
         match self {
-            Self::Nothing => "",
-            Self::Rotation => include_str!("kernels/rotation.cuh"),
+            Self::Attend => include_str!("kernels/attend.cuh"),
             Self::Hopper => include_str!("kernels/hopper.cuh"),
+            Self::Kinds => include_str!("kernels/kinds.cuh"),
+            Self::Rotation => include_str!("kernels/rotation.cuh"),
+            Self::Words => include_str!("kernels/words.cuh"),
         }
     }
 }
@@ -42,24 +47,35 @@ impl Header {
 struct Source {
     name: &'static str,
     text: &'static str,
-    header: Header,
+    headers: &'static [Header],
+}
+
+impl Source {
+    fn of_hopper(&self) -> bool {
+        self.headers.contains(&Header::Hopper)
+    }
 }
 
 macro_rules! source {
-    ($name:literal, $header:ident) => {
-        Source { name: $name, text: include_str!(concat!("kernels/", $name, ".cu")), header: Header::$header }
+    ($name:literal $(, $header:ident)*) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("kernels/", $name, ".cu")),
+            headers: &[$(Header::$header),*],
+        }
     };
 }
 
 const ROWS: Source = source!("rows", Rotation);
-const BLOCKS: Source = source!("blocks", Nothing);
-const ATTENTION_ANY: Source = source!("attention_any", Nothing);
-const DRAW: Source = source!("draw", Nothing);
-const THIN: Source = source!("thin", Nothing);
+const BLOCKS: Source = source!("blocks");
+const ATTENTION_ANY: Source = source!("attention_any");
+const DRAW: Source = source!("draw");
+const THIN: Source = source!("thin");
 const WIDE_SM90: Source = source!("wide_sm90", Hopper);
+const MEGAKERNEL: Source = source!("megakernel", Hopper, Words, Kinds, Rotation, Attend);
 const QUANTISE: Source = source!("quantise", Hopper);
-const DECODE: Source = source!("attention_decode", Rotation);
-const PREFILL: Source = source!("attention_prefill", Nothing);
+const DECODE: Source = source!("attention_decode", Rotation, Attend);
+const PREFILL: Source = source!("attention_prefill");
 const PREFILL_SM90: Source = source!("attention_prefill_sm90", Hopper);
 
 /// Every kernel of the engine.
@@ -109,6 +125,31 @@ pub(super) struct FastAttention {
     pub(super) prefill: Kernel,
     /// On Hopper.
     pub(super) prefill_sm90: Option<Kernel>,
+}
+
+/// The kernel of all layers for weights and KV of a kind; on Hopper.
+pub(super) fn megakernel(
+    device: &Arc<Device>,
+    operands: Operands,
+    kv: KvDtype,
+    head_dim: usize,
+) -> Result<Option<Kernel>, EngineError> {
+    if device.capability != (9, 0) {
+        return Ok(None);
+    }
+    let code = compiled_for(device, &MEGAKERNEL, &settings(operands, kv, head_dim))?;
+    Module::load(device, &code)?.kernel("all_layers").map(Some)
+}
+
+/// What one variant of the megakernel is made for.
+fn settings(operands: Operands, kv: KvDtype, head_dim: usize) -> String {
+    let kind = match operands {
+        Operands::Bf16 => "Bf16",
+        Operands::Int8 => "Int8",
+        Operands::Fp8 => "Fp8",
+    };
+    let kv = if kv == KvDtype::Fp8 { "KvFp8" } else { "KvBf16" };
+    format!("#define KIND {kind}\n#define KV {kv}\n#define HEAD_DIM {head_dim}\n")
 }
 
 /// The kernels for products with few rows.
@@ -184,9 +225,14 @@ impl Kernels {
 
 /// The machine code for this device, from the cache or the compiler.
 fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
+    compiled_for(device, source, "")
+}
+
+/// The same with `settings` before it.
+fn compiled_for(device: &Device, source: &Source, settings: &str) -> Result<Vec<u8>, EngineError> {
     let (major, minor) = device.capability;
-    let architecture = format!("sm_{major}{minor}{}", if source.header == Header::Hopper { "a" } else { "" });
-    let text = whole(source);
+    let architecture = format!("sm_{major}{minor}{}", if source.of_hopper() { "a" } else { "" });
+    let text = whole(source, settings);
     let (mut newest, mut oldest) = (0, 0);
     // SAFETY: two integers to write to.
     unsafe { sys::nvrtcVersion(&mut newest, &mut oldest) }.result().map_err(|e| compile_error(source, e))?;
@@ -206,8 +252,9 @@ fn compiled(device: &Device, source: &Source) -> Result<Vec<u8>, EngineError> {
     Ok(code)
 }
 
-fn whole(source: &Source) -> String {
-    format!("{COMMON}\n{}\n{}", source.header.text(), source.text)
+fn whole(source: &Source, settings: &str) -> String {
+    let headers: Vec<_> = source.headers.iter().map(|header| header.text()).collect();
+    format!("{COMMON}\n{settings}{}\n{}", headers.join("\n"), source.text)
 }
 
 /// `$XDG_CACHE_HOME/tandem/kernels`, or the same under `~/.cache`.
@@ -276,17 +323,24 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &DECODE, &PREFILL];
-        for source in anywhere.into_iter().chain([&QUANTISE, &WIDE_SM90, &PREFILL_SM90]) {
+        let plain = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &DECODE, &PREFILL, &QUANTISE, &WIDE_SM90];
+        for source in plain.into_iter().chain([&PREFILL_SM90]) {
             let architectures: &[&str] =
-                if source.header == Header::Hopper { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
-            for architecture in architectures {
-                let code = compile(source, &whole(source), architecture);
-                if let Err(error) = &code {
-                    eprintln!("{error}");
-                }
-                assert!(code.is_ok_and(|code| !code.is_empty()), "{} for {architecture}", source.name);
+                if source.of_hopper() { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
+            architectures.iter().for_each(|architecture| compiles(source, "", architecture));
+        }
+        for operands in [Operands::Bf16, Operands::Int8, Operands::Fp8] {
+            for (kv, head_dim) in [(KvDtype::Bf16, 64), (KvDtype::Bf16, 128), (KvDtype::Fp8, 128)] {
+                compiles(&MEGAKERNEL, &settings(operands, kv, head_dim), "sm_90a");
             }
         }
+    }
+
+    fn compiles(source: &Source, settings: &str, architecture: &str) {
+        let code = compile(source, &whole(source, settings), architecture);
+        if let Err(error) = &code {
+            eprintln!("{error}");
+        }
+        assert!(code.is_ok_and(|code| !code.is_empty()), "{} for {architecture}: {settings}", source.name);
     }
 }

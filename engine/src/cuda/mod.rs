@@ -21,6 +21,7 @@ mod kernels;
 mod libraries;
 mod loads;
 mod mapping;
+mod megakernel;
 mod memory;
 mod network;
 mod options;
@@ -70,6 +71,9 @@ pub struct CudaEngine {
     fixed: Fixed,
     gemms: Gemms,
     graphs: Graphs,
+    /// By rows: whether measuring chose the megakernel; and whether it is to be taken whatever was measured.
+    together: [bool; megakernel::MOST + 1],
+    megakernel: Option<bool>,
     stream: Stream,
     publisher: Publisher,
     loads: Loads,
@@ -161,6 +165,8 @@ impl CudaEngine {
             logits: Pinned::new(&device, logits, "logits")?,
             gemms: Gemms::new(&device, kernels::thin(&device)?, kernels::wide(&device)?)?,
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
+            together: [true; megakernel::MOST + 1],
+            megakernel: None,
             loads: Loads::new(&device)?,
             draws: Draws::new(&device, config.vocab, capacity.wanted)?,
             fixed: Fixed::new(
@@ -194,7 +200,18 @@ impl CudaEngine {
         rows.dedup();
         self.fixed.tune(&mut self.gemms, &self.stream, &rows)?;
         for size in sizes {
-            self.graphs.capture(&self.fixed, &mut self.gemms, &self.stream, size)?;
+            let mut ms = [0.0; 2];
+            for together in [false, true] {
+                let (fixed, gemms) = (&self.fixed, &mut self.gemms);
+                if together && !Graphs::differs(fixed, size) {
+                    continue;
+                }
+                ms[usize::from(together)] = self.graphs.time(fixed, gemms, &self.stream, size, together)?;
+            }
+            if ms[1] > 0.0 {
+                self.together[size] = ms[1] < ms[0];
+                tracing::debug!(size, apart_ms = ms[0], together_ms = ms[1], "decode step tuned");
+            }
         }
         let (device, ms) = (&self.info.device, started.elapsed().as_millis());
         tracing::info!(device, ms, "products measured, graphs captured");
@@ -204,6 +221,20 @@ impl CudaEngine {
     /// Switches graphs on or off, for comparing.
     pub fn set_graphs(&mut self, on: bool) {
         self.options.graphs = on;
+    }
+
+    /// Takes one kernel for all layers wherever it can make a step, or never, for comparing; or as measuring chose.
+    pub fn set_megakernel(&mut self, on: Option<bool>) {
+        self.megakernel = on;
+    }
+
+    fn together(&self, rows: usize) -> bool {
+        self.megakernel.unwrap_or_else(|| self.together.get(rows) == Some(&true))
+    }
+
+    /// Whether there is such a kernel for this network and device.
+    pub fn has_megakernel(&self) -> bool {
+        self.fixed.megakernel.is_some()
     }
 
     /// Runs a step without graphs and says where its time went.
@@ -269,11 +300,15 @@ impl CudaEngine {
         room.copy_from_slice(&plan.numbers);
         self.stream.upload(self.fixed.buffers.inputs.at, room)?;
         match size {
-            Some(size) => self.graphs.run(&self.fixed, &mut self.gemms, &self.stream, size)?,
+            Some(size) => {
+                let together = self.together(size);
+                self.graphs.run(&self.fixed, &mut self.gemms, &self.stream, size, together)?;
+            }
             None => {
                 let layer_events = (self.options.publish).then_some(&self.layer_events[..]);
+                let together = self.together(plan.rows);
                 let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
-                Step { fixed, gemms, stream, plan: &plan, layer_events, profile }.queue()?;
+                Step { fixed, gemms, stream, plan: &plan, layer_events, profile, together }.queue()?;
             }
         }
         Ok(plan)

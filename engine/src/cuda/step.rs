@@ -19,6 +19,8 @@ pub(super) struct Step<'a> {
     pub(super) layer_events: Option<&'a [Event]>,
     /// Notes when each part begins.
     pub(super) profile: Option<&'a mut Profile>,
+    /// One kernel makes all layers, where it can.
+    pub(super) together: bool,
 }
 
 /// What goes into a product.
@@ -46,6 +48,13 @@ impl Step<'_> {
         let (rows, buffers) = (self.plan.rows, &fixed.buffers);
         self.mark(Part::Embed)?;
         self.embed()?;
+        // It cannot say when one of its layers is done.
+        let whole = self.together && self.layer_events.is_none() && self.profile.is_none();
+        if let Some(kernel) = fixed.megakernel.as_ref().filter(|kernel| whole && kernel.can(fixed, self.plan))
+        {
+            kernel.queue(self)?;
+            return self.head(buffers.x.at, rows);
+        }
         for (index, layer) in fixed.network.layers.iter().enumerate() {
             self.mark(Part::Norm)?;
             let normed =
@@ -101,6 +110,13 @@ impl Step<'_> {
         }
         self.linear(&layer.o, X::Brain(attended), x, rows, true, false)?;
         self.mlp(layer, x, rows)?;
+        self.head(x, rows)
+    }
+
+    /// Logits of these rows, and the tokens that are greedily drawn.
+    fn head(&mut self, x: u64, rows: usize) -> Result<(), EngineError> {
+        let fixed = self.fixed;
+        let (buffers, config) = (&fixed.buffers, &fixed.config);
         self.mark(Part::Norm)?;
         let head = &fixed.network.head;
         let normed = self.norm_for(head.shape(false, true), x, fixed.network.norm.at, rows)?;
@@ -119,8 +135,9 @@ impl Step<'_> {
     fn embed(&self) -> Result<(), EngineError> {
         let (x, table) = (self.fixed.buffers.x.at, self.fixed.network.embedding.product(0, 0).weights);
         let (tokens, width) = (self.list(List::Tokens), (self.fixed.config.hidden / 8) as i32);
+        let epoch = self.fixed.epoch.at;
         let grid = Grid::new((self.plan.rows, 1, 1), 128);
-        self.fixed.kernels.embed.launch(self.stream, grid, args![x, table, tokens, width])
+        self.fixed.kernels.embed.launch(self.stream, grid, args![x, table, tokens, width, epoch])
     }
 
     fn pick(&self, out: u64, x: u64, width: usize) -> Result<(), EngineError> {

@@ -8,6 +8,7 @@ mod draws;
 mod eight_bits;
 mod gpudirect;
 mod kernels;
+mod megakernel;
 mod real_model;
 
 use engine::cpu::{CpuEngine, CpuOptions};

@@ -33,15 +33,11 @@ DEVICE uint4 mul_pairs(uint4 a, uint4 b) {
     return make_uint4(mul_pairs(a.x, b.x), mul_pairs(a.y, b.y), mul_pairs(a.z, b.z), mul_pairs(a.w, b.w));
 }
 
+DEVICE float sum_of_squares(u32 pair) { return bf16_low(pair) * bf16_low(pair) + bf16_high(pair) * bf16_high(pair); }
 DEVICE float sum_of_squares(uint4 v) {
-    float sum = 0.0f;
-    u32 words[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; i++) {
-        float low = bf16_low(words[i]), high = bf16_high(words[i]);
-        sum += low * low + high * high;
-    }
-    return sum;
+    return sum_of_squares(v.x) + sum_of_squares(v.y) + sum_of_squares(v.z) + sum_of_squares(v.w);
 }
+DEVICE float largest(u32 pair) { return fmaxf(fabsf(bf16_low(pair)), fabsf(bf16_high(pair))); }
 
 DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 

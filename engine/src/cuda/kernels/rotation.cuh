@@ -23,10 +23,18 @@ struct Rotation {
 
 enum Kind { Q, K, V };
 
+// Those of dimensions 8i.. of half a head, two a number.
+struct Angles {
+    float4 at[4];
+    __device__ __forceinline__ Angles(const Rotation &by, int i) {
+        for (int j = 0; j < 4; j++) at[j] = ((const float4 *)(by.angles + i * 8))[j];
+    }
+};
+
 // Dimensions 8i.. of a head, and 8(i + lanes).., as attention takes them; `lanes` neighbouring lanes (a power of two) have one head.
 // All lanes of the warp must come here.
-DEVICE void turned(float (&a)[8], float (&b)[8], const uint4 *head, Kind kind, int i, int lanes, const Rotation &by) {
-    uint4 low = head[i], high = head[i + lanes];
+DEVICE void turned(float (&a)[8], float (&b)[8], uint4 low, uint4 high, Kind kind, int i, int lanes, const Rotation &by,
+                   const Angles &angles) {
     floats(low, a), floats(high, b);
     if (by.q_norm) {
         float sum = sum_of_squares(low) + sum_of_squares(high);
@@ -38,10 +46,8 @@ DEVICE void turned(float (&a)[8], float (&b)[8], const uint4 *head, Kind kind, i
             for (int j = 0; j < 8; j++) a[j] *= scale * of_a[j], b[j] *= scale * of_b[j];
     }
     if (kind == V) return;
-    // cos and sin of two dimensions each.
-    const float4 *angles = (const float4 *)(by.angles + i * 8);
     for (int j = 0; j < 4; j++) {
-        float4 angle = angles[j];
+        float4 angle = angles.at[j];
         float a0 = a[2 * j], a1 = a[2 * j + 1], b0 = b[2 * j], b1 = b[2 * j + 1];
         a[2 * j] = a0 * angle.x - b0 * angle.y, a[2 * j + 1] = a1 * angle.z - b1 * angle.w;
         b[2 * j] = b0 * angle.x + a0 * angle.y, b[2 * j + 1] = b1 * angle.z + a1 * angle.w;

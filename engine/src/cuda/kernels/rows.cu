@@ -1,9 +1,10 @@
 // Work on rows of the residual stream: embedding, norms, rotation with the KV write, SwiGLU.
 
-// x[t] = table[tokens[t]]. Grid: tokens. `width` in 8-element vectors.
-extern "C" __global__ void embed(uint4 *x, const uint4 *table, const int *tokens, int width) {
+// x[t] = table[tokens[t]]. Grid: tokens. `width` in 8-element vectors. Every step begins here: it gets its own `epoch`.
+extern "C" __global__ void embed(uint4 *x, const uint4 *table, const int *tokens, int width, u32 *epoch) {
     let_next_start();
     wait_for_input();
+    if (blockIdx.x == 0 && threadIdx.x == 0) *epoch += 1;
     const uint4 *row = table + (size_t)tokens[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) x[(size_t)blockIdx.x * width + i] = row[i];
 }
@@ -79,7 +80,7 @@ DEVICE void rotate(uint4 *qkv, Vector *pool_layer, const float2 *table, const in
     Kind kind = head < heads ? Q : head < heads + kv_heads ? K : V;
     Rotation by = {table + (size_t)positions[token] * lanes * 8, q_norm, k_norm, eps};
     float a[8], b[8];
-    turned(a, b, in, kind, i, lanes, by);
+    turned(a, b, in[i], in[i + lanes], kind, i, lanes, by, Angles(by, i));
     int slot = slots[token];
     if (!there || (kind != Q && slot < 0)) return;
     if (kind == Q) {
