@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::driver::{Device, Grid, Kernel, Memory, Stream, args};
+use super::driver::{Device, Grid, Kernel, Memory, Stream, args, clear};
 use super::fixed::Fixed;
 use super::gemm::Operands;
 use super::network::{Layer, Linear};
@@ -13,7 +13,7 @@ use crate::{EngineError, KvDtype, KvMemory};
 
 /// Most rows of a step.
 pub(super) const MOST: usize = 4;
-/// Warps that compute, and threads of a block: those, and four warps of which one fetches.
+/// Warps that compute, and threads of a block: those, and four warps that fetch.
 const WARPS: usize = 8;
 const THREADS: u32 = 384;
 /// As in the kernel: rows of a tile, bytes of a piece of a row, bytes of a stage of the ring, numbers of a fragment along k.
@@ -204,6 +204,18 @@ impl Megakernel {
         Room::new(&fixed.config, self.operands, kv, self.blocks, rows)
     }
 
+    /// Steps until a flag would be one that an old word may still hold: two a layer, of 32 bits.
+    pub(super) fn steps_of_flags(layers: usize) -> u32 {
+        // Some steps are not counted by the caller: those that are timed at the start.
+        (u32::MAX / (2 * layers.max(1) as u32)).saturating_sub(1001)
+    }
+
+    /// Flags begin anew. Nothing may be running.
+    pub(super) fn restart_flags(&self, fixed: &Fixed) -> Result<(), EngineError> {
+        let words = [&self.hidden, &self.qkv, &self.attended, &self.gated, &self.partial, &self.stats];
+        words.iter().chain(&[&fixed.epoch]).try_for_each(|memory| clear(memory.at, memory.bytes))
+    }
+
     /// Whether it can do this step: single tokens only, each of which is drawn from.
     pub(super) fn can(&self, fixed: &Fixed, plan: &Plan) -> bool {
         let single = plan.tasks == 0 && plan.decodes == plan.rows && plan.wanted.len() == plan.rows;
@@ -249,6 +261,15 @@ impl Megakernel {
 mod tests {
     use super::*;
     use crate::roofline::shapes::named;
+
+    #[test]
+    fn flags_do_not_wrap_before_they_begin_anew() {
+        for layers in [1, 32, 80, 126] {
+            let most = u64::from(Megakernel::steps_of_flags(layers)) + 1000;
+            assert!((most + 1) * 2 * layers as u64 <= 1 << 32, "{layers} layers");
+            assert!(most > 1 << 23, "{layers} layers");
+        }
+    }
 
     #[test]
     fn shared_memory_holds_x_and_a_ring_that_bridges_something() {

@@ -46,6 +46,7 @@ use self::gemm::Gemms;
 use self::graphs::Graphs;
 use self::kernels::Kernels;
 use self::loads::Loads;
+use self::megakernel::Megakernel;
 use self::network::{Loader, Network, Origin};
 pub use self::options::{Attention, CudaOptions};
 use self::options::{capacity, check, check_memory};
@@ -74,6 +75,8 @@ pub struct CudaEngine {
     /// By rows: whether measuring chose the megakernel; and whether it is to be taken whatever was measured.
     together: [bool; megakernel::MOST + 1],
     megakernel: Option<bool>,
+    /// Since the megakernel's flags began.
+    steps: u32,
     stream: Stream,
     publisher: Publisher,
     loads: Loads,
@@ -167,6 +170,7 @@ impl CudaEngine {
             graphs: Graphs::new(options.max_sequences.min(options.max_batch_tokens)),
             together: [true; megakernel::MOST + 1],
             megakernel: None,
+            steps: 0,
             loads: Loads::new(&device)?,
             draws: Draws::new(&device, config.vocab, capacity.wanted)?,
             fixed: Fixed::new(
@@ -200,21 +204,31 @@ impl CudaEngine {
         rows.dedup();
         self.fixed.tune(&mut self.gemms, &self.stream, &rows)?;
         for size in sizes {
-            let mut ms = [0.0; 2];
-            for together in [false, true] {
-                let (fixed, gemms) = (&self.fixed, &mut self.gemms);
-                if together && !Graphs::differs(fixed, size) {
-                    continue;
-                }
-                ms[usize::from(together)] = self.graphs.time(fixed, gemms, &self.stream, size, together)?;
-            }
-            if ms[1] > 0.0 {
-                self.together[size] = ms[1] < ms[0];
-                tracing::debug!(size, apart_ms = ms[0], together_ms = ms[1], "decode step tuned");
-            }
+            self.prepare_graphs(size)?;
         }
         let (device, ms) = (&self.info.device, started.elapsed().as_millis());
         tracing::info!(device, ms, "products measured, graphs captured");
+        Ok(())
+    }
+
+    /// Captures the step of a size; where there are two ways to make it, the faster one is kept.
+    fn prepare_graphs(&mut self, size: usize) -> Result<(), EngineError> {
+        let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
+        if !Graphs::differs(fixed, size) {
+            return self.graphs.capture(fixed, gemms, stream, size, false);
+        }
+        let apart_ms = self.graphs.time(fixed, gemms, stream, size, false)?;
+        match self.graphs.time(fixed, gemms, stream, size, true) {
+            Ok(together_ms) => {
+                self.together[size] = together_ms < apart_ms;
+                tracing::debug!(size, apart_ms, together_ms, "decode step tuned");
+            }
+            // A device of which this process has a part only, for example.
+            Err(error) => {
+                self.together[size] = false;
+                tracing::warn!(size, %error, "no kernel for all layers at once: kernels apart make these steps");
+            }
+        }
         Ok(())
     }
 
@@ -226,6 +240,14 @@ impl CudaEngine {
     /// Takes one kernel for all layers wherever it can make a step, or never, for comparing; or as measuring chose.
     pub fn set_megakernel(&mut self, on: Option<bool>) {
         self.megakernel = on;
+    }
+
+    /// Flags of the megakernel begin anew, which they do by themselves before one could be met again.
+    pub fn restart_flags(&mut self) -> Result<(), EngineError> {
+        self.fixed.device.enter()?;
+        self.stream.synchronize()?;
+        self.steps = 0;
+        self.fixed.megakernel.as_ref().map_or(Ok(()), |kernel| kernel.restart_flags(&self.fixed))
     }
 
     fn together(&self, rows: usize) -> bool {
@@ -286,6 +308,10 @@ impl CudaEngine {
             return Err(EngineError::BadBatch(format!(
                 "{tokens} tokens in {segments} segments in a step of at most {max_batch_tokens} in {max_sequences}"
             )));
+        }
+        self.steps += 1;
+        if self.steps > Megakernel::steps_of_flags(self.fixed.config.layers) {
+            self.restart_flags()?;
         }
         let single = |s: &crate::Segment<'_>| s.tokens.len() == 1 && (all_logits || !s.samples.is_empty());
         let graph = self.options.graphs && profile.is_none() && batch.segments.iter().all(single);

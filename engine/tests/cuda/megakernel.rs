@@ -60,6 +60,15 @@ fn the_megakernel_makes_the_same_step() {
     }
 }
 
+#[test]
+fn flags_may_begin_anew_between_steps() {
+    let Some(mut engine) = cuda(&shape(128, 8, 2), options()) else { return };
+    engine.set_megakernel(Some(true));
+    let before = decoded(&mut engine, &[64, 5]);
+    engine.restart_flags().unwrap();
+    assert_eq!(decoded(&mut engine, &[64, 5]), before);
+}
+
 /// Rows of x that do not fit in shared memory at once.
 #[test]
 fn the_megakernel_takes_long_rows_in_parts() {

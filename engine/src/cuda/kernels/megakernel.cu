@@ -1,16 +1,16 @@
 // All layers of a decode step of a few sequences, in one kernel.
 //
 // Such a step reads the weights once and does little else, but as kernels in a row each product starts with nothing under way and ends with
-// less and less of it. Here one block stays on each multiprocessor for the whole step: one of its warps does nothing but bring weights into
+// less and less of it. Here one block stays on each multiprocessor for the whole step: some of its warps do nothing but bring weights into
 // a ring in shared memory through the bulk copy engine, in the order in which they will be used, across products and layers; the others
 // multiply, attend and wait for each other's results (words.cuh). While they wait the ring fills, and memory is not idle.
 //
 // KIND (kinds.cuh), KV (attend.cuh) and HEAD_DIM are set before this text.
 
-// Warps that multiply and attend; then comes one that fetches.
-constexpr int WARPS = 8, THREADS = WARPS * 32;
+// Warps that multiply and attend; then come those that fetch, some rows each: a copy takes some hundred cycles to ask for, one after the other.
+constexpr int WARPS = 8, THREADS = WARPS * 32, FETCHERS = 4;
 // A stage of the ring: pieces of so many bytes of 16 rows of weights, apart by 64 bytes more, so that rows lie in different banks.
-constexpr int ROWS = 16, PIECE = 1024, PITCH = PIECE + 64, STAGE = ROWS * PITCH;
+constexpr int ROWS = 16, PIECE = 1024, PITCH = PIECE + 64, STAGE = ROWS * PITCH, EACH = ROWS / FETCHERS;
 constexpr int WIDTH = KIND::WIDTH, PIECE_NUMBERS = PIECE / WIDTH, UNIT = 64, UNITS = PIECE_NUMBERS / UNIT / WARPS;
 constexpr int DIM = HEAD_DIM;
 constexpr int X_PAD = KIND::X_PAD;  // numbers between rows of x in shared memory
@@ -78,7 +78,7 @@ struct Ring {
     }
 };
 
-// The warp that fetches.
+// The warps that fetch.
 DEVICE void bring(void *to, const void *from, u32 bytes, u64 *barrier, u64 policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared_address(to)),
@@ -89,12 +89,12 @@ DEVICE void bring(void *to, const void *from, u32 bytes, u64 *barrier, u64 polic
 template <typename BRING>
 DEVICE void walk_product(const Step &step, const Matrix &matrix, What what, Turn &turn, BRING bring) {
     Shape shape = shape_of(step, what);
-    int lane = threadIdx.x % 32;
+    int mine = threadIdx.x / 32 % FETCHERS * EACH + threadIdx.x % EACH;
     for (int from = 0; from < shape.k; from += shape.pass) {
         int to = min(from + shape.pass, shape.k);
         for (int tile = turn.first; tile < shape.tiles; tile += gridDim.x) {
-            int row = what == GATE_UP ? min(tile * 8 + lane % 8, shape.n - 1) + (lane / 8 % 2) * shape.n
-                                      : min(tile * ROWS + lane % ROWS, shape.n - 1);
+            int row = what == GATE_UP ? min(tile * 8 + mine % 8, shape.n - 1) + mine / 8 * shape.n
+                                      : min(tile * ROWS + mine, shape.n - 1);
             const u8 *weights = matrix.weights + (size_t)row * shape.k * WIDTH;
             for (int at = from; at < to; at += PIECE_NUMBERS) {
                 bring(weights + (size_t)at * WIDTH, (u32)(min(PIECE_NUMBERS, to - at) * WIDTH));
@@ -227,7 +227,7 @@ struct Ending {
         up_scale = KIND::SCALED && what == GATE_UP ? matrix.scales[shape.n + known] : 1.0f;
         bias = matrix.bias ? bf16_float(matrix.bias[known]) : 0.0f;
     }
-    // `of_x`: what the row of x is divided by.
+    // `of_x`: what the sums of its row of x are multiplied by.
     __device__ __forceinline__ void finish(What what, const Shape &shape, float sum, float of_x, const Source &old, const Target &to) const {
         float up = __shfl_xor_sync(0xffffffffu, sum, 2);
         sum = sum * of_x * scale + bias;
@@ -392,7 +392,7 @@ DEVICE void compute(const Step &step, const Room &room, Ring &ring) {
 }
 
 // Grid: the multiprocessors, all at once; 384 threads.
-extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) all_layers(const __grid_constant__ Step step) {
+extern "C" __global__ void __launch_bounds__(THREADS + FETCHERS * 32, 1) all_layers(const __grid_constant__ Step step) {
     extern __shared__ __align__(128) u8 shared[];
     Room room;
     u8 *at = shared;
@@ -404,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) all_layers(const 
     at += 256;
     Ring ring = {at, barriers, barriers + 16, step.stages, 0, 0};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < step.stages; i++) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, WARPS);
+        for (int i = 0; i < step.stages; i++) barrier_init(ring.full + i, FETCHERS), barrier_init(ring.empty + i, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -413,15 +413,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) all_layers(const 
         return compute(step, room, ring);
     }
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    if (threadIdx.x >= THREADS + 32) return;
-    int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32, first = threadIdx.x / 32 % FETCHERS * EACH;
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     walk(step, [&](const u8 *from, u32 bytes) {
         barrier_wait(ring.empty + ring.at, ring.parity ^ 1);
-        if (lane == 0) barrier_expect(ring.full + ring.at, bytes * ROWS);
+        if (lane == 0) barrier_expect(ring.full + ring.at, bytes * EACH);
         __syncwarp();
-        if (lane < ROWS) bring(ring.stages + ring.at * STAGE + lane * PITCH, from, bytes, ring.full + ring.at, policy);
+        if (lane < EACH) bring(ring.stages + ring.at * STAGE + (first + lane) * PITCH, from, bytes, ring.full + ring.at, policy);
         ring.next();
     });
 }
