@@ -27,6 +27,7 @@ enum Header {
     /// Hopper's own instructions.
     Hopper,
     Kinds,
+    Ring,
     Rotation,
     Words,
 }
@@ -37,6 +38,7 @@ impl Header {
             Self::Attend => include_str!("kernels/attend.cuh"),
             Self::Hopper => include_str!("kernels/hopper.cuh"),
             Self::Kinds => include_str!("kernels/kinds.cuh"),
+            Self::Ring => include_str!("kernels/ring.cuh"),
             Self::Rotation => include_str!("kernels/rotation.cuh"),
             Self::Words => include_str!("kernels/words.cuh"),
         }
@@ -72,7 +74,7 @@ const ATTENTION_ANY: Source = source!("attention_any");
 const DRAW: Source = source!("draw");
 const THIN: Source = source!("thin");
 const WIDE_SM90: Source = source!("wide_sm90", Hopper);
-const MEGAKERNEL: Source = source!("megakernel", Hopper, Words, Kinds, Rotation, Attend);
+const MEGAKERNEL: Source = source!("megakernel", Hopper, Words, Kinds, Ring, Rotation, Attend);
 const QUANTISE: Source = source!("quantise", Hopper);
 const DECODE: Source = source!("attention_decode", Rotation, Attend);
 const PREFILL: Source = source!("attention_prefill");

@@ -21,12 +21,14 @@ mod kernels;
 mod libraries;
 mod loads;
 mod mapping;
+mod measuring;
 mod megakernel;
 mod memory;
 mod network;
 mod options;
 mod plan;
 mod pool;
+mod prepare;
 mod profile;
 mod publish;
 mod step;
@@ -57,7 +59,6 @@ use self::publish::Publisher;
 use self::step::Step;
 use crate::model::quantise::kind_of;
 use crate::model::{ModelConfig, RandomWeights, WeightSource, Weights};
-use crate::profile::Span;
 use crate::sampling::sample;
 use crate::{Batch, Engine, EngineError, EngineInfo, KvDtype, KvLayout, KvMemory, Loading, Sampled};
 
@@ -191,55 +192,9 @@ impl CudaEngine {
         Ok(engine)
     }
 
-    /// Measures products and captures graphs, as the tuning says.
-    fn prepare(&mut self) -> Result<(), EngineError> {
-        if !self.options.prepare {
-            return Ok(());
-        }
-        let started = std::time::Instant::now();
-        let sizes = if self.options.graphs { self.graphs.sizes().to_vec() } else { Vec::new() };
-        let mut rows = sizes.clone();
-        rows.extend(prefill_rows());
-        rows.sort_unstable();
-        rows.dedup();
-        self.fixed.tune(&mut self.gemms, &self.stream, &rows)?;
-        for size in sizes {
-            self.prepare_graphs(size)?;
-        }
-        let (device, ms) = (&self.info.device, started.elapsed().as_millis());
-        tracing::info!(device, ms, "products measured, graphs captured");
-        Ok(())
-    }
-
-    /// Captures the step of a size; where there are two ways to make it, the faster one is kept.
-    fn prepare_graphs(&mut self, size: usize) -> Result<(), EngineError> {
-        let (fixed, gemms, stream) = (&self.fixed, &mut self.gemms, &self.stream);
-        if !Graphs::differs(fixed, size) {
-            return self.graphs.capture(fixed, gemms, stream, size, false);
-        }
-        let apart_ms = self.graphs.time(fixed, gemms, stream, size, false)?;
-        match self.graphs.time(fixed, gemms, stream, size, true) {
-            Ok(together_ms) => {
-                self.together[size] = together_ms < apart_ms;
-                tracing::debug!(size, apart_ms, together_ms, "decode step tuned");
-            }
-            // A device of which this process has a part only, for example.
-            Err(error) => {
-                self.together[size] = false;
-                tracing::warn!(size, %error, "no kernel for all layers at once: kernels apart make these steps");
-            }
-        }
-        Ok(())
-    }
-
-    /// Switches graphs on or off, for comparing.
-    pub fn set_graphs(&mut self, on: bool) {
-        self.options.graphs = on;
-    }
-
-    /// Takes one kernel for all layers wherever it can make a step, or never, for comparing; or as measuring chose.
-    pub fn set_megakernel(&mut self, on: Option<bool>) {
-        self.megakernel = on;
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.fixed.config
     }
 
     /// Flags of the megakernel begin anew, which they do by themselves before one could be met again.
@@ -252,45 +207,6 @@ impl CudaEngine {
 
     fn together(&self, rows: usize) -> bool {
         self.megakernel.unwrap_or_else(|| self.together.get(rows) == Some(&true))
-    }
-
-    /// Whether there is such a kernel for this network and device.
-    pub fn has_megakernel(&self) -> bool {
-        self.fixed.megakernel.is_some()
-    }
-
-    /// Runs a step without graphs and says where its time went.
-    pub fn profile(&mut self, batch: &Batch<'_>) -> Result<Vec<Span>, EngineError> {
-        let mut profile = Profile::default();
-        self.queue(batch, false, Some(&mut profile))?;
-        self.stream.synchronize()?;
-        profile.spans()
-    }
-
-    /// Runs a step `count` times, each queued while the one before it runs: what a worker would gain at most if it queued a step before it
-    /// has read the last one's tokens.
-    pub fn repeat(&mut self, batch: &Batch<'_>, count: usize) -> Result<(), EngineError> {
-        for _ in 0..count {
-            self.queue(batch, false, None)?;
-        }
-        self.stream.synchronize()
-    }
-
-    /// What the device reaches: products of the layers' type, and reads.
-    pub fn ceilings(&mut self) -> Result<Ceilings, EngineError> {
-        self.fixed.device.enter()?;
-        let operands = self.fixed.network.operands();
-        ceilings::measure(&self.fixed.device, &self.stream, &self.fixed.kernels, &mut self.gemms, operands)
-    }
-
-    /// What the model is.
-    pub fn config(&self) -> &ModelConfig {
-        &self.fixed.config
-    }
-
-    /// Bytes of weights that one decode step reads.
-    pub fn streamed_bytes(&self) -> usize {
-        self.fixed.network.streamed_bytes()
     }
 
     /// Queues a step: what comes out lies in the buffers when the stream has passed it.
@@ -473,10 +389,4 @@ impl Drop for CudaEngine {
         let _ = self.publisher.synchronize();
         let _ = self.loads.synchronize();
     }
-}
-
-/// Rows at which large products are measured. A product is made in tiles of 128 rows or so, dealt to all multiprocessors at once:
-/// one more row of tiles can take a whole round more, and then another algorithm is the best. The more rounds there are, the less that matters.
-fn prefill_rows() -> impl Iterator<Item = usize> {
-    (128..=2048).step_by(128).chain((2304..=4096).step_by(256)).chain((5120..=8192).step_by(1024))
 }
