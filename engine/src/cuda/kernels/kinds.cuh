@@ -71,7 +71,8 @@ struct Fp8 {
     }
 };
 
-// x as whole numbers of 16 bits, the largest of a row being 127 * 256: two digits of eight bits, multiplied exactly. They share a product:
+// x as whole numbers of 16 bits, the largest of a row being 127 * 256, so that no number is off by more than 2^-16 of the largest, of which bf16 has
+// 2^-9: two digits of eight bits, multiplied exactly. They share a product:
 // its rows 0 to 3 of x are the high digits of the four rows, 4 to 7 the low ones.
 struct Int8 {
     static constexpr int WIDTH = 1, LANE = 16, X_PAD = 8;
