@@ -12,7 +12,7 @@ impl Step<'_> {
     /// With `unturned`, q and k of this layer are not rotated yet, and KV not in the pool: all rows are single tokens then.
     pub(super) fn attend(&self, index: usize, unturned: Option<&Layer>) -> Result<(), EngineError> {
         let window = self.fixed.config.windows[index].unwrap_or(0) as i32;
-        let scale = std::f32::consts::LOG2_E / (self.fixed.config.head_dim as f32).sqrt();
+        let scale = self.fixed.attention_scale();
         match self.fixed.fast() {
             Some(fast) => {
                 self.attend_decodes(fast, index, window, scale, unturned)?;
@@ -71,7 +71,7 @@ impl Step<'_> {
         let (rows, stride) = (self.list(List::DecodeRows), fixed.qkv_width() as i32);
         let (heads, kv_heads) = (config.heads as i32, config.kv_heads as i32);
         let block_tokens = fixed.pool.layout().block_tokens as i32;
-        let parts = config.kv_heads * config.group().div_ceil(8);
+        let parts = fixed.head_groups();
         let kernel = if unturned.is_some() { &fast.decode_turning } else { &fast.decode };
         let (angles, eps) = (fixed.angles.at, config.rms_eps);
         let (q_norm, k_norm) = unturned.map_or((0, 0), Layer::head_norms);

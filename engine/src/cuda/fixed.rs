@@ -107,7 +107,7 @@ impl Fixed {
             return Ok(None);
         }
         let kernel = kernels::megakernel(&self.device, operands, layout.dtype, layout.head_dim)?;
-        kernel.map(|kernel| Megakernel::new(&self.device, stream, self, kernel)).transpose()
+        kernel.map(|kernel| Megakernel::new(stream, self, kernel)).transpose()
     }
 
     /// Measures every kind of product at these numbers of rows.
@@ -196,8 +196,22 @@ impl Fixed {
 
     /// How many ways decode attention is split along the keys, so that few sequences fill the device too.
     pub(super) fn splits(&self, sequences: usize) -> usize {
-        let parts = self.config.group().div_ceil(8) * self.config.kv_heads;
-        (max_split_blocks(&self.device) / (parts * sequences.max(1))).clamp(1, 64)
+        self.splits_among(max_split_blocks(&self.device), sequences)
+    }
+
+    /// The same where so many blocks are to have work.
+    pub(super) fn splits_among(&self, blocks: usize, sequences: usize) -> usize {
+        (blocks / (self.head_groups() * sequences.max(1))).clamp(1, 64)
+    }
+
+    /// Up to eight query heads of one kv head each: what a block of decode attention takes.
+    pub(super) fn head_groups(&self) -> usize {
+        self.config.group().div_ceil(8) * self.config.kv_heads
+    }
+
+    /// What scores are multiplied by, for powers of two.
+    pub(super) fn attention_scale(&self) -> f32 {
+        std::f32::consts::LOG2_E / (self.config.head_dim as f32).sqrt()
     }
 }
 

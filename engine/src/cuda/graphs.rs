@@ -57,7 +57,7 @@ impl Graphs {
 
     /// Whether there are two ways to make steps of this size.
     pub(super) fn differs(fixed: &Fixed, size: usize) -> bool {
-        fixed.megakernel.as_ref().is_some_and(|kernel| kernel.can(fixed, &Plan::decode_of(size)))
+        fixed.megakernel.as_ref().is_some_and(|kernel| kernel.has_room(size))
     }
 
     /// Milliseconds of a step, the best of some; captures it.

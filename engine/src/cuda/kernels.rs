@@ -325,8 +325,8 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        let plain = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &DECODE, &PREFILL, &QUANTISE, &WIDE_SM90];
-        for source in plain.into_iter().chain([&PREFILL_SM90]) {
+        let anywhere = [&ROWS, &BLOCKS, &ATTENTION_ANY, &DRAW, &THIN, &DECODE, &PREFILL];
+        for source in anywhere.into_iter().chain([&QUANTISE, &WIDE_SM90, &PREFILL_SM90]) {
             let architectures: &[&str] =
                 if source.of_hopper() { &["sm_90a"] } else { &["sm_80", "sm_90", "sm_100"] };
             architectures.iter().for_each(|architecture| compiles(source, "", architecture));

@@ -1,8 +1,6 @@
 //! All layers of a decode step of a few sequences in one kernel, which keeps memory busy across products: `kernels/megakernel.cu`.
 
-use std::sync::Arc;
-
-use super::driver::{Device, Grid, Kernel, Memory, Stream, args, clear};
+use super::driver::{Grid, Kernel, Memory, Stream, args, clear};
 use super::fixed::Fixed;
 use super::gemm::Operands;
 use super::network::{Layer, Linear};
@@ -34,15 +32,11 @@ pub(super) struct Megakernel {
     kernel: Kernel,
     /// `LayerOf` each.
     layers: Memory,
-    /// What blocks hand to each other: words of two numbers, or of one.
-    hidden: Memory,
-    qkv: Memory,
-    attended: Memory,
-    gated: Memory,
-    partial: Memory,
-    stats: Memory,
+    /// What blocks hand to each other, as `StepOf` has it.
+    words: [Memory; 6],
     blocks: usize,
-    operands: Operands,
+    /// By rows.
+    rooms: [Option<Room>; MOST + 1],
 }
 
 /// `Matrix` of the kernel.
@@ -95,6 +89,7 @@ struct StepOf {
     layers: u64,
     epoch: u64,
     x: u64,
+    /// Hidden, q k and v, attended, gated, of two numbers each; partial and statistics of attention, of one.
     words: [u64; 6],
     /// Tables, table of row, positions, decode rows.
     lists: [u64; 4],
@@ -134,6 +129,9 @@ impl Room {
         blocks: usize,
         rows: usize,
     ) -> Option<Self> {
+        if rows == 0 {
+            return None;
+        }
         let (eight, inner) = (operands != Operands::Bf16, config.heads * config.head_dim);
         let (pad, piece) = if eight { (8, PIECE) } else { (32, PIECE / 2) };
         let longest = config.hidden.max(inner).max(config.ffn);
@@ -166,16 +164,12 @@ pub(super) fn knows(config: &ModelConfig) -> bool {
 }
 
 impl Megakernel {
-    pub(super) fn new(
-        device: &Arc<Device>,
-        stream: &Stream,
-        fixed: &Fixed,
-        kernel: Kernel,
-    ) -> Result<Self, EngineError> {
-        let (config, pool) = (&fixed.config, &fixed.pool);
+    pub(super) fn new(stream: &Stream, fixed: &Fixed, kernel: Kernel) -> Result<Self, EngineError> {
+        let (config, pool, device) = (&fixed.config, &fixed.pool, &fixed.device);
         let blocks = device.multiprocessors as usize;
-        let words = |count: usize| Memory::new(device, MOST * count * 8, "the step's buffers");
-        let inner = config.heads * config.head_dim;
+        let words = |count: usize| Memory::new(device, count * 8, "the step's buffers");
+        let pairs = |numbers: usize| words(MOST * numbers / 2);
+        let (operands, kv) = (fixed.network.operands(), pool.layout().dtype);
         // At most as many splits as there are blocks, of up to eight heads each.
         let splits = config.heads * MOST + blocks * 8;
         let layers: Vec<LayerOf> = (fixed.network.layers.iter().enumerate())
@@ -188,20 +182,22 @@ impl Megakernel {
         Ok(Self {
             kernel,
             layers: table,
-            hidden: words(config.hidden / 2)?,
-            qkv: words((inner + 2 * config.kv_heads * config.head_dim) / 2)?,
-            attended: words(inner / 2)?,
-            gated: words(config.ffn / 2)?,
-            partial: Memory::new(device, splits * config.head_dim * 8, "the step's buffers")?,
-            stats: Memory::new(device, splits * 16, "the step's buffers")?,
+            words: [
+                pairs(config.hidden)?,
+                pairs(fixed.qkv_width())?,
+                pairs(config.heads * config.head_dim)?,
+                pairs(config.ffn)?,
+                words(splits * config.head_dim)?,
+                words(splits * 2)?,
+            ],
             blocks,
-            operands: fixed.network.operands(),
+            rooms: std::array::from_fn(|rows| Room::new(config, operands, kv, blocks, rows)),
         })
     }
 
-    fn room(&self, fixed: &Fixed, rows: usize) -> Option<Room> {
-        let kv = fixed.pool.layout().dtype;
-        Room::new(&fixed.config, self.operands, kv, self.blocks, rows)
+    /// Whether a step of so many rows fits.
+    pub(super) fn has_room(&self, rows: usize) -> bool {
+        matches!(self.rooms.get(rows), Some(Some(_)))
     }
 
     /// Steps until a flag would be one that an old word may still hold: two a layer, of 32 bits.
@@ -210,32 +206,29 @@ impl Megakernel {
         (u32::MAX / (2 * layers.max(1) as u32)).saturating_sub(1001)
     }
 
-    /// Flags begin anew. Nothing may be running.
-    pub(super) fn restart_flags(&self, fixed: &Fixed) -> Result<(), EngineError> {
-        let words = [&self.hidden, &self.qkv, &self.attended, &self.gated, &self.partial, &self.stats];
-        words.iter().chain(&[&fixed.epoch]).try_for_each(|memory| clear(memory.at, memory.bytes))
+    /// Flags begin anew, as steps do. Nothing may be running.
+    pub(super) fn restart_flags(&self, epoch: &Memory) -> Result<(), EngineError> {
+        self.words.iter().chain([epoch]).try_for_each(|memory| clear(memory.at, memory.bytes))
     }
 
     /// Whether it can do this step: single tokens only, each of which is drawn from.
-    pub(super) fn can(&self, fixed: &Fixed, plan: &Plan) -> bool {
+    pub(super) fn can(&self, plan: &Plan) -> bool {
         let single = plan.tasks == 0 && plan.decodes == plan.rows && plan.wanted.len() == plan.rows;
-        single && plan.rows <= MOST && self.room(fixed, plan.rows).is_some()
+        single && self.has_room(plan.rows)
     }
 
     /// Queues all layers: from `x` to `x`.
     pub(super) fn queue(&self, step: &Step<'_>) -> Result<(), EngineError> {
         let (fixed, rows) = (step.fixed, step.plan.rows);
         let config = &fixed.config;
-        let Some(room) = self.room(fixed, rows) else {
+        let Some(&Some(room)) = self.rooms.get(rows) else {
             return Err(EngineError::Device(format!("no room for {rows} rows in the megakernel")));
         };
-        let groups = config.kv_heads * config.group().div_ceil(8);
-        let words = [&self.hidden, &self.qkv, &self.attended, &self.gated, &self.partial, &self.stats];
         let of = StepOf {
             layers: self.layers.at,
             epoch: fixed.epoch.at,
             x: fixed.buffers.x.at,
-            words: words.map(|memory| memory.at),
+            words: std::array::from_fn(|i| self.words[i].at),
             lists: [List::Tables, List::TableOfRow, List::Positions, List::DecodeRows].map(|l| step.list(l)),
             angles: fixed.angles.at,
             count: config.layers as i32,
@@ -245,12 +238,12 @@ impl Megakernel {
             heads: config.heads as i32,
             kv_heads: config.kv_heads as i32,
             block_tokens: fixed.pool.layout().block_tokens as i32,
-            splits: (self.blocks / (groups * rows)).clamp(1, 64) as i32,
+            splits: fixed.splits_among(self.blocks, rows) as i32,
             x_bytes: room.x_bytes as i32,
             held: room.held as i32,
             stages: room.stages as i32,
             eps: config.rms_eps,
-            scale_log2: std::f32::consts::LOG2_E / (config.head_dim as f32).sqrt(),
+            scale_log2: fixed.attention_scale(),
         };
         let grid = Grid { blocks: (self.blocks, 1, 1), threads: THREADS, shared: room.bytes as u32 };
         self.kernel.launch_together(step.stream, grid, args![of])

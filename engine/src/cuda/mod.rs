@@ -202,7 +202,7 @@ impl CudaEngine {
         self.fixed.device.enter()?;
         self.stream.synchronize()?;
         self.steps = 0;
-        self.fixed.megakernel.as_ref().map_or(Ok(()), |kernel| kernel.restart_flags(&self.fixed))
+        self.fixed.megakernel.as_ref().map_or(Ok(()), |kernel| kernel.restart_flags(&self.fixed.epoch))
     }
 
     fn together(&self, rows: usize) -> bool {

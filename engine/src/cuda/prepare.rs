@@ -17,6 +17,8 @@ impl CudaEngine {
         rows.sort_unstable();
         rows.dedup();
         self.fixed.tune(&mut self.gemms, &self.stream, &rows)?;
+        // What is not measured is made by kernels apart.
+        self.together.fill(false);
         for size in sizes {
             self.prepare_graphs(size)?;
         }
@@ -39,7 +41,6 @@ impl CudaEngine {
             }
             // A device of which this process has a part only, for example.
             Err(error) => {
-                self.together[size] = false;
                 tracing::warn!(size, %error, "no kernel for all layers at once: kernels apart make these steps");
             }
         }

@@ -50,8 +50,7 @@ impl Step<'_> {
         self.embed()?;
         // It cannot say when one of its layers is done.
         let whole = self.together && self.layer_events.is_none() && self.profile.is_none();
-        if let Some(kernel) = fixed.megakernel.as_ref().filter(|kernel| whole && kernel.can(fixed, self.plan))
-        {
+        if let Some(kernel) = fixed.megakernel.as_ref().filter(|kernel| whole && kernel.can(self.plan)) {
             kernel.queue(self)?;
             return self.head(buffers.x.at, rows);
         }
