@@ -3,6 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::driver::{Device, Grid, Pinned, Stream, args};
 use super::gpudirect;
@@ -14,6 +15,8 @@ use crate::{DeviceKv, EngineError, Exposed, KvMemory, PeerKv};
 const CELLS: usize = 64;
 /// Thread blocks that copy one cell.
 const COPY_PARTS: usize = 4;
+/// KV of a prompt comes frame by frame as its layers are computed. So long after a frame another one may follow.
+const BETWEEN_FRAMES: Duration = Duration::from_millis(20);
 
 impl DeviceKv for DevicePool {
     fn file(&self) -> Result<OwnedFd, EngineError> {
@@ -47,9 +50,17 @@ struct PeerPool {
     ours: Arc<DevicePool>,
 }
 
-/// What copies and checksums are queued on; those that none uses now. Connections work beside each other.
+/// What copies and checksums are queued on. Connections work beside each other.
 #[derive(Default)]
-pub(super) struct Lanes(Mutex<Vec<Lane>>);
+pub(super) struct Lanes(Mutex<Idle>);
+
+#[derive(Default)]
+struct Idle {
+    /// Those that none uses now.
+    lanes: Vec<Lane>,
+    /// When one was last wanted.
+    wanted: Option<Instant>,
+}
 
 /// One of them, and what its kernels are told by.
 struct Lane {
@@ -76,7 +87,11 @@ impl Lane {
 impl Lanes {
     /// One with room for this many cells.
     fn take(&self, device: &Arc<Device>, cells: usize) -> Result<Lane, EngineError> {
-        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let free = {
+            let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            idle.wanted = Some(Instant::now());
+            idle.lanes.pop()
+        };
         match free.filter(|lane| lane.room() >= cells) {
             Some(lane) => Ok(lane),
             None => Lane::new(device, cells.next_power_of_two().max(CELLS)),
@@ -84,7 +99,13 @@ impl Lanes {
     }
 
     fn give(&self, lane: Lane) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).lanes.push(lane);
+    }
+
+    /// Whether KV is arriving, whose kernels want a place on the device between those of a step.
+    pub(super) fn are_wanted(&self) -> bool {
+        let wanted = self.0.lock().unwrap_or_else(PoisonError::into_inner).wanted;
+        wanted.is_some_and(|at| at.elapsed() < BETWEEN_FRAMES)
     }
 }
 

@@ -205,8 +205,11 @@ impl CudaEngine {
         self.fixed.megakernel.as_ref().map_or(Ok(()), |kernel| kernel.restart_flags(&self.fixed.epoch))
     }
 
+    /// Whether one kernel makes all layers. It leaves no room beside it: a frame of KV that arrives would wait for its end, and the
+    /// frame after it for the next one's.
     fn together(&self, rows: usize) -> bool {
-        self.megakernel.unwrap_or_else(|| self.together.get(rows) == Some(&true))
+        let chosen = || self.together.get(rows) == Some(&true) && !self.fixed.pool.lanes().are_wanted();
+        self.megakernel.unwrap_or_else(chosen)
     }
 
     /// Queues a step: what comes out lies in the buffers when the stream has passed it.

@@ -69,6 +69,30 @@ fn flags_may_begin_anew_between_steps() {
     assert_eq!(decoded(&mut engine, &[64, 5]), before);
 }
 
+/// It leaves no room for kernels that bring KV.
+#[test]
+fn kernels_apart_make_the_steps_while_kv_arrives() {
+    let Some(mut engine) = cuda(&shape(128, 8, 2), options()) else { return };
+    let mut steps = |on| {
+        engine.set_megakernel(on);
+        decoded(&mut engine, &[64, 5])
+    };
+    let (together, apart) = (steps(Some(true)), steps(Some(false)));
+    assert_eq!(steps(None), together);
+    let began = std::time::Instant::now();
+    let kv = engine.kv();
+    let bytes = kv.layout().block_bytes();
+    kv.on_device().expect("files of device memory").sums(&[0], bytes).unwrap();
+    engine.set_megakernel(None);
+    let found = decoded(&mut engine, &[64, 5]);
+    let took = began.elapsed();
+    println!("{took:?} after KV arrived");
+    // Kernels apart are for 20 ms; a machine that stood still meanwhile says nothing.
+    if took.as_millis() < 20 {
+        assert_eq!(found, apart);
+    }
+}
+
 /// Rows of x that do not fit in shared memory at once.
 #[test]
 fn the_megakernel_takes_long_rows_in_parts() {

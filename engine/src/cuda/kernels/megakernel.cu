@@ -57,7 +57,8 @@ DEVICE void stage_x(const Step &step, const Room &room, const Source &x, const u
                     data[2 * i] = two.x, data[2 * i + 1] = two.y;
                 }
             } else {
-                take_pairs<PAIRS>(data, x.words + (size_t)row * (k / 2), first, THREADS, last, x.flag);
+                const Word *of = x.words + (size_t)row * (k / 2);
+                take_pairs<PAIRS>(data, [&](int i) { return of + 2 * min(first + i * THREADS, last); }, x.flag);
             }
 #pragma unroll
             for (int i = 0; i < PAIRS; i++) {
@@ -207,7 +208,7 @@ struct Io {
     __device__ __forceinline__ void eights(int, int a, int b, uint4 &low, uint4 &high) const {
         const Word *of = step.qkv + (size_t)part.sequence * ((step.heads + 2 * step.kv_heads) * DIM / 2);
         u32 data[8];
-        take_eights(data, of + a * 4, of + b * 4, flag);
+        take_pairs<4>(data, [&](int i) { return of + (i < 2 ? a : b) * 4 + i % 2 * 2; }, flag);
         low = make_uint4(data[0], data[1], data[2], data[3]), high = make_uint4(data[4], data[5], data[6], data[7]);
     }
     // Two numbers, `lanes` lanes apart, make a word.

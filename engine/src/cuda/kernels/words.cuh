@@ -21,32 +21,18 @@ DEVICE void ask(u64 (&words)[2], const Word *at) {
     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(at) : "memory");
 }
 
-// Pairs of words first, first + step and so on, at most `last`: all of them are asked for before any is looked at.
-template <int PAIRS>
-DEVICE void take_pairs(u32 (&data)[2 * PAIRS], const Word *of, int first, int step, int last, u32 flag) {
+// Pairs of words at place(0), place(1) and so on: all of them are asked for before any is looked at.
+template <int PAIRS, typename PLACE>
+DEVICE void take_pairs(u32 (&data)[2 * PAIRS], PLACE place, u32 flag) {
     bool all;
     Patience patience;
     do {
         u64 words[PAIRS][2];
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) ask(words[i], of + 2 * min(first + i * step, last));
+        for (int i = 0; i < PAIRS; i++) ask(words[i], place(i));
         all = true;
 #pragma unroll
         for (int i = 0; i < 2 * PAIRS; i++) all &= (u32)(words[i / 2][i % 2] >> 32) == flag, data[i] = (u32)words[i / 2][i % 2];
-        patience.lose();
-    } while (!all);
-}
-
-// Four words of each of two places.
-DEVICE void take_eights(u32 (&data)[8], const Word *a, const Word *b, u32 flag) {
-    bool all;
-    Patience patience;
-    do {
-        u64 words[4][2];
-        ask(words[0], a), ask(words[1], a + 2), ask(words[2], b), ask(words[3], b + 2);
-        all = true;
-#pragma unroll
-        for (int i = 0; i < 8; i++) all &= (u32)(words[i / 2][i % 2] >> 32) == flag, data[i] = (u32)words[i / 2][i % 2];
         patience.lose();
     } while (!all);
 }
