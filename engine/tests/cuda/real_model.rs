@@ -39,22 +39,22 @@ fn greedy_tokens_of_the_real_model_equal_the_reference() {
     }
 }
 
-/// Relative error of logits (without their mean, which no probability depends on) against transformers in float32.
+/// Relative error of logits (without their mean, which no probability depends on) against transformers in float32:
+/// of a whole prefill, and of a text whose last tokens are decoded one by one, with kernels apart and with one for
+/// all layers.
 #[test]
 fn logits_of_the_real_model_agree_with_the_reference() {
     let Some(folder) = std::env::var_os("TANDEM_TEST_MODEL") else {
         eprintln!("skipped: TANDEM_TEST_MODEL is not set to the folder of SmolLM2-135M-Instruct");
         return;
     };
-    let texts: serde_json::Value =
-        serde_json::from_str(include_str!("../../../tests/golden/smollm2-public.json")).unwrap();
-    let golden: serde_json::Value =
-        serde_json::from_str(include_str!("../../../tests/golden/smollm2-logits.json")).unwrap();
+    let references = references();
     let (fp8, int8) = (Some(Quantisation::Fp8), Some(Quantisation::Int8));
     for (name, quantise, kv_dtype, most) in [
         ("bf16", None, KvDtype::Bf16, 0.05),
         ("bf16, KV in fp8", None, KvDtype::Fp8, 0.15),
         ("INT8", int8, KvDtype::Bf16, 0.15),
+        ("INT8, KV in fp8", int8, KvDtype::Fp8, 0.2),
         ("FP8", fp8, KvDtype::Bf16, 0.3),
         ("FP8, KV in fp8", fp8, KvDtype::Fp8, 0.3),
     ] {
@@ -64,28 +64,70 @@ fn logits_of_the_real_model_agree_with_the_reference() {
                 Err(EngineError::Unsupported(why)) => return eprintln!("skipped: {why}"),
                 Err(other) => panic!("{other}"),
             };
-        let (mut off, mut size) = (0.0, 0.0);
-        for (text, row) in texts["rows"].as_array().unwrap().iter().zip(golden["rows"].as_array().unwrap()) {
-            let numbers = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
-            let tokens = [numbers(&text["prompt_ids"]), numbers(&text["output_ids"])].concat();
-            let tokens = &tokens[..row["tokens"].as_u64().unwrap() as usize];
-            let blocks = table(0, tokens.len());
-            let segment = Segment { tokens, position: 0, blocks: &blocks, samples: &[] };
-            let logits = engine.forward_logits(&Batch { segments: vec![segment] }).unwrap().remove(0);
-            let expected: Vec<f64> = serde_json::from_value(row["logits"].clone()).unwrap();
-            let found: Vec<f64> =
-                numbers(&row["ids"]).iter().map(|&id| f64::from(logits[id as usize])).collect();
-            let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len() as f64;
-            let (found_mean, mean) = (mean(&found), mean(&expected));
-            for (found, expected) in found.iter().zip(&expected) {
-                off += (found - found_mean - (expected - mean)).powi(2);
-                size += (expected - mean).powi(2);
+        for (way, decoded, megakernel) in
+            [("a prefill", 0, false), ("kernels apart", 16, false), ("one kernel for all layers", 16, true)]
+        {
+            engine.set_megakernel(Some(megakernel));
+            if megakernel && !engine.has_megakernel() {
+                continue;
             }
+            let off = error_against(&references, &mut engine, decoded);
+            println!("{name}, {way}: relative error of logits against transformers' {off:.4}");
+            assert!(off < most, "{name}, {way}: {off}");
         }
-        let off = (off / size).sqrt();
-        println!("{name}: relative error of logits against transformers' {off:.4}");
-        assert!(off < most, "{name}: {off}");
     }
+}
+
+/// What transformers computed for the last token of a text.
+struct Reference {
+    tokens: Vec<u32>,
+    ids: Vec<u32>,
+    logits: Vec<f64>,
+}
+
+fn references() -> Vec<Reference> {
+    let read = |text: &str| -> serde_json::Value { serde_json::from_str(text).unwrap() };
+    let texts = read(include_str!("../../../tests/golden/smollm2-public.json"));
+    let golden = read(include_str!("../../../tests/golden/smollm2-logits.json"));
+    let numbers = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
+    let rows = texts["rows"].as_array().unwrap().iter().zip(golden["rows"].as_array().unwrap());
+    rows.map(|(text, row)| {
+        let mut tokens = [numbers(&text["prompt_ids"]), numbers(&text["output_ids"])].concat();
+        tokens.truncate(row["tokens"].as_u64().unwrap() as usize);
+        let logits = serde_json::from_value(row["logits"].clone()).unwrap();
+        Reference { tokens, ids: numbers(&row["ids"]), logits }
+    })
+    .collect()
+}
+
+/// Relative error of the last token's logits over all texts, of which the last tokens are decoded one by one.
+fn error_against(references: &[Reference], engine: &mut CudaEngine, decoded: usize) -> f64 {
+    let (mut off, mut size) = (0.0, 0.0);
+    for Reference { tokens, ids, logits } in references {
+        let blocks = table(0, tokens.len());
+        let mut run = |range: std::ops::Range<usize>| {
+            let segment = Segment {
+                tokens: &tokens[range.clone()],
+                position: range.start,
+                blocks: &blocks,
+                samples: &[],
+            };
+            engine.forward_logits(&Batch { segments: vec![segment] }).unwrap().remove(0)
+        };
+        let prefilled = tokens.len() - decoded;
+        let mut last = run(0..prefilled);
+        for at in prefilled..tokens.len() {
+            last = run(at..at + 1);
+        }
+        let found: Vec<f64> = ids.iter().map(|&id| f64::from(last[id as usize])).collect();
+        let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len() as f64;
+        let (found_mean, mean) = (mean(&found), mean(logits));
+        for (found, expected) in found.iter().zip(logits) {
+            off += (found - found_mean - (expected - mean)).powi(2);
+            size += (expected - mean).powi(2);
+        }
+    }
+    (off / size).sqrt()
 }
 
 /// Top-1 agreement with bf16 on the real model, every position of the reference's prompts and answers.
