@@ -64,7 +64,7 @@ def make_model(folder, tokenizer):
         tensors[at + "mlp.down_proj.weight"] = draw(s.hidden, s.ffn)
         tensors[at + "input_layernorm.weight"] = one.clone()
         tensors[at + "post_attention_layernorm.weight"] = one.clone()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / name)
@@ -119,19 +119,22 @@ def main():
     parser.add_argument("--prompt-tokens", default=1024, type=int)
     parser.add_argument("--output-tokens", default=128, type=int)
     parser.add_argument("--kv-heads", default=SHAPE["kv_heads"], type=int, help="fewer: the same model with less KV")
-    parser.add_argument("--rates", default="17,20.8")
-    parser.add_argument("--concurrency", default="256")
+    parser.add_argument("--model", type=pathlib.Path, help="a folder to keep the model in; made where it is not there yet")
+    parser.add_argument("--rates", default="17,20.8", help="open loads, requests a second; none: \"\"")
+    parser.add_argument("--concurrency", default="256", help="closed loads, requests at a time")
     parser.add_argument("--seconds", default=24.0, type=float)
     parser.add_argument("--warm-up", default=6.0, type=float)
     parser.add_argument("--only", default="", help="ways whose name contains one of these, comma-separated, in this order")
     options = parser.parse_args()
     SHAPE["kv_heads"] = options.kv_heads
     wanted = [[w for w in WAYS[options.gpus] if part in w] for part in options.only.split(",")]
-    loads = [["--rate", rate] for rate in options.rates.split(",")] + [["--concurrency", options.concurrency]]
+    loads = [[flag, value] for flag, values in (("--rate", options.rates), ("--concurrency", options.concurrency))
+             for value in filter(None, values.split(","))]
     with tempfile.TemporaryDirectory() as folder:
-        model = pathlib.Path(folder) / "llama-8b"
-        make_model(model, options.tokenizer)
-        print("model written", flush=True)
+        model = options.model or pathlib.Path(folder) / "llama-8b"
+        if not (model / "config.json").exists():
+            make_model(model, options.tokenizer)
+            print("model written", flush=True)
         seen = []
         for way in dict.fromkeys(sum(wanted, [])):
             seen.append(one_way(options, model, way, loads))

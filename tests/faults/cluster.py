@@ -20,20 +20,21 @@ LEASE_SECONDS = 5
 class Cluster:
     """Two prefill and two decode workers, one etcd member or more, one router or more, all on one port range below 32768:
     from there on a connection to a port where nobody listens yet may be given that port itself, and meet itself. KV goes as `wire`.
+    All workers compute on `device`; `cuda` is one GPU for all of them.
 
     `hosts` gives a process another address and a command before its own (a network namespace); `advertise` another address
     that peers use (a proxy); `env` more environment. Logs are in `folder`.
     """
 
     def __init__(self, tandem, model, base, etcds=1, routers=1, hosts=None, advertise=None, env=None, lease=LEASE_SECONDS,
-                 kv_mib=128, wire="plain"):
+                 kv_mib=128, wire="plain", device="cpu"):
         self.tandem, self.model, self.base, self.lease, self.kv_mib = tandem, model, base, lease, kv_mib
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="tandem-faults-"))
         self.workers = ["prefill-0", "prefill-1", "decode-0", "decode-1"]
         self.routers = [f"router-{i}" for i in range(routers)]
         self.etcds = [f"etcd-{i}" for i in range(etcds)]
         self.hosts, self.advertise, self.env = hosts or {}, advertise or {}, env or {}
-        self.wire, self.processes = wire, {}
+        self.wire, self.device, self.processes = wire, device, {}
 
     def address(self, name):
         return self.hosts.get(name, ("127.0.0.1", []))[0]
@@ -67,8 +68,8 @@ class Cluster:
         # The second of each pool uses the network, so that KV takes every mixture of ways; all do where it shall go packed.
         transport = "tcp" if name.endswith("-1") or self.wire != "plain" else "auto"
         advertise = ["--advertise", self.advertise[name]] if name in self.advertise else []
-        return self.spawn(name, [self.tandem, name.split("-")[0], *common, "--name", name, "--threads", "1", "--kv-mib",
-                                 str(self.kv_mib), "--lease-seconds", str(self.lease), "--transport", transport, "--kv-wire", self.wire,
+        return self.spawn(name, [self.tandem, name.split("-")[0], *common, "--name", name, "--threads", "1", "--device", self.device,
+                                 "--kv-mib", str(self.kv_mib), "--lease-seconds", str(self.lease), "--transport", transport, "--kv-wire", self.wire,
                                  *advertise])
 
     def start_etcd(self, name):

@@ -7,7 +7,9 @@ Needs a development build: release builds have no failpoints (failpoints/src/lib
 workers, one etcd. Every process reports its events here and waits for the answer, so the victim dies while the request stands
 exactly there. `--cells N` takes a sample of N cells by the seed, `--only EVENT` one row. With `--kv-wire int8` or `fp8` KV goes packed, over
 TCP only; answers are then compared where no token was drawn before the kill, since KV of drawn tokens is packed only when it is sent
-again. What must hold:
+again. With `--device cuda` all workers share a GPU, and KV goes through CUDA IPC and through TCP. Each worker times its products
+when it starts, so two may add up in another order and a near tie may fall the other way: answers have the same length, and how many
+are equal is counted. What must hold:
 
 * worker or etcd killed: the answer equals the undisturbed one, token for token
 * router killed: the client sees UNAVAILABLE, and the same id sent again to the restarted router is a new request
@@ -73,8 +75,8 @@ def prompt(number):
     return f"{number} lamps burned in the harbour. " + "The wind blew and the water was dark and cold that night. " * 4
 
 
-def one(cluster, killer, number, kind, moment):
-    """One run of a cell. What came of it, and whether that is allowed."""
+def one(cluster, killer, ways, number, kind, moment):
+    """One run of a cell. What came of it, and whether that is allowed; counts the ways that KV went."""
     event, index = MOMENTS[moment]
     index = killer.chance.choice(index) if isinstance(index, range) else index
     request = [{"id": "0", "request_id": f"kill-{number}", "text": prompt(number)}]
@@ -87,14 +89,16 @@ def one(cluster, killer, number, kind, moment):
         return f"never reached: {answer.get('error')}", False, seconds
     settle(cluster)
     again = cluster.ask(request, tokens=TOKENS)["0"]
+    ways.update(a["kv"]["transport"] for a in (answer, again) if a.get("kv"))
     if "error" in again:
         return f"asked again: {again['error']}", False, seconds
     if "error" in answer:
         fine = kind == "router" and answer["error"].startswith(UNAVAILABLE)
         outcome = "UNAVAILABLE, same answer to the same id" if fine else answer["error"]
     else:
-        fine = tokens_of(answer) == tokens_of(again) and kind != "router"
-        outcome = "same answer" if fine else f"another answer: {tokens_of(answer)} for {tokens_of(again)}"
+        same, whole = tokens_of(answer) == tokens_of(again), len(tokens_of(answer)[0]) == TOKENS
+        fine = (same or cluster.device == "cuda") and whole and kind != "router"
+        outcome = "same answer" if same else "whole answer" if fine else f"another answer: {tokens_of(answer)} for {tokens_of(again)}"
     leaked = cluster.leaked()
     return (outcome, fine, seconds) if not leaked else (f"{outcome}, leaked {leaked}", False, seconds)
 
@@ -113,15 +117,17 @@ def run(options):
     cells = [(kind, moment) for moment in moments for kind in KINDS if kind in options.kinds.split(",")]
     cells = chance.sample(cells, min(options.cells, len(cells))) if options.cells else cells
     events = Events()
-    cluster = Cluster(options.tandem, options.model, options.base, env=events.environment(), wire=options.kv_wire)
+    cluster = Cluster(options.tandem, options.model, options.base, env=events.environment(), wire=options.kv_wire,
+                      device=options.device)
     killer = Killer(cluster, chance)
-    table, bad, slowest = collections.defaultdict(collections.Counter), 0, collections.Counter()
+    table, bad = collections.defaultdict(collections.Counter), 0
+    slowest, ways = collections.Counter(), collections.Counter()
     try:
         cluster.start()
         events.on = killer.on
         for number in range(options.times * len(cells)):
             kind, moment = cells[number % len(cells)]
-            outcome, fine, seconds = one(cluster, killer, number, kind, moment)
+            outcome, fine, seconds = one(cluster, killer, ways, number, kind, moment)
             table[moment, kind][outcome] += 1
             slowest[kind] = max(slowest[kind], seconds)
             bad += not fine
@@ -134,11 +140,11 @@ def run(options):
     finally:
         cluster.stop()
         events.close()
-    show(table, slowest, options)
+    show(table, slowest, ways, options)
     conclude(cluster, bad == 0)
 
 
-def show(table, slowest, options):
+def show(table, slowest, ways, options):
     if options.json:
         print(json.dumps({"seed": options.seed, "cells": {f"{m}/{k}": dict(v) for (m, k), v in table.items()}}))
         return
@@ -148,6 +154,7 @@ def show(table, slowest, options):
         cells = ["; ".join(f"{n} × {outcome}" for outcome, n in table[moment, kind].items()) for kind in KINDS]
         if any(cells):
             print(f"| {moment} | " + " | ".join(cells) + " |")
+    print("KV of answers went by: " + ", ".join(f"{way} {count} times" for way, count in sorted(ways.items())))
     print("slowest answer: " + ", ".join(f"{kind} {slowest[kind]:.1f} s" for kind in KINDS))
 
 
@@ -160,6 +167,7 @@ def main():
     parser.add_argument("--only", choices=MOMENTS, help="one row")
     parser.add_argument("--kinds", default=",".join(KINDS), help="columns, by commas")
     parser.add_argument("--kv-wire", choices=["plain", "int8", "fp8"], default="plain")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--base", type=int, default=23000, help="first port")
     parser.add_argument("--json", action="store_true")
