@@ -15,17 +15,22 @@ use crate::route::Pool;
 /// As in the workers' loops, when all blocks are held by others.
 const BLOCKED_WAIT: Ns = 5_000_000;
 
+/// When a worker's loop goes on: at the end of the step that it began, or, where it has work but no blocks for it, after a while.
+fn next_look(took: Option<Ns>, has_work: bool, looks_at: &mut Ns, now: Ns) -> Option<Ns> {
+    if took.is_none() && has_work && *looks_at <= now {
+        *looks_at = now + BLOCKED_WAIT;
+        return Some(*looks_at);
+    }
+    took.map(|took| now + took)
+}
+
 impl World {
     pub(super) fn begin_prefill(&mut self, number: u32) {
         let worker = &mut self.prefill[number as usize];
         let now = self.clock.now();
-        match worker.begin(&self.cost, now) {
-            Some(took) => self.clock.after(took, Event::PrefillStep(number)),
-            None if worker.has_jobs() && worker.looks_at <= now => {
-                worker.looks_at = now + BLOCKED_WAIT;
-                self.clock.at(worker.looks_at, Event::PrefillStep(number));
-            }
-            None => {}
+        let took = worker.begin(&self.cost, now);
+        if let Some(at) = next_look(took, worker.has_jobs(), &mut worker.looks_at, now) {
+            self.clock.at(at, Event::PrefillStep(number));
         }
         self.router.report(Pool::Prefill, number, worker.load(), worker.pool.available());
     }
@@ -122,13 +127,9 @@ impl World {
     fn begin_decode(&mut self, number: u32) {
         let worker = &mut self.decode[number as usize];
         let now = self.clock.now();
-        match worker.begin(&self.cost, now) {
-            Some(took) => self.clock.after(took, Event::DecodeStep(number)),
-            None if worker.has_work() && worker.looks_at <= now => {
-                worker.looks_at = now + BLOCKED_WAIT;
-                self.clock.at(worker.looks_at, Event::DecodeStep(number));
-            }
-            None => {}
+        let took = worker.begin(&self.cost, now);
+        if let Some(at) = next_look(took, worker.has_work(), &mut worker.looks_at, now) {
+            self.clock.at(at, Event::DecodeStep(number));
         }
         self.router.report(Pool::Decode, number, worker.load(), worker.pool.available());
     }
