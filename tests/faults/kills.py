@@ -98,7 +98,9 @@ def one(cluster, killer, ways, number, kind, moment):
     else:
         same, whole = tokens_of(answer) == tokens_of(again), len(tokens_of(answer)[0]) == TOKENS
         fine = (same or cluster.device == "cuda") and whole and kind != "router"
-        outcome = "same answer" if same else "whole answer" if fine else f"another answer: {tokens_of(answer)} for {tokens_of(again)}"
+        outcome = f"another answer: {tokens_of(answer)} for {tokens_of(again)}"
+        if fine:
+            outcome = "same answer" if same else "whole answer"
     leaked = cluster.leaked()
     return (outcome, fine, seconds) if not leaked else (f"{outcome}, leaked {leaked}", False, seconds)
 

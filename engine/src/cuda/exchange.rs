@@ -2,7 +2,7 @@
 //! checksums of what is there then.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::driver::{Device, Grid, Pinned, Stream, args};
@@ -85,10 +85,14 @@ impl Lane {
 }
 
 impl Lanes {
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// One with room for this many cells.
     fn take(&self, device: &Arc<Device>, cells: usize) -> Result<Lane, EngineError> {
         let free = {
-            let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut idle = self.idle();
             idle.wanted = Some(Instant::now());
             idle.lanes.pop()
         };
@@ -99,13 +103,12 @@ impl Lanes {
     }
 
     fn give(&self, lane: Lane) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).lanes.push(lane);
+        self.idle().lanes.push(lane);
     }
 
     /// Whether KV is arriving, whose kernels want a place on the device between those of a step.
     pub(super) fn are_wanted(&self) -> bool {
-        let wanted = self.0.lock().unwrap_or_else(PoisonError::into_inner).wanted;
-        wanted.is_some_and(|at| at.elapsed() < BETWEEN_FRAMES)
+        self.idle().wanted.is_some_and(|at| at.elapsed() < BETWEEN_FRAMES)
     }
 }
 

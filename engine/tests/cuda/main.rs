@@ -64,9 +64,14 @@ pub(crate) fn options() -> CudaOptions {
     CudaOptions { kv_blocks: BLOCKS, block_tokens: BLOCK_TOKENS, max_sequences: 64, ..CudaOptions::default() }
 }
 
-/// The engine, or `None` (said aloud) where there is no GPU. Anything else that goes wrong fails the test.
+/// An engine with random weights; see [`unless_unsupported`].
 pub(crate) fn cuda(config: &ModelConfig, options: CudaOptions) -> Option<CudaEngine> {
-    match CudaEngine::from_random(config.clone(), 7, options) {
+    unless_unsupported(CudaEngine::from_random(config.clone(), 7, options))
+}
+
+/// The engine, or `None` (said aloud) where there is no GPU. Anything else that goes wrong fails the test.
+pub(crate) fn unless_unsupported(made: Result<CudaEngine, EngineError>) -> Option<CudaEngine> {
+    match made {
         Ok(engine) => Some(engine),
         Err(EngineError::Unsupported(why)) => {
             assert!(std::env::var_os("TANDEM_REQUIRE_CUDA").is_none(), "{why}");

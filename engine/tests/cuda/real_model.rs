@@ -2,24 +2,25 @@
 
 use engine::cuda::{CudaEngine, CudaOptions};
 use engine::model::Quantisation;
-use engine::{Batch, Engine, EngineError, KvDtype, Segment};
+use engine::{Batch, Engine, KvDtype, Segment};
 
-use crate::{continuation, options, table};
+use crate::{continuation, options, quantised, table, unless_unsupported};
+
+/// The model on the GPU, or `None` (said aloud) where one of the two is missing.
+fn real(options: CudaOptions) -> Option<CudaEngine> {
+    let Some(folder) = std::env::var_os("TANDEM_TEST_MODEL") else {
+        eprintln!("skipped: TANDEM_TEST_MODEL is not set to the folder of SmolLM2-135M-Instruct");
+        return None;
+    };
+    unless_unsupported(CudaEngine::load(folder.as_ref(), options))
+}
 
 /// SmolLM2 against Hugging Face transformers in float32. Needs `TANDEM_TEST_MODEL`.
 #[test]
 fn greedy_tokens_of_the_real_model_equal_the_reference() {
     /// bf16 activations move logits of this model: another token was seen at a margin of 0.166.
     const CLEAR: f64 = 0.3;
-    let Some(folder) = std::env::var_os("TANDEM_TEST_MODEL") else {
-        eprintln!("skipped: TANDEM_TEST_MODEL is not set to the folder of SmolLM2-135M-Instruct");
-        return;
-    };
-    let mut engine = match CudaEngine::load(folder.as_ref(), options()) {
-        Ok(engine) => engine,
-        Err(EngineError::Unsupported(why)) => return eprintln!("skipped: {why}"),
-        Err(other) => panic!("{other}"),
-    };
+    let Some(mut engine) = real(options()) else { return };
     let golden: serde_json::Value =
         serde_json::from_str(include_str!("../../../tests/golden/smollm2-public.json")).unwrap();
     let numbers = |v: &serde_json::Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
@@ -44,10 +45,6 @@ fn greedy_tokens_of_the_real_model_equal_the_reference() {
 /// all layers.
 #[test]
 fn logits_of_the_real_model_agree_with_the_reference() {
-    let Some(folder) = std::env::var_os("TANDEM_TEST_MODEL") else {
-        eprintln!("skipped: TANDEM_TEST_MODEL is not set to the folder of SmolLM2-135M-Instruct");
-        return;
-    };
     let references = references();
     let (fp8, int8) = (Some(Quantisation::Fp8), Some(Quantisation::Int8));
     for (name, quantise, kv_dtype, most) in [
@@ -58,12 +55,7 @@ fn logits_of_the_real_model_agree_with_the_reference() {
         ("FP8", fp8, KvDtype::Bf16, 0.3),
         ("FP8, KV in fp8", fp8, KvDtype::Fp8, 0.3),
     ] {
-        let mut engine =
-            match CudaEngine::load(folder.as_ref(), CudaOptions { quantise, kv_dtype, ..options() }) {
-                Ok(engine) => engine,
-                Err(EngineError::Unsupported(why)) => return eprintln!("skipped: {why}"),
-                Err(other) => panic!("{other}"),
-            };
+        let Some(mut engine) = real(CudaOptions { quantise, kv_dtype, ..options() }) else { return };
         for (way, decoded, megakernel) in
             [("a prefill", 0, false), ("kernels apart", 16, false), ("one kernel for all layers", 16, true)]
         {
@@ -139,16 +131,8 @@ fn eight_bits_agree_on_the_real_model() {
 }
 
 fn agreement(kind: Quantisation, percent: usize) {
-    let Some(folder) = std::env::var_os("TANDEM_TEST_MODEL") else {
-        eprintln!("skipped: TANDEM_TEST_MODEL is not set to the folder of SmolLM2-135M-Instruct");
-        return;
-    };
-    let load = |quantise| CudaEngine::load(folder.as_ref(), CudaOptions { quantise, ..options() });
-    let (mut plain, mut fp8) = match (load(None), load(Some(kind))) {
-        (Ok(plain), Ok(fp8)) => (plain, fp8),
-        (Err(EngineError::Unsupported(why)), _) => return eprintln!("skipped: {why}"),
-        (plain, fp8) => panic!("{:?} {:?}", plain.err(), fp8.err()),
-    };
+    let Some(mut plain) = real(options()) else { return };
+    let mut rounded = real(quantised(kind, false)).unwrap();
     let golden: serde_json::Value =
         serde_json::from_str(include_str!("../../../tests/golden/smollm2-public.json")).unwrap();
     let (mut same, mut all) = (0, 0);
@@ -165,7 +149,7 @@ fn agreement(kind: Quantisation, percent: usize) {
                     &engine.forward_logits(&Batch { segments: vec![segment] }).unwrap()[0],
                 )
             };
-            same += usize::from(next(&mut plain) == next(&mut fp8));
+            same += usize::from(next(&mut plain) == next(&mut rounded));
             all += 1;
         }
     }
